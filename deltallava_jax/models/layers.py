@@ -1,0 +1,187 @@
+"""Building blocks, and the bridge from NNX modules to pure functions over nested dicts.
+
+An NNX class defines parameters and forward code. ``init`` makes its parameters as a nested dict of arrays; ``bind``
+puts such a dict (the whole, or one layer of a stack) back behind the class for one call inside a traced function.
+Matrices are cast to the activations' dtype where they are used, so parameters can stay float32 while the compute is
+bfloat16; norms and softmax are computed in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+Params = dict  # nested dict of jax.Array
+
+
+# ------------------------------------------------------------------ NNX <-> nested dicts
+
+
+@functools.lru_cache(maxsize=256)
+def _graphdef(cls: type, config) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))[0]
+
+
+def init(cls: type, config, key: Array) -> Params:
+    """Fresh float32 parameters of ``cls(config, rngs=...)`` as a nested dict."""
+    return nnx.to_pure_dict(nnx.split(cls(config, rngs=nnx.Rngs(params=key)))[1])
+
+
+def init_stack(cls: type, config, key: Array, count: int) -> Params:
+    """Parameters of ``count`` equal layers, stacked on axis 0."""
+    return jax.vmap(lambda k: init(cls, config, k))(jax.random.split(key, count))
+
+
+def bind(cls: type, config, params: Params) -> nnx.Module:
+    """``cls(config)`` holding ``params``: ``bind(Layer, config, params)(x)``."""
+    return nnx.merge(_graphdef(cls, config), nnx.State(params))
+
+
+REMAT: dict[str, Callable] = {
+    "none": lambda body: body,
+    "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "full": jax.checkpoint,
+}
+
+
+# ------------------------------------------------------------------ initialisers
+
+
+def trunc_normal(std: float = 0.02):
+    """Normal of that standard deviation cut at -2 and 2, as torch's trunc_normal_ with its default bounds."""
+    bound = 2.0 / std
+    return lambda key, shape: std * jax.random.truncated_normal(key, -bound, bound, shape)
+
+
+def normal(std: float = 0.02):
+    return lambda key, shape: std * jax.random.normal(key, shape)
+
+
+xavier_uniform = jax.nn.initializers.xavier_uniform()
+
+
+def torch_conv(fan_in: int):
+    """torch's default for convolutions: uniform within fan_in**-0.5."""
+    bound = fan_in**-0.5
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+# ------------------------------------------------------------------ layers
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias over the last axis; kernel [in, out]."""
+
+    def __init__(self, in_width: int, out_width: int, *, bias: bool = True, kernel_init=None, rngs: nnx.Rngs):
+        kernel_init = kernel_init or trunc_normal()
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_width, out_width)))
+        self.bias = nnx.Param(jnp.zeros(out_width)) if bias else None
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... D"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis, computed in float32."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, computed in float32."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+def attention(
+    q: Float[Array, "B Q H D"],
+    k: Float[Array, "B K G D"],
+    v: Float[Array, "B K G D"],
+    mask: Bool[Array, "B 1 Q K"] | None = None,
+) -> Float[Array, "B Q H D"]:
+    """Dense attention, softmax in float32; H may be a multiple of the key heads G. The only such call in the project."""
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+def gelu(x):
+    """The exact (erf) GELU, torch's default."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x):
+    """CLIP's approximation x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def drop_path(x: Float[Array, "B ..."], rate: float, key: Array | None) -> Float[Array, "B ..."]:
+    """Stochastic depth: drops a residual branch for a whole sample; the identity without a key."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+# ------------------------------------------------------------------ grids
+
+
+def resize_matrix(n_in: int, n_out: int, kind: str) -> np.ndarray:
+    """[n_out, n_in] weights of torch's 1-D interpolation: half-pixel centres, clamped borders, no antialiasing.
+
+    kind: "bilinear", or "bicubic" with torch's a = -0.75 (jax.image.resize's cubic has a = -0.5)."""
+    centres = (np.arange(n_out) + 0.5) * n_in / n_out - 0.5
+    if kind == "bilinear":
+        centres = np.maximum(centres, 0.0)
+        taps = (0, 1)
+        weight = lambda d: 1 - d  # noqa: E731
+    else:
+        a, taps = -0.75, (-1, 0, 1, 2)
+        weight = lambda d: np.where(  # noqa: E731
+            d <= 1, (a + 2) * d**3 - (a + 3) * d**2 + 1, a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+        )
+    first = np.floor(centres).astype(int)
+    matrix = np.zeros((n_out, n_in))
+    for tap in taps:
+        index = np.clip(first + tap, 0, n_in - 1)
+        np.add.at(matrix, (np.arange(n_out), index), weight(np.abs(centres - (first + tap))))
+    return matrix
+
+
+def resize_grid(x: Float[Array, "B h w C"], side: int, kind: str) -> Float[Array, "B s s C"]:
+    """Interpolates a grid of features to side x side as torch's interpolate does (see resize_matrix)."""
+    rows = jnp.asarray(resize_matrix(x.shape[1], side, kind), x.dtype)
+    cols = jnp.asarray(resize_matrix(x.shape[2], side, kind), x.dtype)
+    return jnp.einsum("oh,bhwc,pw->bopc", rows, x, cols)
+
+
+@functools.lru_cache(maxsize=32)
+def sincos_table(side: int, width: int) -> np.ndarray:
+    """Fixed 2-D sine-cosine table [side * side, width]: columns in the first half, rows in the second."""
+    frequencies = 10000.0 ** -(np.arange(width // 4) / (width / 4))
+    angles = np.arange(side)[:, None] * frequencies
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [side, width / 2]
+    columns = np.broadcast_to(axis[None, :], (side, side, width // 2))
+    rows = np.broadcast_to(axis[:, None], (side, side, width // 2))
+    return np.concatenate([columns, rows], axis=-1).reshape(side * side, width).astype(np.float32)

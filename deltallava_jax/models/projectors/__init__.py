@@ -1,0 +1,99 @@
+"""Visual projectors: vision features -> V tokens of the decoder's width. A system is a file and a line here.
+
+A system is an NNX class ``System(cfg, *, rngs)`` with
+    __call__(features, text, budget, key)   [n, V, d]; key is None outside training
+    budgets(cfg)                            the tokens an image it can make, largest first
+    needs(cfg, layers)                      what it asks of a tower of that many layers
+    name_table(cfg)                         its torch names
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from deltallava_jax.config import ConfigError, ProjectorConfig
+from deltallava_jax.models import layers, names
+from deltallava_jax.models.projectors.delta import Delta
+from deltallava_jax.models.projectors.mlp import Mlp
+from deltallava_jax.models.vision import Needs, VisionFeatures
+
+SYSTEMS = {
+    "delta": Delta,
+    "mlp": Mlp,
+}
+
+
+def system(cfg: ProjectorConfig) -> type:
+    if cfg.name not in SYSTEMS:
+        close = difflib.get_close_matches(cfg.name, SYSTEMS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(SYSTEMS)}"
+        raise ConfigError(f"projector.name is {cfg.name!r}; {hint}")
+    return SYSTEMS[cfg.name]
+
+
+def init_params(cfg: ProjectorConfig, key: Array) -> layers.Params:
+    """Fresh float32 parameters as a nested dict."""
+    return layers.init(system(cfg), cfg, key)
+
+
+def budgets(cfg: ProjectorConfig) -> tuple[int, ...]:
+    """Visual tokens an image that this projector can make, largest first; more than one for an elastic one."""
+    return system(cfg).budgets(cfg)
+
+
+def check_budget(cfg: ProjectorConfig, budget: int | None) -> int:
+    """The budget itself, or the largest one for None; ConfigError with the allowed list for any other."""
+    allowed = budgets(cfg)
+    if budget is None:
+        return allowed[0]
+    if budget not in allowed:
+        raise ConfigError(f"{cfg.name} makes {', '.join(map(str, allowed))} tokens an image, not {budget}")
+    return budget
+
+
+def needs(cfg: ProjectorConfig, layers: int) -> Needs:
+    """What the projector asks of a tower with that many layers."""
+    return system(cfg).needs(cfg, layers)
+
+
+def project(
+    params: layers.Params,
+    cfg: ProjectorConfig,
+    features: VisionFeatures,
+    text: Float[Array, "n d"] | None = None,
+    *,
+    budget: int | None = None,
+    key: Array | None = None,
+) -> Float[Array, "n V d"]:
+    """Visual tokens of n images, in reading order.
+
+    text: for systems that read the question, its hidden state. budget: V, static; the largest by default.
+    key: a random key switches training behaviour (stochastic depth) on. Raises ConfigError for a budget that the
+    system does not make, ValueError for features of another grid or width."""
+    budget = check_budget(cfg, budget)
+    if features.grid != (cfg.grid, cfg.grid) or features.last.shape[-1] != cfg.in_width:
+        raise ValueError(
+            f"features of grid {features.grid} and width {features.last.shape[-1]}; "
+            f"the projector expects ({cfg.grid}, {cfg.grid}) and {cfg.in_width}"
+        )
+    with jax.named_scope(f"projector_{cfg.name}"):
+        return layers.bind(system(cfg), cfg, params)(features, text, budget, key)
+
+
+def from_torch(state_dict: dict[str, np.ndarray], cfg: ProjectorConfig) -> layers.Params:
+    """{torch name: array} -> nested dict, float32. Parts that cfg ablates may be in the state dict and are left out.
+
+    Raises names.WeightMismatch with both sides where names or shapes differ."""
+    full = {e.torch for e in system(cfg).name_table(dataclasses.replace(cfg, ablation="none"))}
+    expected = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    return names.from_torch(state_dict, system(cfg).name_table(cfg), expected, ignore=full)
+
+
+def to_torch(params: layers.Params, cfg: ProjectorConfig) -> dict[str, np.ndarray]:
+    """Nested dict -> {torch name: numpy array}, the names and shapes of the public release."""
+    return names.to_torch(params, system(cfg).name_table(cfg))

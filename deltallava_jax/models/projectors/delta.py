@@ -1,0 +1,296 @@
+"""The Delta projector of Delta-LLaVA (WACV 2026): align with a low-rank projection, then specialise.
+
+Two variants. "release" is the public code (mzamini92/Delta-LLaVA, multimodal_projector/builder.py), which produced
+the published numbers: block, position, projection, local attention, MLP. "paper" follows the paper's equations 3 to
+11: refinement, position, linear projection, block, windowed attention, residual feed-forward. No parameter's shape
+depends on the scale factor s, so one set of weights serves every budget (grid / s)^2.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.kernels.windowed_attention import windowed_attention
+from deltallava_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    attention,
+    drop_path,
+    gelu,
+    resize_grid,
+    sincos_table,
+    torch_conv,
+    trunc_normal,
+    xavier_uniform,
+)
+from deltallava_jax.models.names import Entry, linear, norm
+from deltallava_jax.models.vision import Needs, VisionFeatures
+
+LEVELS = (12, 16, 22, 23)  # of CLIP-L's 24 layers
+BLOCK_EPS, PROJECTION_EPS = 1e-5, 1e-6
+
+
+class DeltaProjection(nnx.Module):
+    """x (W_s + U V): a shared base and a rank-r update; the release adds GELU and LayerNorm."""
+
+    def __init__(self, in_width: int, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+        low_rank = cfg.ablation != "no_delta"
+        self.base = nnx.Param(trunc_normal()(rngs.params(), (in_width, cfg.width)))
+        self.U = nnx.Param(xavier_uniform(rngs.params(), (in_width, cfg.rank))) if low_rank else None
+        self.V = nnx.Param(xavier_uniform(rngs.params(), (cfg.rank, cfg.width))) if low_rank else None
+        self.norm = LayerNorm(cfg.width, eps=PROJECTION_EPS) if cfg.variant == "release" else None
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... E"]:
+        y = x @ self.base[...].astype(x.dtype)
+        if self.U is not None:
+            y = y + (x @ self.U[...].astype(x.dtype)) @ self.V[...].astype(x.dtype)
+        return y if self.norm is None else self.norm(gelu(y))
+
+
+class SelfAttention(nnx.Module):
+    """EMHSA: LayerNorm, then self-attention over all tokens, keys and values pooled for reduction > 1."""
+
+    def __init__(self, width: int, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+        self.norm = LayerNorm(width, eps=BLOCK_EPS)
+        self.q, self.k, self.v, self.o = (Linear(width, width, rngs=rngs) for _ in range(4))
+        self.head_dim, self.reduction = cfg.block_head_dim, cfg.reduction
+
+    def __call__(self, x: Float[Array, "n g g C"]) -> Float[Array, "n g g C"]:
+        side = x.shape[1]
+        y = self.norm(rearrange(x, "n h w c -> n (h w) c"))
+        pooled = y
+        if self.reduction > 1:  # an average over reduction^2 consecutive tokens, a remainder dropped
+            count = self.reduction**2
+            pooled = y[:, : y.shape[1] // count * count]
+            pooled = rearrange(pooled, "n (t r) c -> n t r c", r=count).mean(2)
+        split = lambda t: rearrange(t, "n t (h d) -> n t h d", d=self.head_dim)  # noqa: E731
+        y = attention(split(self.q(y)), split(self.k(pooled)), split(self.v(pooled)))
+        return rearrange(self.o(rearrange(y, "n t h d -> n t (h d)")), "n (h w) c -> n h w c", h=side)
+
+
+class ConvAttention(nnx.Module):
+    """MHCA: grouped 3x3 convolution, LayerNorm, ReLU, 1x1 convolution; no biases.
+
+    The convolution is one matrix product over the nine shifted copies: XLA's grouped convolution is far slower on
+    CPU. Release: groups of block_head_dim channels; paper: depthwise."""
+
+    def __init__(self, width: int, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+        group = cfg.block_head_dim if cfg.variant == "release" else 1
+        self.kernel = nnx.Param(torch_conv(9 * group)(rngs.params(), (3, 3, group, width)))
+        self.norm = LayerNorm(width, eps=BLOCK_EPS)
+        self.projection = Linear(width, width, bias=False, kernel_init=torch_conv(width), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "n g g C"]) -> Float[Array, "n g g C"]:
+        n, h, w, width = x.shape
+        kernel = rearrange(self.kernel[...].astype(x.dtype), "p q i (g o) -> g (p q i) o", g=width // self.group)
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        shifted = jnp.stack([padded[:, p : p + h, q : q + w] for p in range(3) for q in range(3)])
+        patches = rearrange(shifted, "t n h w (g i) -> n h w g (t i)", i=self.group)
+        y = jnp.einsum("nhwgi,gio->nhwgo", patches, kernel)
+        return self.projection(jax.nn.relu(self.norm(y.reshape(n, h, w, width))))
+
+    @property
+    def group(self) -> int:
+        return self.kernel.shape[2]
+
+
+class Block(nnx.Module):
+    """NTB: EMHSA on a share of the channels, MHCA on the rest, an MLP over both (Next-ViT's block)."""
+
+    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+        conv = lambda a, b, bias=False: Linear(a, b, bias=bias, kernel_init=torch_conv(a), rngs=rngs)  # noqa: E731
+        attended, convolved = split_channels(cfg)
+        emhsa = cfg.ablation != "no_emhsa"
+        self.reduce = conv(cfg.width, attended)
+        # The release norms twice in a row: here and inside EMHSA.
+        release = cfg.variant == "release"
+        self.attention_norm = LayerNorm(attended, eps=BLOCK_EPS) if emhsa and release else None
+        self.attention = SelfAttention(attended, cfg, rngs=rngs) if emhsa else None
+        self.branch = conv(attended, convolved)
+        self.convolution = ConvAttention(convolved, cfg, rngs=rngs)
+        self.up = conv(cfg.width, 2 * cfg.width, bias=True)
+        self.down = conv(2 * cfg.width, cfg.width, bias=True)
+        rate = cfg.drop_path
+        self.rates = (rate * cfg.mix_ratio, rate * (1 - cfg.mix_ratio), rate)
+
+    def __call__(self, x: Float[Array, "n g g C"], key: Array | None) -> Float[Array, "n g g C"]:
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        x = self.reduce(x)
+        if self.attention is not None:
+            with jax.named_scope("emhsa"):
+                y = x if self.attention_norm is None else self.attention_norm(x)
+                x = x + drop_path(self.attention(y), self.rates[0], keys[0])
+        with jax.named_scope("mhca"):
+            y = self.branch(x)
+            y = y + drop_path(self.convolution(y), self.rates[1], keys[1])
+        with jax.named_scope("mlp"):
+            x = jnp.concatenate([x, y], axis=-1)
+            return x + drop_path(self.down(jax.nn.relu(self.up(x))), self.rates[2], keys[2])
+
+
+class LocalAttention(nnx.Module):
+    """The release's local chunk attention: torch MultiheadAttention of each query with its own s x s patches."""
+
+    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+        self.inputs = Linear(cfg.width, 3 * cfg.width, kernel_init=xavier_uniform, rngs=rngs)  # q, k, v packed
+        self.o = Linear(cfg.width, cfg.width, rngs=rngs)
+        self.head_dim = cfg.head_dim
+
+    def __call__(self, q, k, v):
+        kernels = jnp.split(self.inputs.kernel[...].astype(q.dtype), 3, axis=1)
+        biases = jnp.split(self.inputs.bias[...].astype(q.dtype), 3)
+        split = lambda t: rearrange(t, "n h w (a d) -> n h w a d", d=self.head_dim)  # noqa: E731
+        q, k, v = (split(x @ kernel + bias) for x, kernel, bias in zip((q, k, v), kernels, biases))
+        return self.o(rearrange(windowed_attention(q, k, v), "n h w a d -> n h w (a d)"))
+
+
+class Refine(nnx.Module):
+    """The paper's refinement of the queries (section 4.1): MHCA, then EMHSA, both residual."""
+
+    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+        self.convolution = ConvAttention(cfg.in_width, cfg, rngs=rngs)
+        self.attention = SelfAttention(cfg.in_width, cfg, rngs=rngs) if cfg.ablation != "no_emhsa" else None
+
+    def __call__(self, x: Float[Array, "n g g C"]) -> Float[Array, "n g g C"]:
+        x = x + self.convolution(x)
+        return x if self.attention is None else x + self.attention(x)
+
+
+class Delta(nnx.Module):
+    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        levels = cfg.level_count * cfg.in_width
+        self.q = DeltaProjection(cfg.in_width if cfg.variant == "paper" else cfg.width, cfg, rngs=rngs)
+        self.k = DeltaProjection(levels, cfg, rngs=rngs)
+        self.v = DeltaProjection(levels, cfg, rngs=rngs)
+        self.block = Block(cfg, rngs=rngs) if cfg.ablation != "no_tb" else None
+        if cfg.variant == "release":
+            self.attention = LocalAttention(cfg, rngs=rngs)
+            self.up = Linear(cfg.width, cfg.out_width, rngs=rngs)
+            self.down = Linear(cfg.out_width, cfg.out_width, rngs=rngs)
+        else:
+            self.refine = Refine(cfg, rngs=rngs)
+            self.head = Linear(cfg.width, cfg.out_width, rngs=rngs)
+            self.norm = LayerNorm(cfg.out_width, eps=PROJECTION_EPS)
+            self.up = Linear(cfg.out_width, cfg.mlp_width, rngs=rngs)
+            self.down = Linear(cfg.mlp_width, cfg.out_width, rngs=rngs)
+
+    def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
+        side = round(budget**0.5)
+        unflatten = lambda x: rearrange(x, "n (h w) c -> n h w c", h=self.cfg.grid)  # noqa: E731
+        with jax.named_scope("resize"):
+            q = resize_grid(unflatten(features.last), side, "bilinear")
+        with jax.named_scope("keys_values"):
+            levels = unflatten(features.levels)
+            k, v = self.k(levels), self.v(levels)
+        forward = self._release if self.cfg.variant == "release" else self._paper
+        return rearrange(forward(q, k, v, key), "n h w d -> n (h w) d")
+
+    def _release(self, q, k, v, key):
+        if self.block is not None:
+            with jax.named_scope("block"):
+                q = self.block(q, key)
+        with jax.named_scope("query"):
+            q = self.q(q + self._positions(q))
+        with jax.named_scope("local_attention"):
+            y = self.attention(q, k, v)
+        with jax.named_scope("mlp"):
+            return self.down(gelu(self.up(y)))
+
+    def _paper(self, q, k, v, key):
+        with jax.named_scope("refine"):
+            q = self.refine(q)
+        with jax.named_scope("query"):
+            q = self.q(q + self._positions(q))
+        if self.block is not None:
+            with jax.named_scope("block"):
+                q = self.block(q, key)
+        with jax.named_scope("windowed_attention"):
+            split = lambda t: rearrange(t, "n h w (a d) -> n h w a d", d=self.cfg.head_dim)  # noqa: E731
+            y = windowed_attention(split(q), split(k), split(v), window=self.cfg.window)
+        with jax.named_scope("mlp"):
+            y = self.head(rearrange(y, "n h w a d -> n h w (a d)"))
+            return y + self.down(gelu(self.up(self.norm(y))))
+
+    def _positions(self, q: Float[Array, "n h w C"]) -> Float[Array, "1 h w C"]:
+        """The fixed sine-cosine table of the patch grid, resized to the query grid (torch's bicubic)."""
+        side, grid, width = q.shape[1], self.cfg.grid, q.shape[-1]
+        table = jnp.asarray(sincos_table(grid, width).reshape(1, grid, grid, width))
+        return resize_grid(table, side, "bicubic").astype(q.dtype)
+
+    @staticmethod
+    def budgets(cfg: ProjectorConfig) -> tuple[int, ...]:
+        return tuple(sorted({(cfg.grid // s) ** 2 for s in cfg.scale_factors}, reverse=True))
+
+    @staticmethod
+    def needs(cfg: ProjectorConfig, layers: int) -> Needs:
+        last = layers + 1 + cfg.select_layer
+        # The release's layers at the same relative depths, halves rounded up, none beyond the query features' layer.
+        levels = cfg.levels or tuple(min(int(layers * level / 24 + 0.5), last) for level in LEVELS[-cfg.level_count :])
+        return Needs(last=last, levels=levels)
+
+    @staticmethod
+    def name_table(cfg: ProjectorConfig) -> list[Entry]:
+        table = []
+        for name in "qkv":
+            table += [Entry(f"{name}_proj_1.shared_weight.weight", f"{name}/base", "linear")]
+            if cfg.ablation != "no_delta":
+                table += [Entry(f"{name}_proj_1.{matrix}", f"{name}/{matrix}") for matrix in "UV"]
+            if cfg.variant == "release":
+                table += norm(f"{name}_proj_1.norm", f"{name}/norm")
+        if cfg.ablation != "no_tb":
+            table += _block_names(cfg)
+        if cfg.variant == "release":
+            table += [
+                Entry("clip_attn.in_proj_weight", "attention/inputs/kernel", "linear"),
+                Entry("clip_attn.in_proj_bias", "attention/inputs/bias"),
+                *linear("clip_attn.out_proj", "attention/o"),
+                *linear("mlp.0", "up"),
+                *linear("mlp.2", "down"),
+            ]
+        else:
+            table += _convolution_names("refine.mhca", "refine/convolution")
+            if cfg.ablation != "no_emhsa":
+                table += _attention_names("refine.e_mhsa", "refine/attention")
+            table += linear("head", "head") + norm("ffn.norm", "norm") + linear("ffn.0", "up") + linear("ffn.2", "down")
+        return table
+
+
+def split_channels(cfg: ProjectorConfig) -> tuple[int, int]:
+    """Channels of the block's attention and convolution branches: whole heads, mix_ratio to the attention."""
+    heads = cfg.width // cfg.block_head_dim
+    attended = min(max(1, round(heads * cfg.mix_ratio)), heads - 1) * cfg.block_head_dim
+    return attended, cfg.width - attended
+
+
+def _block_names(cfg: ProjectorConfig) -> list[Entry]:
+    ntb = "combined_block.ntb"
+    table = linear(f"{ntb}.patch_embed.conv", "block/reduce", bias=False, kind="conv1x1")
+    if cfg.ablation != "no_emhsa":
+        table += _attention_names(f"{ntb}.e_mhsa", "block/attention")
+        if cfg.variant == "release":
+            table += norm(f"{ntb}.norm_mhsa", "block/attention_norm")
+    table += linear(f"{ntb}.projection.conv", "block/branch", bias=False, kind="conv1x1")
+    table += _convolution_names(f"{ntb}.mhca", "block/convolution")
+    table += linear(f"{ntb}.mlp.conv1", "block/up", kind="conv1x1")
+    return table + linear(f"{ntb}.mlp.conv2", "block/down", kind="conv1x1")
+
+
+def _attention_names(torch: str, path: str) -> list[Entry]:
+    pairs = (("q", "q"), ("k", "k"), ("v", "v"), ("proj", "o"))
+    return norm(f"{torch}.norm", f"{path}/norm") + [
+        entry for theirs, ours in pairs for entry in linear(f"{torch}.{theirs}", f"{path}/{ours}")
+    ]
+
+
+def _convolution_names(torch: str, path: str) -> list[Entry]:
+    return [
+        Entry(f"{torch}.group_conv3x3.weight", f"{path}/kernel", "conv"),
+        *norm(f"{torch}.norm", f"{path}/norm"),
+        *linear(f"{torch}.projection", f"{path}/projection", bias=False, kind="conv1x1"),
+    ]

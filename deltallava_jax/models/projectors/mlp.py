@@ -1,0 +1,34 @@
+"""LLaVA-1.5's projector: a two-layer MLP on every patch (haotian-liu/LLaVA, multimodal_projector/builder.py)."""
+
+from __future__ import annotations
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.models.layers import Linear, gelu, torch_conv
+from deltallava_jax.models.names import Entry, linear
+from deltallava_jax.models.vision import Needs, VisionFeatures
+
+
+class Mlp(nnx.Module):
+    """Linear in_width -> d, exact GELU, Linear d -> d; one token a patch."""
+
+    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+        self.up = Linear(cfg.in_width, cfg.out_width, kernel_init=torch_conv(cfg.in_width), rngs=rngs)
+        self.down = Linear(cfg.out_width, cfg.out_width, kernel_init=torch_conv(cfg.out_width), rngs=rngs)
+
+    def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
+        return self.down(gelu(self.up(features.last)))
+
+    @staticmethod
+    def budgets(cfg: ProjectorConfig) -> tuple[int, ...]:
+        return (cfg.grid**2,)
+
+    @staticmethod
+    def needs(cfg: ProjectorConfig, layers: int) -> Needs:
+        return Needs(last=layers + 1 + cfg.select_layer)
+
+    @staticmethod
+    def name_table(cfg: ProjectorConfig) -> list[Entry]:
+        return linear("0", "up") + linear("2", "down")

@@ -1,0 +1,197 @@
+"""Vision towers of the CLIP and SigLIP architectures, run up to the layers that a projector needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from deltallava_jax.config import VisionConfig
+from deltallava_jax.models.layers import (
+    REMAT,
+    LayerNorm,
+    Linear,
+    Params,
+    attention,
+    bind,
+    init,
+    init_stack,
+    normal,
+    quick_gelu,
+)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a system asks of the tower. Hidden-state index i is the output of layer i; 0 is the embedding.
+
+    cls_attention: (layer, "head_mean" | "one_head"): attention of the CLS token to the patches in layer ``layer``
+    (1-based), averaged over the heads, or as one head over the full width with scale width**-0.5 (PruMerge).
+    keys: layer whose keys, before the head split, are returned."""
+
+    last: int
+    levels: tuple[int, ...] = ()
+    cls_attention: tuple[int, str] | None = None
+    keys: int | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VisionFeatures:
+    """Features of n images; patches in row-major order over ``grid``, the CLS token left out.
+
+    last: [n, N, C]; levels: [n, N, L * C], several layers concatenated on channels, or None;
+    cls_attention: [n, N] or None; keys: [n, N, C] or None."""
+
+    last: Float[Array, "n N C"]
+    levels: Float[Array, "n N LC"] | None = None
+    cls_attention: Float[Array, "n N"] | None = None
+    keys: Float[Array, "n N C"] | None = None
+    grid: tuple[int, int] = field(default=(24, 24), metadata={"static": True})
+
+
+class Embeddings(nnx.Module):
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+        clip = cfg.family == "clip"
+        pixels = cfg.patch_size**2 * 3
+        std = cfg.width**-0.5
+        self.patch = Linear(pixels, cfg.width, bias=not clip, kernel_init=normal(pixels**-0.5), rngs=rngs)
+        self.cls = nnx.Param(normal(std)(rngs.params(), (cfg.width,))) if clip else None
+        self.position = nnx.Param(normal(std)(rngs.params(), (cfg.grid**2 + clip, cfg.width)))
+        self.pre_norm = LayerNorm(cfg.width, eps=cfg.norm_eps) if clip else None
+        self.patch_size, self.grid = cfg.patch_size, cfg.grid
+
+    def __call__(self, pixels: Float[Array, "n H W 3"]) -> Float[Array, "n N C"]:
+        side = self.grid * self.patch_size
+        patches = rearrange(
+            pixels[:, :side, :side],
+            "n (h p) (w q) c -> n (h w) (p q c)",
+            p=self.patch_size,
+            q=self.patch_size,
+        )
+        x = self.patch(patches)
+        if self.cls is not None:
+            cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+            x = jnp.concatenate([cls, x], axis=1)
+        x = x + self.position[...].astype(x.dtype)
+        return x if self.pre_norm is None else self.pre_norm(x)
+
+
+class Layer(nnx.Module):
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+        make = lambda a, b, std: Linear(a, b, kernel_init=normal(std), rngs=rngs)  # noqa: E731
+        width, depth = cfg.width, (2 * cfg.layers) ** -0.5
+        self.attention_norm = LayerNorm(width, eps=cfg.norm_eps)
+        self.q, self.k, self.v = (make(width, width, width**-0.5) for _ in range(3))
+        self.o = make(width, width, width**-0.5 * depth)
+        self.mlp_norm = LayerNorm(width, eps=cfg.norm_eps)
+        self.up = make(width, cfg.mlp_width, (2 * width) ** -0.5)
+        self.down = make(cfg.mlp_width, width, width**-0.5 * depth)
+        self.heads = cfg.heads
+        self.activation = quick_gelu if cfg.family == "clip" else jax.nn.gelu  # SigLIP: the tanh form
+
+    def __call__(self, x: Float[Array, "n N C"]) -> Float[Array, "n N C"]:
+        with jax.named_scope("attention"):
+            y = self.attention_norm(x)
+            split = lambda t: rearrange(t, "n t (h d) -> n t h d", h=self.heads)  # noqa: E731
+            y = attention(split(self.q(y)), split(self.k(y)), split(self.v(y)))
+            x = x + self.o(rearrange(y, "n t h d -> n t (h d)"))
+        with jax.named_scope("mlp"):
+            return x + self.down(self.activation(self.up(self.mlp_norm(x))))
+
+    def keys(self, x: Float[Array, "n N C"]) -> Float[Array, "n N C"]:
+        return self.k(self.attention_norm(x))
+
+    def cls_attention(self, x: Float[Array, "n N C"], how: str) -> Float[Array, "n N"]:
+        """The CLS row of this layer's attention, CLS column dropped after the softmax."""
+        heads = {"head_mean": self.heads, "one_head": 1}[how]
+        y = self.attention_norm(x)
+        q = rearrange(self.q(y[:, 0]), "n (h d) -> n h d", h=heads)
+        k = rearrange(self.k(y), "n t (h d) -> n t h d", h=heads)
+        scores = jnp.einsum("nhd,nthd->nht", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        return jax.nn.softmax(scores, axis=-1).mean(1)[:, 1:]
+
+
+class FinalNorm(nnx.Module):
+    """CLIP's post-LayerNorm touches only the pooled CLS and is kept for exports; SigLIP's closes the last layer."""
+
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+        self.norm = LayerNorm(cfg.width, eps=cfg.norm_eps)
+
+    def __call__(self, x):
+        return self.norm(x)
+
+
+def init_params(cfg: VisionConfig, key: Array) -> Params:
+    """{"embeddings", "layers" (stacked on axis 0), "final"}, float32."""
+    keys = jax.random.split(key, 3)
+    return {
+        "embeddings": init(Embeddings, cfg, keys[0]),
+        "layers": init_stack(Layer, cfg, keys[1], cfg.layers),
+        "final": init(FinalNorm, cfg, keys[2]),
+    }
+
+
+def normalize(images: UInt8[Array, "n H W 3"], cfg: VisionConfig) -> Float[Array, "n H W 3"]:
+    """uint8 pixels -> float32, rescaled by 1/255, the tower's mean and standard deviation."""
+    pixels = images.astype(jnp.float32) / 255.0
+    return (pixels - jnp.asarray(cfg.image_mean)) / jnp.asarray(cfg.image_std)
+
+
+def embed(params: Params, cfg: VisionConfig, pixels: Float[Array, "n H W 3"]) -> Float[Array, "n N C"]:
+    """Hidden state 0: patches (and CLS) with positions, in the dtype of ``pixels``."""
+    with jax.named_scope("tower_embed"):
+        return bind(Embeddings, cfg, params["embeddings"])(pixels)
+
+
+def run(
+    params: Params, cfg: VisionConfig, hidden: Float[Array, "n N C"], layers: tuple[int, int], remat: str = "none"
+) -> Float[Array, "n N C"]:
+    """Hidden state ``layers[0]`` -> hidden state ``layers[1]``, scanned."""
+    first, last = layers
+    stack = jax.tree.map(lambda x: x[first:last], params["layers"])
+    body = REMAT[remat](lambda x, layer: (bind(Layer, cfg, layer)(x), None))
+    with jax.named_scope(f"tower_layers_{first}_{last}"):
+        return jax.lax.scan(body, hidden, stack)[0]
+
+
+def encode(
+    params: Params,
+    cfg: VisionConfig,
+    images: UInt8[Array, "n H W 3"] | Float[Array, "n H W 3"],
+    needs: Needs,
+    *,
+    dtype=jnp.float32,
+    remat: str = "none",
+) -> VisionFeatures:
+    """Runs the tower no further than ``needs`` and returns just what it names.
+
+    images: uint8 pixels, or floats already normalised."""
+    pixels = normalize(images, cfg) if images.dtype == jnp.uint8 else images
+    hidden = embed(params, cfg, pixels.astype(dtype))
+    skip = 1 if cfg.family == "clip" else 0
+    before = {layer - 1 for layer in (needs.keys, (needs.cls_attention or (None,))[0]) if layer is not None}
+    states, at = {}, 0
+    for stop in sorted({needs.last, *needs.levels} | before):
+        if stop > at:
+            hidden, at = run(params, cfg, hidden, (at, stop), remat), stop
+        states[stop] = hidden
+    patches = {index: state[:, skip:] for index, state in states.items()}
+    layer = lambda index: bind(Layer, cfg, jax.tree.map(lambda x: x[index - 1], params["layers"]))  # noqa: E731
+    cls_attention = keys = None
+    if needs.cls_attention is not None:
+        index, how = needs.cls_attention
+        cls_attention = layer(index).cls_attention(states[index - 1], how)
+    if needs.keys is not None:
+        keys = layer(needs.keys).keys(states[needs.keys - 1])[:, skip:]
+    return VisionFeatures(
+        last=patches[needs.last],
+        levels=jnp.concatenate([patches[i] for i in needs.levels], axis=-1) if needs.levels else None,
+        cls_attention=cls_attention,
+        keys=keys,
+        grid=(cfg.grid, cfg.grid),
+    )

@@ -1,0 +1,126 @@
+"""Where an image's visual tokens go in a row of text: the one contract between the data and the models.
+
+The data pipeline writes one placeholder (token id 0) per image and never knows how many visual tokens a model makes
+of it. On the device, ``layout`` opens each placeholder into V slots. Shapes: B rows, T text tokens with placeholders,
+I image places a row, V visual tokens an image, S = T + I * (V - 1) slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, UInt8
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Rows of packed conversations, numpy on the host or jax on the device.
+
+    tokens: token ids; 0 at an image's placeholder and in the padding.
+    loss_mask: True at tokens that are to be predicted.
+    segments: 1, 2, ... for the conversations of a row, each a contiguous block; 0 is padding.
+    image_positions: index into tokens of each image's placeholder, ascending; T where the place is unused.
+    images: pixels, normalised on the device.
+    questions: [start, end) into tokens of the question that belongs to each image, for systems that read it.
+    """
+
+    tokens: Int[Array, "B T"]
+    loss_mask: Bool[Array, "B T"]
+    segments: Int[Array, "B T"]
+    image_positions: Int[Array, "B I"]
+    images: UInt8[Array, "B I H W 3"]
+    questions: Int[Array, "B I 2"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Layout:
+    """What each of a row's S slots holds.
+
+    positions: rotary position, counted over live slots, restarting in each segment.
+    segments: the conversation of a live slot; 0 for padding and for visual slots that hold no token.
+    is_visual: the slot belongs to an image.
+    text_index, visual_index: where to gather from, in [0, T) and in [0, I * V); in range everywhere.
+    targets, loss_mask: the token to predict at this slot and whether it counts.
+    """
+
+    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"]
+    is_visual: Bool[Array, "B S"]
+    text_index: Int[Array, "B S"]
+    visual_index: Int[Array, "B S"]
+    targets: Int[Array, "B S"]
+    loss_mask: Bool[Array, "B S"]
+
+
+def layout(batch: Batch, valid: Bool[Array, "B I V"] | None, V: int) -> Layout:
+    """Opens each image's placeholder into V slots.
+
+    valid says which of an image's V tokens exist (None: all). Pure; V is static. A target is the next live slot's
+    token of the same conversation, whatever dead slots lie between."""
+    B, T = batch.tokens.shape
+    I = batch.image_positions.shape[1]
+    S = T + I * (V - 1)
+    slots = jnp.arange(S)
+
+    # First slot of each image; unused places start past the end.
+    starts = jnp.where(batch.image_positions < T, batch.image_positions + jnp.arange(I) * (V - 1), S)
+    opened = (slots[None, :, None] >= starts[:, None, :]).sum(-1)  # images that began at or before each slot
+    image = jnp.maximum(opened - 1, 0)
+    if I:
+        offset = slots - jnp.take_along_axis(starts, image, axis=1)
+    else:
+        offset = jnp.full((B, S), V)
+    is_visual = (opened > 0) & (offset < V)
+    visual_index = jnp.where(is_visual, image * V + offset, 0)
+
+    # Text slots count each image passed as V slots of the row but one token of the text.
+    text_index = slots - opened * (V - 1)
+    inside = text_index < T
+    text_index = jnp.clip(text_index, 0, T - 1)
+    if I:
+        placeholder = jnp.take_along_axis(batch.image_positions, image, axis=1)
+        text_index = jnp.where(is_visual, jnp.clip(placeholder, 0, T - 1), text_index)
+    inside = inside | is_visual
+
+    conversation = jnp.where(inside, jnp.take_along_axis(batch.segments, text_index, axis=1), 0)
+    live = conversation > 0
+    if valid is not None and I:
+        live &= ~is_visual | jnp.take_along_axis(valid.reshape(B, I * V), visual_index, axis=1)
+
+    # Live slots before each slot, less those before its conversation began.
+    before = jnp.cumsum(live, axis=1) - live
+    begins = conversation != jnp.pad(conversation, ((0, 0), (1, 0)))[:, :-1]
+    base = jax.lax.cummax(jnp.where(begins, before, 0), axis=1)
+    positions = jnp.where(live, before - base, 0)
+
+    # The next live slot: a minimum over the slots to the right.
+    following = jax.lax.cummin(jnp.where(live, slots, S), axis=1, reverse=True)
+    following = jnp.pad(following, ((0, 0), (0, 1)), constant_values=S)[:, 1:]
+    exists = following < S
+    following = jnp.minimum(following, S - 1)
+    at_next = lambda values: jnp.take_along_axis(values, following, axis=1)  # noqa: E731
+    tokens = jnp.take_along_axis(batch.tokens, text_index, axis=1)
+    supervised = jnp.take_along_axis(batch.loss_mask, text_index, axis=1) & ~is_visual & live
+    loss_mask = live & exists & at_next(supervised) & (at_next(conversation) == conversation)
+
+    return Layout(
+        positions=positions.astype(jnp.int32),
+        segments=jnp.where(live, conversation, 0).astype(jnp.int32),
+        is_visual=is_visual,
+        text_index=text_index.astype(jnp.int32),
+        visual_index=visual_index.astype(jnp.int32),
+        targets=jnp.where(loss_mask, at_next(tokens), 0).astype(jnp.int32),
+        loss_mask=loss_mask,
+    )
+
+
+def budget_at(seed: int, step: int, budgets: tuple[int, ...]) -> int:
+    """The budget (visual tokens an image) of a training step, uniform over ``budgets``; the same on every host."""
+    if len(budgets) == 1:
+        return budgets[0]
+    return budgets[int(np.random.default_rng((seed, step)).integers(len(budgets)))]
