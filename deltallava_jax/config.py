@@ -199,7 +199,9 @@ class DataConfig:
     """The training data and its packing. ``row_length`` S bounds text plus visual tokens of a row."""
 
     dataset: str = "easy_vqa"
-    turns: int = 0  # questions a conversation; 0: all of an image's questions
+    template: str = "vicuna_v1"
+    turns: int = 0  # easy_vqa: questions a conversation; 0: all of an image's questions
+    shuffle_turns: bool = False  # the questions of a conversation in another order each epoch
     rows: int = 16  # rows of the global batch
     row_length: int = 2048
     images_per_row: int = 0  # 0: chosen from the data for each budget

@@ -119,6 +119,12 @@ def layout(batch: Batch, valid: Bool[Array, "B I V"] | None, V: int) -> Layout:
     )
 
 
+def text_layout(positions: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Layout:
+    """The layout of slots that hold text alone and predict nothing: tokens appended while decoding."""
+    zeros, none = jnp.zeros_like(positions), jnp.zeros_like(positions, bool)
+    return Layout(positions, segments, none, zeros, zeros, zeros, none)
+
+
 def budget_at(seed: int, step: int, budgets: tuple[int, ...]) -> int:
     """The budget (visual tokens an image) of a training step, uniform over ``budgets``; the same on every host."""
     if len(budgets) == 1:

@@ -122,7 +122,7 @@ def attention(
     v: Float[Array, "B K G D"],
     mask: Bool[Array, "B 1 Q K"] | None = None,
 ) -> Float[Array, "B Q H D"]:
-    """Dense attention, softmax in float32; H may be a multiple of the key heads G. The only such call in the project."""
+    """Dense attention, softmax in float32; H may be a multiple of the key heads G. The one dense call site."""
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 

@@ -1,0 +1,30 @@
+"""What the command-line doors share: errors a user can act on are one clear message, without a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a door's main with JAX's compiled programs kept between runs; exits 1 with a message on a known error."""
+    import jax
+
+    from deltallava_jax.config import ConfigError
+    from deltallava_jax.data.tokens import TokenizerError
+    from deltallava_jax.models.names import WeightMismatch
+    from deltallava_jax.training.checkpoints import CheckpointError
+    from deltallava_jax.training.loop import TooManyFaults
+    from deltallava_jax.training.metrics import NonFiniteLoss
+
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "deltallava_jax" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    try:
+        main()
+    except (ConfigError, TokenizerError, WeightMismatch, CheckpointError, TooManyFaults, NonFiniteLoss) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command resumes from the newest checkpoint")

@@ -1,0 +1,90 @@
+"""Conversations in LLaVA's format -> token ids with exact supervised spans.
+
+A conversation is a list of turns {"from": "human" | "gpt", "value": text}; ``<image>`` in a human turn marks where an
+image goes. Spans come from the tokenizer's character offsets, never from counting re-tokenized substrings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from deltallava_jax.data.tokens import Tokenizer
+
+IMAGE = "<image>"
+
+
+class BadSample(ValueError):
+    """A record that cannot be trained on; the message says why. The run skips and counts it."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """How turns become text: system, then user and assistant formats; ``end`` closes an answer and is supervised."""
+
+    system: str
+    user: str
+    assistant: str
+    end: str = "</s>"
+
+
+TEMPLATES = {
+    # LLaVA-1.5's instruction template (haotian-liu/LLaVA, llava/conversation.py).
+    "vicuna_v1": Template(
+        system="A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        user="USER: {} ",
+        assistant="ASSISTANT:",
+    ),
+    # The least text: for models trained from scratch on short questions.
+    "brief": Template(system="", user="{}", assistant=""),
+}
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """ids [T] with id 0 at each image's placeholder; loss_mask [T]; image_positions [images]."""
+
+    ids: np.ndarray
+    loss_mask: np.ndarray
+    image_positions: np.ndarray
+
+
+def rounds(conversation: list[dict]) -> list[tuple[str, str | None]]:
+    """(question, answer) pairs; the last answer is None when the conversation ends with a question.
+
+    Raises BadSample unless human and gpt turns alternate, human first."""
+    for index, turn in enumerate(conversation):
+        expected = ("human", "gpt")[index % 2]
+        if turn.get("from") != expected or not isinstance(turn.get("value"), str):
+            raise BadSample(f"turn {index} is from {turn.get('from')!r}, expected {expected!r} with a text value")
+    if not conversation:
+        raise BadSample("the conversation is empty")
+    values = [turn["value"] for turn in conversation] + [None] * (len(conversation) % 2)
+    return list(zip(values[::2], values[1::2]))
+
+
+def tokenize(pairs: list[tuple[str, str | None]], template: Template, tokenizer: Tokenizer) -> Tokenized:
+    """Token ids of a whole conversation, BOS first; each answer and its ``end`` are supervised.
+
+    A final answer of None leaves the prompt open for generation."""
+    text, spans = template.system, []
+    for question, answer in pairs:
+        text += template.user.format(question) + template.assistant
+        if answer is None:
+            break
+        spans.append((len(text), len(text) + len(f" {answer}{template.end}")))
+        text += f" {answer}{template.end}"
+    ids, mask, positions, start = [tokenizer.bos], [False], [], 0
+    for index, piece in enumerate(text.split(IMAGE)):
+        if index:
+            positions.append(len(ids))
+            ids.append(0)
+            mask.append(False)
+            start += len(IMAGE)
+        piece_ids, offsets = tokenizer.encode(piece)
+        ids += piece_ids
+        mask += [any(a < start + end and start + begin < b for a, b in spans) for begin, end in offsets]
+        start += len(piece)
+    return Tokenized(np.array(ids, np.int32), np.array(mask, bool), np.array(positions, np.int32))

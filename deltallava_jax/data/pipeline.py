@@ -1,0 +1,138 @@
+"""From the pack plan to batches: tokenize, decode and place in worker processes (grain), one step an element.
+
+The iterator's whole state is the step number. A record that cannot be read becomes a hole in its row; its reason
+travels with the batch, so that the parent can count it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from deltallava_jax.config import DataConfig
+from deltallava_jax.data.conversation import TEMPLATES, BadSample, Tokenized, rounds, tokenize
+from deltallava_jax.data.images import load_image
+from deltallava_jax.data.packing import PackPlan
+from deltallava_jax.data.sources import Record, Source
+from deltallava_jax.data.tokens import Tokenizer
+from deltallava_jax.sequence import Batch
+
+
+@dataclass(frozen=True)
+class Element:
+    """One step's rows of this process (numpy), its budget, and "record: reason" for each record left out."""
+
+    batch: Batch
+    budget: int
+    faults: tuple[str, ...]
+
+
+class Rows:
+    """Builds rows from record ids; sent to the workers."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, cfg: DataConfig, image_size: int, seed: int):
+        self.source, self.tokenizer, self.cfg, self.image_size, self.seed = source, tokenizer, cfg, image_size, seed
+
+    def tokenize(self, record: Record, index: int, epoch: int) -> Tokenized:
+        """The record's tokens; with data.shuffle_turns its questions come in another order each epoch.
+
+        Raises BadSample for turns out of order, or markers that do not match the images."""
+        pairs = rounds(record.conversation)
+        if self.cfg.shuffle_turns and len(pairs) > 1:
+            pairs = _shuffle(pairs, np.random.default_rng((self.seed, epoch, index)))
+        tokenized = tokenize(pairs, TEMPLATES[self.cfg.template], self.tokenizer)
+        if len(tokenized.image_positions) != len(record.images):
+            markers = len(tokenized.image_positions)
+            raise BadSample(f"{markers} <image> markers, but {len(record.images)} images")
+        return tokenized
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """(text tokens, images) of every record; (0, 0) for one whose conversation is broken."""
+        counts = np.zeros((len(self.source), 2), np.int64)
+        for index in range(len(self.source)):
+            record = self.source[index]
+            try:
+                counts[index] = len(self.tokenize(record, index, 0).ids), len(record.images)
+            except BadSample:
+                continue
+        return counts[:, 0], counts[:, 1]
+
+    def build(self, rows: list[list[int]], epoch: int, text: int, images: int) -> tuple[Batch, tuple[str, ...]]:
+        """A batch of ``rows`` with T = text and I = images, and the faults met."""
+        B, size = len(rows), self.image_size
+        batch = Batch(
+            tokens=np.zeros((B, text), np.int32),
+            loss_mask=np.zeros((B, text), bool),
+            segments=np.zeros((B, text), np.int32),
+            image_positions=np.full((B, images), text, np.int32),
+            images=np.zeros((B, images, size, size, 3), np.uint8),
+        )
+        faults = []
+        for row, records in enumerate(rows):
+            start = placed = segment = 0
+            for index in records:
+                record = self.source[index]
+                try:
+                    tokenized = self.tokenize(record, index, epoch)
+                    pixels = [load_image(path, size) for path in record.images]
+                    end = min(start + len(tokenized.ids), text)
+                    if (tokenized.image_positions + start >= end).any():
+                        raise BadSample(f"an image lies beyond the row's {text} text tokens")
+                except BadSample as error:
+                    faults.append(f"{record.id}: {error}")
+                    continue
+                segment += 1
+                batch.tokens[row, start:end] = tokenized.ids[: end - start]
+                batch.loss_mask[row, start:end] = tokenized.loss_mask[: end - start]
+                batch.segments[row, start:end] = segment
+                for position, image in zip(tokenized.image_positions, pixels):
+                    batch.image_positions[row, placed] = start + position
+                    batch.images[row, placed] = image
+                    placed += 1
+                start = end
+        return batch, tuple(faults)
+
+
+def _shuffle(pairs, rng: np.random.Generator):
+    """The rounds in another order; what stands before the first question (its image) stays in front."""
+    head, newline, first = pairs[0][0].rpartition("\n")
+    pairs = [(first, pairs[0][1]), *pairs[1:]]
+    pairs = [pairs[i] for i in rng.permutation(len(pairs))]
+    return [(head + newline + pairs[0][0], pairs[0][1]), *pairs[1:]]
+
+
+@dataclass(frozen=True)
+class _BuildStep:
+    """One step number -> its Element, for this process's share of the rows. Runs in the workers."""
+
+    rows: Rows
+    plan: PackPlan
+    process: int
+    processes: int
+
+    def __call__(self, number: int) -> Element:
+        step = self.plan.step(int(number))
+        share = len(step.rows) // self.processes
+        mine = step.rows[self.process * share : (self.process + 1) * share]
+        batch, faults = self.rows.build(mine, step.epoch, *self.plan.capacities[step.budget])
+        return Element(batch, step.budget, faults)
+
+
+def elements(
+    rows: Rows, plan: PackPlan, start: int, stop: int, *, workers: int, process: int = 0, processes: int = 1
+) -> Iterator[Element]:
+    """Elements of steps start to stop - 1, in order, built ahead in ``workers`` processes (0: in this one)."""
+    numbers = grain.MapDataset.range(start, stop)
+    dataset = numbers.map(_BuildStep(rows, plan, process, processes)).to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    )
+    if workers:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # grain asks for absl's flags in the parent of its workers
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    return iter(dataset)

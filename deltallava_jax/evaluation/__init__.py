@@ -1,0 +1,5 @@
+"""Benchmarks by name. A task is evaluate(params, cfg, tokenizer, *, budget, blind, limit, progress) -> report."""
+
+from deltallava_jax.evaluation import easy_vqa
+
+TASKS = {"easy_vqa": easy_vqa.evaluate}

@@ -1,0 +1,82 @@
+"""easy-VQA's official test split: greedy answers, exact match."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from deltallava_jax.config import Config
+from deltallava_jax.data import easy_vqa
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, tokenize
+from deltallava_jax.data.images import load_image
+from deltallava_jax.data.tokens import Tokenizer
+from deltallava_jax.inference.generate import encode, greedy, prompt_batch
+from deltallava_jax.models import projectors
+from deltallava_jax.models.layers import Params
+
+IMAGE_BATCH = 64
+
+
+def evaluate(
+    params: Params,
+    cfg: Config,
+    tokenizer: Tokenizer,
+    *,
+    budget: int | None = None,
+    blind: bool = False,
+    limit: int = 0,
+    progress: bool = True,
+) -> dict:
+    """Accuracy on the test questions, in all and by question type.
+
+    budget: visual tokens an image (the largest by default). blind: noise in place of every image, the control that
+    the image is used. limit: only so many questions, spread evenly (0: all). Returns task, accuracy, n, by_type,
+    budget, blind, seconds. Raises ConfigError for a budget that the projector does not make."""
+    began = time.monotonic()
+    budget = projectors.check_budget(cfg.model.projector, budget)
+    questions = easy_vqa.questions("test")
+    if limit and limit < len(questions):
+        questions = [questions[i] for i in np.linspace(0, len(questions) - 1, limit).astype(int)]
+    visual = _encode(params, cfg, sorted({q.image for q in questions}), budget, blind)
+    template = TEMPLATES[cfg.data.template]
+    prompts = [tokenize([(f"{IMAGE}\n{q.question}", None)], template, tokenizer) for q in questions]
+    length = max(len(prompt.ids) for prompt in prompts)
+    size = min(cfg.evaluation.batch_size, len(questions))
+    answers = []
+    for start in tqdm(range(0, len(questions), size), "answering", unit="batch", disable=not progress, leave=False):
+        # The last batch is filled up by repeating its last question: one shape, one compile.
+        chosen = [min(start + i, len(questions) - 1) for i in range(size)]
+        tokens = greedy(
+            params, cfg.model,
+            prompt_batch([prompts[i] for i in chosen], length),
+            np.stack([visual[questions[i].image] for i in chosen]),
+            max_new_tokens=cfg.evaluation.max_new_tokens, eos=tokenizer.eos,
+        )  # fmt: skip
+        answers += [tokenizer.decode(row) for row in np.asarray(tokens)]
+    right: dict[str, list[bool]] = {}
+    for question, answer in zip(questions, answers):
+        right.setdefault(question.type, []).append(answer == question.answer)
+    return {
+        "task": "easy_vqa",
+        "accuracy": float(np.mean([hit for hits in right.values() for hit in hits])),
+        "n": len(questions),
+        "by_type": {kind: {"accuracy": float(np.mean(hits)), "n": len(hits)} for kind, hits in sorted(right.items())},
+        "budget": budget,
+        "blind": blind,
+        "seconds": round(time.monotonic() - began, 2),
+    }
+
+
+def _encode(params: Params, cfg: Config, images: list[int], budget: int, blind: bool) -> dict[int, np.ndarray]:
+    """Visual tokens [V, d] of each image, or of noise."""
+    size = cfg.model.vision.image_size
+    if blind:
+        pixels = np.random.default_rng(cfg.seed).integers(0, 256, (len(images), size, size, 3)).astype(np.uint8)
+    else:
+        pixels = np.stack([load_image(easy_vqa.image_path("test", image), size) for image in images])
+    padded = np.pad(pixels, ((0, -len(images) % IMAGE_BATCH), (0, 0), (0, 0), (0, 0)))
+    batches = padded.reshape(-1, IMAGE_BATCH, *padded.shape[1:])
+    tokens = np.concatenate([np.asarray(encode(params, cfg.model, batch, budget=budget)) for batch in batches])
+    return dict(zip(images, tokens))

@@ -1,0 +1,93 @@
+"""Greedy generation for batches of prompts of unequal length, with a static key-value cache."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from deltallava_jax.config import ModelConfig
+from deltallava_jax.data.conversation import Tokenized
+from deltallava_jax.models import decoder, vlm
+from deltallava_jax.models.layers import Params
+from deltallava_jax.sequence import Batch, layout, text_layout
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "budget"))
+def encode(params: Params, cfg: ModelConfig, images: UInt8[Array, "n H W 3"], *, budget: int) -> Float[Array, "n V d"]:
+    """Visual tokens of images, compiled once for each (n, budget)."""
+    return vlm.visual_tokens(params, cfg, images, budget=budget)
+
+
+def prompt_batch(prompts: list[Tokenized], length: int) -> Batch:
+    """Prompts, one a row, padded on the right to ``length`` text tokens; images are given to ``greedy`` encoded.
+
+    Raises ValueError for a prompt that is longer."""
+    rows = len(prompts)
+    images = max(len(prompt.image_positions) for prompt in prompts)
+    batch = Batch(
+        tokens=np.zeros((rows, length), np.int32),
+        loss_mask=np.zeros((rows, length), bool),
+        segments=np.zeros((rows, length), np.int32),
+        image_positions=np.full((rows, images), length, np.int32),
+        images=np.zeros((rows, images, 0, 0, 3), np.uint8),
+    )
+    for row, prompt in enumerate(prompts):
+        count = len(prompt.ids)
+        if count > length:
+            raise ValueError(f"a prompt of {count} tokens in a batch of length {length}")
+        batch.tokens[row, :count] = prompt.ids
+        batch.segments[row, :count] = 1
+        batch.image_positions[row, : len(prompt.image_positions)] = prompt.image_positions
+    return batch
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "eos"))
+def greedy(
+    params: Params,
+    cfg: ModelConfig,
+    prompts: Batch,
+    visual: Float[Array, "n V d"],
+    *,
+    max_new_tokens: int,
+    eos: int,
+) -> Int[Array, "B max_new_tokens"]:
+    """The most likely next tokens of each prompt, up to and including ``eos``; 0 after it.
+
+    visual: V tokens of each image place, row by row (n = B * I). Stops when every row has ended."""
+    B = prompts.tokens.shape[0]
+    rows = layout(prompts, None, visual.shape[1])
+    hidden = vlm.merge(params, cfg, prompts, rows, visual)
+    S = hidden.shape[1]
+    weights, shape = params["decoder"], cfg.decoder
+    cache = decoder.init_cache(shape, B, S + max_new_tokens, hidden.dtype)
+    with jax.named_scope("prefill"):
+        hidden, cache = decoder.run(weights, shape, hidden, rows, cache=cache)
+    live = rows.segments > 0
+    last = S - 1 - jnp.argmax(live[:, ::-1], axis=1)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+
+    def choose(hidden: Float[Array, "B 1 d"]) -> Int[Array, " B"]:
+        return jnp.argmax(decoder.logits(weights, shape, decoder.finish(weights, shape, hidden)), axis=-1)[:, 0]
+
+    def unfinished(carry):
+        count, done, *_ = carry
+        return (count < max_new_tokens) & ~done.all()
+
+    def decode(carry):
+        count, done, token, out, cache = carry
+        token = jnp.where(done, 0, token)
+        out = out.at[:, count].set(token)
+        done |= token == eos
+        hidden = decoder.embed(weights, shape, token[:, None], cfg.dtype)
+        slot = text_layout((live.sum(1) + count)[:, None].astype(jnp.int32), jnp.ones((B, 1), jnp.int32))
+        hidden, cache = decoder.run(weights, shape, hidden, slot, cache=cache)
+        return count + 1, done, choose(hidden), out, cache
+
+    out = jnp.zeros((B, max_new_tokens), jnp.int32)
+    carry = (jnp.int32(0), jnp.zeros(B, bool), choose(hidden), out, cache)
+    with jax.named_scope("decode"):
+        return jax.lax.while_loop(unfinished, decode, carry)[3]

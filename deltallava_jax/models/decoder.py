@@ -1,0 +1,176 @@
+"""A Llama-architecture decoder: RMSNorm, rotary positions, grouped key heads, gated MLP; layers stacked and scanned.
+
+Any slice of the layers can be run on its own, with or without a key-value cache, so that a system may select or pool
+hidden states in between. What attends to what is decided by the segments alone: a slot sees the slots before it of
+its own segment; segment 0 (padding, visual slots without a token) is seen by nobody.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from deltallava_jax.config import DecoderConfig
+from deltallava_jax.models.layers import REMAT, Linear, Params, RMSNorm, attention, bind, init, init_stack, normal
+from deltallava_jax.sequence import Layout
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of a slice of the layers for C slots; ``length`` of them are written, the same for all rows.
+
+    segments: of the written slots; 0 is seen by nobody, so rows of unequal length need no common alignment."""
+
+    k: Float[Array, "L B C G D"]
+    v: Float[Array, "L B C G D"]
+    segments: Int[Array, "B C"]
+    length: Int[Array, ""]
+
+
+class Embedding(nnx.Module):
+    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(normal()(rngs.params(), (cfg.vocab_size, cfg.width)))
+
+    def __call__(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T d"]:
+        return self.embedding[...].astype(dtype)[tokens]
+
+
+class Layer(nnx.Module):
+    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+        make = lambda a, b, bias=False: Linear(a, b, bias=bias, kernel_init=normal(), rngs=rngs)  # noqa: E731
+        width, keys = cfg.width, cfg.kv_heads * cfg.head_dim
+        self.attention_norm = RMSNorm(width, eps=cfg.norm_eps)
+        self.q = make(width, width, cfg.qkv_bias)
+        self.k, self.v = (make(width, keys, cfg.qkv_bias) for _ in range(2))
+        self.o = make(width, width)
+        self.mlp_norm = RMSNorm(width, eps=cfg.norm_eps)
+        self.gate, self.up = (make(width, cfg.mlp_width) for _ in range(2))
+        self.down = make(cfg.mlp_width, width)
+        self.head_dim = cfg.head_dim
+
+    def __call__(self, x, rotary, mask, cached=None, at=None):
+        """x [B, Q, d] -> (x, (k, v)): the new keys and values, or the ``cached`` ones, written at ``at``."""
+        with jax.named_scope("attention"):
+            y = self.attention_norm(x)
+            split = lambda t: rearrange(t, "b t (h d) -> b t h d", d=self.head_dim)  # noqa: E731
+            q, k, v = split(self.q(y)), split(self.k(y)), split(self.v(y))
+            q, k = rotate(q, rotary), rotate(k, rotary)
+            if cached is not None:
+                write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
+                    cache, new.astype(cache.dtype), at, axis=1
+                )
+                k, v = write(cached[0], k), write(cached[1], v)
+            y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+            x = x + self.o(rearrange(y, "b t h d -> b t (h d)"))
+        with jax.named_scope("mlp"):
+            y = self.mlp_norm(x)
+            return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), (k, v)
+
+
+class Head(nnx.Module):
+    """Final norm and, unless tied to the embedding, the output matrix."""
+
+    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+        self.norm = RMSNorm(cfg.width, eps=cfg.norm_eps)
+        tied = cfg.tied_head
+        self.out = None if tied else Linear(cfg.width, cfg.vocab_size, bias=False, kernel_init=normal(), rngs=rngs)
+
+
+def init_params(cfg: DecoderConfig, key: Array) -> Params:
+    """{"embed", "layers" (stacked on axis 0), "head"}, float32."""
+    keys = jax.random.split(key, 3)
+    return {
+        "embed": init(Embedding, cfg, keys[0]),
+        "layers": init_stack(Layer, cfg, keys[1], cfg.layers),
+        "head": init(Head, cfg, keys[2]),
+    }
+
+
+def embed(params: Params, cfg: DecoderConfig, tokens: Int[Array, "B T"], dtype=jnp.float32) -> Float[Array, "B T d"]:
+    with jax.named_scope("embed"):
+        return bind(Embedding, cfg, params["embed"])(tokens, dtype)
+
+
+def rotary_angles(positions: Int[Array, "B S"], cfg: DecoderConfig) -> tuple[Array, Array]:
+    """(cosine, sine), each [B, S, 1, D / 2], float32."""
+    half = cfg.head_dim // 2
+    frequencies = cfg.rope_base ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B S H D"], rotary: tuple[Array, Array]) -> Float[Array, "B S H D"]:
+    """Rotary positions in the half-split convention of the Hugging Face checkpoints, in float32."""
+    cosine, sine = rotary
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)
+
+
+def visible(queries: Int[Array, "B Q"], keys: Int[Array, "B K"], start: int | Array = 0) -> Bool[Array, "B 1 Q K"]:
+    """Mask: a query at slot start + i sees the keys up to its own slot whose segment equals its own."""
+    Q, K = queries.shape[1], keys.shape[1]
+    causal = jnp.arange(K)[None, :] <= (start + jnp.arange(Q))[:, None]
+    return ((queries[:, :, None] == keys[:, None, :]) & causal)[:, None]
+
+
+def init_cache(cfg: DecoderConfig, rows: int, slots: int, dtype=jnp.float32, layers: int | None = None) -> Cache:
+    """An empty cache for ``rows`` rows of at most ``slots`` slots, for that many layers (all by default)."""
+    shape = (cfg.layers if layers is None else layers, rows, slots, cfg.kv_heads, cfg.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows, slots), jnp.int32), jnp.int32(0))
+
+
+def run(
+    params: Params,
+    cfg: DecoderConfig,
+    hidden: Float[Array, "B Q d"],
+    layout: Layout,
+    *,
+    layers: tuple[int, int] | None = None,
+    cache: Cache | None = None,
+    remat: str = "none",
+) -> tuple[Float[Array, "B Q d"], Cache | None]:
+    """Hidden state ``layers[0]`` -> hidden state ``layers[1]`` (all layers by default), without the final norm.
+
+    layout gives the positions and segments of the Q slots. With a cache of this slice of layers, the slots are
+    appended to it and see what it holds; the cache must have room for them. Returns (hidden, the cache or None)."""
+    first, last = layers or (0, cfg.layers)
+    stack = jax.tree.map(lambda x: x[first:last], params["layers"])
+    rotary = rotary_angles(layout.positions, cfg)
+    scope = jax.named_scope(f"decoder_layers_{first}_{last}")
+    if cache is None:
+        mask = visible(layout.segments, layout.segments)
+        body = REMAT[remat](lambda x, layer: (bind(Layer, cfg, layer)(x, rotary, mask)[0], None))
+        with scope:
+            return jax.lax.scan(body, hidden, stack)[0], None
+    at = cache.length
+    segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, layout.segments, at, axis=1)
+    mask = visible(layout.segments, segments, at)
+
+    def cached_body(x, layer_and_cache):
+        layer, k, v = layer_and_cache
+        return bind(Layer, cfg, layer)(x, rotary, mask, (k, v), at)
+
+    with scope:
+        hidden, (k, v) = jax.lax.scan(cached_body, hidden, (stack, cache.k, cache.v))
+    return hidden, Cache(k, v, segments, at + hidden.shape[1])
+
+
+def finish(params: Params, cfg: DecoderConfig, hidden: Float[Array, "B Q d"]) -> Float[Array, "B Q d"]:
+    """The final norm."""
+    return bind(Head, cfg, params["head"]).norm(hidden)
+
+
+def logits(params: Params, cfg: DecoderConfig, normed: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
+    """Float32 logits of hidden states that ``finish`` has normed."""
+    if cfg.tied_head:
+        matrix = params["embed"]["embedding"].T
+    else:
+        matrix = params["head"]["out"]["kernel"]
+    with jax.named_scope("logits"):
+        return jnp.matmul(normed, matrix.astype(normed.dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,107 @@
+"""The whole model: tower, projector, decoder, and the merge of visual tokens into the text by layout."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from deltallava_jax.config import ModelConfig
+from deltallava_jax.models import decoder, projectors, vision
+from deltallava_jax.models.layers import Params
+from deltallava_jax.sequence import Batch, Layout, layout
+
+
+def init_params(cfg: ModelConfig, key: Array) -> Params:
+    """{"vision", "projector", "decoder"}: nested dicts of float32 arrays."""
+    keys = jax.random.split(key, 3)
+    return {
+        "vision": vision.init_params(cfg.vision, keys[0]),
+        "projector": projectors.init_params(cfg.projector, keys[1]),
+        "decoder": decoder.init_params(cfg.decoder, keys[2]),
+    }
+
+
+def visual_tokens(
+    params: Params,
+    cfg: ModelConfig,
+    images: UInt8[Array, "n H W 3"],
+    *,
+    budget: int | None = None,
+    key: Array | None = None,
+) -> Float[Array, "n V d"]:
+    """Images -> V visual tokens each (the projector's largest budget by default), in the compute dtype."""
+    needs = projectors.needs(cfg.projector, cfg.vision.layers)
+    features = vision.encode(params["vision"], cfg.vision, images, needs, dtype=cfg.dtype, remat=cfg.remat)
+    return projectors.project(params["projector"], cfg.projector, features, budget=budget, key=key)
+
+
+def merge(
+    params: Params, cfg: ModelConfig, batch: Batch, rows: Layout, visual: Float[Array, "n V d"]
+) -> Float[Array, "B S d"]:
+    """The decoder's input: text embeddings, and visual tokens in their slots."""
+    tokens = jnp.take_along_axis(batch.tokens, rows.text_index, axis=1)
+    text = decoder.embed(params["decoder"], cfg.decoder, tokens, cfg.dtype)
+    if visual.shape[0] == 0:
+        return text
+    visual = visual.reshape(batch.tokens.shape[0], -1, visual.shape[-1])  # [B, I * V, d]
+    opened = jnp.take_along_axis(visual, rows.visual_index[..., None], axis=1)
+    return jnp.where(rows.is_visual[..., None], opened.astype(text.dtype), text)
+
+
+def hidden_states(
+    params: Params, cfg: ModelConfig, batch: Batch, *, budget: int | None = None, key: Array | None = None
+) -> tuple[Float[Array, "B S d"], Layout]:
+    """Final hidden states (normed) of every slot, and the layout of the slots."""
+    budget = projectors.check_budget(cfg.projector, budget)
+    B, I = batch.image_positions.shape
+    if I:
+        images = batch.images.reshape(B * I, *batch.images.shape[2:])
+        visual = visual_tokens(params, cfg, images, budget=budget, key=key)
+    else:
+        visual = jnp.zeros((0, budget, cfg.decoder.width), cfg.dtype)
+    rows = layout(batch, None, budget)
+    hidden = merge(params, cfg, batch, rows, visual)
+    hidden, _ = decoder.run(params["decoder"], cfg.decoder, hidden, rows, remat=cfg.remat)
+    return decoder.finish(params["decoder"], cfg.decoder, hidden), rows
+
+
+def logits(params: Params, cfg: ModelConfig, batch: Batch, *, budget: int | None = None) -> Float[Array, "B S vocab"]:
+    """Float32 logits of every slot; for tests and evaluation."""
+    return decoder.logits(params["decoder"], cfg.decoder, hidden_states(params, cfg, batch, budget=budget)[0])
+
+
+def loss_sum(
+    params: Params, cfg: ModelConfig, batch: Batch, rng: Array | None, *, train: bool = True, budget: int | None = None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(summed next-token cross-entropy, supervised tokens), float32: unreduced, so that parts of a batch add up.
+
+    Only ``loss_chunk`` positions of a row have logits at a time, recomputed in the backward pass. The chunks run
+    along the row and keep the vocabulary whole, so that a head sharded over the vocabulary reduces where it lies."""
+    hidden, rows = hidden_states(params, cfg, batch, budget=budget, key=rng if train else None)
+    B, S, d = hidden.shape
+    chunk = min(cfg.loss_chunk, S)
+    count = -(-S // chunk)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, count * chunk - S)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
+    split = lambda x: jnp.swapaxes(pad(x).reshape(B, count, chunk, *x.shape[2:]), 0, 1)  # noqa: E731
+
+    @jax.checkpoint
+    def body(total, part):
+        states, targets, mask = part
+        scores = decoder.logits(params["decoder"], cfg.decoder, states)
+        chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+        losses = jax.nn.logsumexp(scores, axis=-1) - chosen
+        return total + jnp.where(mask, losses, 0.0).sum(), None
+
+    with jax.named_scope("loss"):
+        parts = (split(hidden), split(rows.targets), split(rows.loss_mask))
+        total, _ = jax.lax.scan(body, jnp.float32(0), parts)
+    return total, rows.loss_mask.sum().astype(jnp.float32)
+
+
+def loss(
+    params: Params, cfg: ModelConfig, batch: Batch, rng: Array | None, *, train: bool = True, budget: int | None = None
+) -> Float[Array, ""]:
+    """Mean cross-entropy over the supervised tokens of the batch; 0 if there are none."""
+    total, count = loss_sum(params, cfg, batch, rng, train=train, budget=budget)
+    return total / jnp.maximum(count, 1.0)

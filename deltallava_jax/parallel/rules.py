@@ -1,0 +1,49 @@
+"""Which dimension of which parameter lies on which mesh axis: one ordered table, for parameters and optimizer alike."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from deltallava_jax.config import ConfigError
+
+# The first pattern found in the path decides. Stacked layers have a leading dimension that stays whole.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"decoder/embed/embedding$", P("tensor", "fsdp")),
+    (r"decoder/head/out/kernel$", P("fsdp", "tensor")),
+    (r"layers/(q|k|v|gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"layers/(q|k|v|gate|up)/bias$", P(None, "tensor")),
+    (r"layers/(o|down)/kernel$", P(None, "tensor", "fsdp")),
+)
+FALLBACK_SIZE = 2**16  # smaller arrays stay whole on every device
+
+
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The PartitionSpec of one array: by rule, else its largest divisible dimension over fsdp.
+
+    Raises ConfigError where a rule names a dimension that the mesh axis does not divide."""
+    for pattern, spec in RULES:
+        if re.search(pattern, path) and len(shape) == len(spec):
+            for size, axis in zip(shape, spec):
+                if axis and size % mesh.shape[axis]:
+                    raise ConfigError(f"{path} {shape}: {size} is not divisible by mesh {axis}={mesh.shape[axis]}")
+            return spec
+    fsdp = mesh.shape["fsdp"]
+    divisible = [i for i, size in enumerate(shape) if size % fsdp == 0]
+    if fsdp == 1 or math.prod(shape) < FALLBACK_SIZE or not divisible:
+        return P()
+    largest = max(divisible, key=lambda i: shape[i])
+    return P(*("fsdp" if i == largest else None for i in range(len(shape))))
+
+
+def shardings(tree, mesh: Mesh):
+    """NamedSharding of every leaf of a tree of arrays or shapes; an optimizer's moments lie as their parameters."""
+
+    def one(path, leaf):
+        return NamedSharding(mesh, spec_for(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)

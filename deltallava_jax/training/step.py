@@ -1,0 +1,154 @@
+"""The train state and the one train step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from deltallava_jax.config import Config
+from deltallava_jax.models import vlm
+from deltallava_jax.models.layers import Params
+from deltallava_jax.parallel import rules
+from deltallava_jax.parallel.mesh import ROWS
+from deltallava_jax.sequence import Batch
+from deltallava_jax.training.optimizer import join, make_optimizer, schedule, split
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """step: updates done. trained: float32. frozen: bfloat16, unknown to the optimizer."""
+
+    step: Array
+    trained: Params
+    frozen: Params
+    optimizer: optax.OptState
+
+    @property
+    def params(self) -> Params:
+        return join(self.trained, self.frozen)
+
+
+def state_shapes(cfg: Config, mesh: Mesh, steps: int) -> TrainState:
+    """The train state as shapes with their shardings, nothing allocated."""
+    shapes = jax.eval_shape(lambda: _fresh_state(cfg, steps))
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, shapes, rules.shardings(shapes, mesh))
+
+
+def init_state(cfg: Config, mesh: Mesh, steps: int) -> TrainState:
+    """A fresh train state from the config's seed, made on the devices where it belongs."""
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(cfg, mesh, steps))
+    return jax.jit(lambda: _fresh_state(cfg, steps), out_shardings=placed)()
+
+
+def _fresh_state(cfg: Config, steps: int) -> TrainState:
+    trained, frozen = split(vlm.init_params(cfg.model, jax.random.key(cfg.seed)), cfg.optimizer.frozen)
+    optimizer = make_optimizer(cfg.optimizer, steps).init(trained)
+    return TrainState(jnp.int32(0), trained, frozen, optimizer)
+
+
+def gradients(
+    cfg: Config, trained: Params, frozen: Params, batch: Batch, rng: Array, budget: int
+) -> tuple[Array, Array, Params]:
+    """(mean loss, supervised tokens, gradients of the mean loss) of a batch.
+
+    The batch is taken in ``optimizer.accumulation`` microbatches: summed losses and gradients are added up and divided
+    once by the supervised tokens of the whole batch, so that the result does not depend on the number of parts."""
+    parts = cfg.optimizer.accumulation
+
+    def part_loss(trained, part, key):
+        total, count = vlm.loss_sum(join(trained, frozen), cfg.model, part, key, budget=budget)
+        return total, count
+
+    value_and_grad = jax.value_and_grad(part_loss, has_aux=True)
+    if parts == 1:
+        (total, count), grads = value_and_grad(trained, batch, rng)
+    else:
+        # Strided, so that each device's own rows are spread over the microbatches and none of them moves.
+        strided = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
+
+        def body(sums, part_and_key):
+            (total, count), grads = value_and_grad(trained, *part_and_key)
+            return jax.tree.map(jnp.add, sums, (total, count, grads)), None
+
+        zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+        (total, count, grads), _ = jax.lax.scan(body, zeros, (strided, jax.random.split(rng, parts)))
+    scale = 1.0 / jnp.maximum(count, 1.0)
+    return total * scale, count, jax.tree.map(lambda g: g * scale, grads)
+
+
+def batch_shapes(cfg: Config, mesh: Mesh, text: int, images: int) -> Batch:
+    """The global batch as shapes with their sharding: T text tokens and I image places a row."""
+    rows, size = cfg.data.rows, cfg.model.vision.image_size
+    place = lambda dtype, *shape: jax.ShapeDtypeStruct(  # noqa: E731
+        (rows, *shape), dtype, sharding=NamedSharding(mesh, ROWS)
+    )
+    return Batch(
+        tokens=place(jnp.int32, text),
+        loss_mask=place(jnp.bool_, text),
+        segments=place(jnp.int32, text),
+        image_positions=place(jnp.int32, images),
+        images=place(jnp.uint8, images, size, size, 3),
+    )
+
+
+class TrainStep:
+    """step(state, batch, budget) -> (state, metrics), the old state's memory reused; budget is static.
+
+    Compiled ahead of time, once for each (budget, rows, text, images) signature. Where the loss or a gradient is not
+    finite the parameters stay as they were, and metrics["finite"] is False."""
+
+    def __init__(self, cfg: Config, mesh: Mesh, steps: int):
+        self.cfg, self.mesh = cfg, mesh
+        self.shapes = state_shapes(cfg, mesh, steps)
+        self.compiled: dict[tuple[int, ...], jax.stages.Compiled] = {}
+        self._optimizer, self._rate = make_optimizer(cfg.optimizer, steps), schedule(cfg.optimizer, steps)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+        self._jit = jax.jit(
+            self._step, static_argnums=2, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, P()))
+        )
+
+    def compile(self, batch: Batch, budget: int) -> jax.stages.Compiled:
+        """The program for batches like ``batch`` (arrays or shapes, with shardings)."""
+        signature = (budget, *batch.tokens.shape, batch.image_positions.shape[1])
+        if signature not in self.compiled:
+            self.compiled[signature] = self._jit.lower(self.shapes, batch, budget).compile()
+        return self.compiled[signature]
+
+    def __call__(self, state: TrainState, batch: Batch, budget: int) -> tuple[TrainState, dict[str, Array]]:
+        return self.compile(batch, budget)(state, batch)
+
+    def _step(self, state: TrainState, batch: Batch, budget: int) -> tuple[TrainState, dict[str, Array]]:
+        rng = jax.random.fold_in(jax.random.key(self.cfg.seed), state.step)
+        loss, supervised, grads = gradients(self.cfg, state.trained, state.frozen, batch, rng, budget)
+        norm = optax.global_norm(grads)
+        with jax.named_scope("optimizer"):
+            updates, moments = self._optimizer.update(grads, state.optimizer, state.trained)
+            trained = optax.apply_updates(state.trained, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        images = (batch.image_positions < batch.tokens.shape[1]).sum()
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": self._rate(state.step),
+            "finite": finite,
+            "supervised": supervised,
+            "conversations": batch.segments.max(axis=1).sum(),
+            "images": images,
+            "tokens": (batch.segments > 0).sum() + images * (budget - 1),  # live slots
+        }
+        state = TrainState(
+            step=state.step + 1,
+            trained=jax.tree.map(keep, trained, state.trained),
+            frozen=state.frozen,
+            optimizer=jax.tree.map(keep, moments, state.optimizer),
+        )
+        return state, metrics

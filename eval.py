@@ -1,0 +1,84 @@
+"""Evaluates a workdir's newest checkpoint: python eval.py --workdir runs/easy_vqa
+
+Prints a table and writes one JSON a task to WORKDIR/eval/, the last evaluation of the task; each budget and the blind
+control also keep a file of their own:
+    python eval.py --workdir runs/easy_vqa --tasks easy_vqa --budgets 16,4 [--blind]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from deltallava_jax.config import Config, ConfigError, from_dict
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, type=Path, help="where train.py put its checkpoints")
+    parser.add_argument("--tasks", default="", help="comma-separated; the data set that was trained on by default")
+    parser.add_argument("--budgets", default="", help="visual tokens an image, comma-separated; all that were trained")
+    parser.add_argument("--blind", action="store_true", help="noise instead of images: the control")
+    parser.add_argument("--limit", type=int, default=0, help="only so many questions, spread evenly; 0: all")
+    return parser.parse_args(arguments)
+
+
+def load_workdir_config(workdir: Path) -> Config:
+    """The config that a workdir was trained with. Raises ConfigError if there is none."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{workdir} holds no config.json; expected a --workdir of train.py")
+    return from_dict(Config, json.loads(path.read_text()))
+
+
+def main(options: argparse.Namespace) -> None:
+    from deltallava_jax.data import tokens
+    from deltallava_jax.evaluation import TASKS
+    from deltallava_jax.models import projectors
+    from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
+
+    cfg = load_workdir_config(options.workdir)
+    tasks = options.tasks.split(",") if options.tasks else [cfg.data.dataset]
+    for task in tasks:
+        if task not in TASKS:
+            raise ConfigError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    budgets = list(projectors.budgets(cfg.model.projector))
+    if options.budgets:
+        try:
+            budgets = [int(text) for text in options.budgets.split(",")]
+        except ValueError:
+            raise ConfigError(f"--budgets {options.budgets!r}: expected numbers, e.g. 16,4") from None
+    for budget in budgets:
+        projectors.check_budget(cfg.model.projector, budget)
+
+    tokenizer = tokens.load(options.workdir / "tokenizer.json")
+    checkpoints = Checkpoints(options.workdir)
+    step = checkpoints.latest()
+    if step is None:
+        raise CheckpointError(f"{options.workdir} holds no finished checkpoint; train first")
+    params = checkpoints.restore_params(step, cfg.model)
+
+    folder = options.workdir / "eval"
+    folder.mkdir(exist_ok=True)
+    print(f"{'task':12} {'step':>6} {'budget':>6} {'images':8} {'accuracy':>8} {'n':>6} {'seconds':>8}  by type")
+    for task in tasks:
+        for budget in budgets:
+            report = TASKS[task](params, cfg, tokenizer, budget=budget, blind=options.blind, limit=options.limit)
+            report["step"] = step
+            text = json.dumps(report, indent=2)
+            for name in (task, f"{task}_{budget}{'_blind' if options.blind else ''}"):
+                (folder / f"{name}.json").write_text(text)
+            by_type = ", ".join(f"{kind} {score['accuracy']:.4f}" for kind, score in report["by_type"].items())
+            print(
+                f"{task:12} {step:6} {budget:6} {'noise' if options.blind else 'real':8} {report['accuracy']:8.4f} "
+                f"{report['n']:6} {report['seconds']:8.1f}  {by_type}"
+            )
+    print(f"written to {folder}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    from deltallava_jax.cli import run
+
+    run(lambda: main(parse()))

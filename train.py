@@ -1,0 +1,98 @@
+"""Trains a model: python train.py --config configs/easy_vqa.py --workdir runs/easy_vqa
+
+The same command with the same --workdir resumes from the newest checkpoint. Any setting can be overridden:
+    python train.py --config configs/easy_vqa.py --workdir runs/s4 --config.model.projector.scale_factor=4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from deltallava_jax.config import Config, ConfigError, load_config, override, to_dict
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Config, Path]:
+    """(config, workdir) of a command line. Raises ConfigError."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="a Python file with get_config()")
+    parser.add_argument("--workdir", required=True, type=Path, help="checkpoints, metrics and results go here")
+    parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
+    known, rest = parser.parse_known_args(arguments)
+    overrides = {}
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--config."):
+            raise ConfigError(f"unknown argument {name!r}; see python train.py --help")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"{name} has no value")
+            value = rest.pop(0)
+        overrides[name.removeprefix("--config.")] = value
+    return override(load_config(known.config), overrides), known.workdir
+
+
+def main(cfg: Config, workdir: Path) -> None:
+
+    from deltallava_jax.analysis.plan import memory_table, parameter_table
+    from deltallava_jax.data import tokens
+    from deltallava_jax.data.packing import PackPlan
+    from deltallava_jax.data.pipeline import Rows
+    from deltallava_jax.data.sources import training_source
+    from deltallava_jax.evaluation import TASKS
+    from deltallava_jax.models import projectors
+    from deltallava_jax.parallel.mesh import make_mesh
+    from deltallava_jax.training.checkpoints import Checkpoints
+    from deltallava_jax.training.loop import train
+    from deltallava_jax.training.step import TrainStep, batch_shapes
+
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+
+    # ---------------------------------------------------------------- devices
+    mesh = make_mesh(cfg)
+    budgets = projectors.budgets(cfg.model.projector)
+    workdir.mkdir(parents=True, exist_ok=True)
+
+    # ---------------------------------------------------------------- data
+    source = training_source(cfg.data)
+    tokenizer_file = workdir / "tokenizer.json"
+    if Checkpoints(workdir).latest() is None:
+        tokens.train(source.texts(), cfg.model.decoder.vocab_size).save(tokenizer_file)
+        (workdir / "config.json").write_text(json.dumps(to_dict(cfg), indent=2))
+    tokenizer = tokens.load(tokenizer_file)
+    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision.image_size, cfg.seed)
+    lengths, images = rows.lengths()
+    plan = PackPlan(
+        lengths, images, budgets=budgets, rows=cfg.data.rows, row_length=cfg.data.row_length,
+        images_per_row=cfg.data.images_per_row, seed=cfg.seed,
+    )  # fmt: skip
+    steps = cfg.training.steps or plan.steps_for(cfg.training.epochs)
+
+    # ---------------------------------------------------------------- model
+    step = TrainStep(cfg, mesh, steps)
+    say(parameter_table(step.shapes))
+    say(f"{len(source):,} conversations, {steps:,} steps, budgets {budgets}, mesh {dict(mesh.shape)}")
+    text, places = plan.capacities[budgets[0]]
+    say(memory_table(step.shapes, step.compile(batch_shapes(cfg, mesh, text, places), budgets[0])))
+
+    # ---------------------------------------------------------------- training
+    def evaluate(params, metrics, number):
+        for budget in budgets:
+            report = TASKS[cfg.data.dataset](
+                params, cfg, tokenizer, budget=budget, limit=cfg.evaluation.limit, progress=False
+            )
+            metrics.say(f"step {number}: {report['task']} accuracy {report['accuracy']:.4f} at {budget} tokens")
+            metrics.scalars(number, {f"{report['task']}_{budget}": report["accuracy"]}, "eval")
+
+    if train(cfg, step, rows, plan, workdir, steps, evaluate=evaluate):
+        say(f"done: python eval.py --workdir {workdir}")
+
+
+if __name__ == "__main__":
+    from deltallava_jax.cli import run
+
+    run(lambda: main(*parse()))
