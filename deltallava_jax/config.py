@@ -93,38 +93,57 @@ class ProjectorConfig:
     ablation: str = "none"
 
     def __post_init__(self):
-        divisors = [s for s in range(1, self.grid + 1) if self.grid % s == 0]
-        for s in self.scale_factors:
-            _require(
-                s in divisors,
-                f"projector.scale_factor={s} does not divide the {self.grid}x{self.grid} patch grid; "
-                f"valid values: {', '.join(map(str, divisors))}",
-            )
-            _require(
-                self.window < 1 or (self.grid // s) % self.window == 0,
-                f"projector.window={self.window} does not divide the {self.grid // s}x{self.grid // s} query grid",
-            )
-        _require(self.window >= 1, f"projector.window={self.window}; expected 1 or more")
-        _require(
-            self.variant in ("release", "paper"),
-            f"projector.variant is {self.variant!r}; known: release, paper",
-        )
-        _require(
-            self.ablation in ABLATIONS,
-            f"projector.ablation is {self.ablation!r}; known: {', '.join(ABLATIONS)}",
-        )
+        for name, known in (("variant", ("release", "paper")), ("ablation", ABLATIONS)):
+            value = getattr(self, name)
+            _require(value in known, f"projector.{name} is {value!r}; known: {', '.join(known)}")
         _require(
             not self.levels or len(self.levels) == self.level_count,
             f"projector.levels has {len(self.levels)} entries; projector.level_count is {self.level_count}",
         )
         if self.name == "delta":
+            self._check_scale()
+            self._check_delta()
+
+    def _check_scale(self):
+        divisors = [s for s in range(1, self.grid + 1) if self.grid % s == 0]
+        valid = f"valid values: {', '.join(map(str, divisors))}"
+        _require(self.scale_factors != (), f"projector.scale_factor is empty; {valid}")
+        for s in self.scale_factors:
             _require(
-                self.width % self.head_dim == 0,
-                f"projector.head_dim={self.head_dim} does not divide the projector's width {self.width}",
+                s in divisors,
+                f"projector.scale_factor={s} does not divide the {self.grid}x{self.grid} patch grid; {valid}",
+            )
+
+    def _check_delta(self):
+        width, paper = self.width, self.variant == "paper"
+        for name, of in (("head_dim", width), ("block_head_dim", width), ("block_head_dim", self.in_width)):
+            value = getattr(self, name)
+            _require(
+                value > 0 and of % value == 0, f"projector.{name}={value} does not divide the projector's width {of}"
+            )
+        _require(
+            width >= 2 * self.block_head_dim,
+            f"projector.block_head_dim={self.block_head_dim}; the block's two branches need two heads in width {width}",
+        )
+        _require(
+            self.in_width % 4 == 0, f"projector.in_width={self.in_width}; the position table needs a multiple of 4"
+        )
+        _require(
+            paper or width == self.in_width,
+            f"projector.embed_width={self.embed_width}; the release variant keeps in_width={self.in_width}",
+        )
+        _require(
+            bool(self.levels) or self.level_count <= 4,
+            f"projector.level_count={self.level_count}; name the tower's layers in projector.levels",
+        )
+        _require(self.window >= 1 and self.reduction >= 1, "projector.window and projector.reduction start at 1")
+        for side in (self.grid // s for s in self.scale_factors):
+            _require(
+                side % self.window == 0, f"projector.window={self.window} does not divide the {side}x{side} query grid"
             )
             _require(
-                self.width % self.block_head_dim == 0,
-                f"projector.block_head_dim={self.block_head_dim} does not divide the projector's width {self.width}",
+                self.reduction <= side,
+                f"projector.reduction={self.reduction} leaves no keys of a {side}x{side} query grid",
             )
 
     @property
@@ -331,7 +350,7 @@ PRESETS: dict[type, dict[str, dict]] = {
             norm_eps=1e-6, qkv_bias=True,
         ),
         "tiny": dict(
-            vocab_size=256, width=128, layers=4, heads=4, kv_heads=4, mlp_width=352, tied_head=True,
+            vocab_size=384, width=128, layers=4, heads=4, kv_heads=4, mlp_width=352, tied_head=True,
         ),
     },
 }  # fmt: skip

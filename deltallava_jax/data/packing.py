@@ -52,15 +52,16 @@ class PackPlan:
         self._starts = [0]
 
     def _capacity(self, budget: int, images_per_row: int) -> tuple[int, int]:
-        """(T, I): I from the data's mean text per image unless given, and no more than leave room for a record."""
+        """(T, I): I from the data's mean text per image unless given, leaving room for the longest record."""
         most, total = int(self.images.max()), int(self.images.sum())
         if total == 0:
             return self.row_length, 0
-        per_image = self.lengths.sum() / total + budget - 1
-        wanted = images_per_row or max(most, int(np.ceil(self.row_length / per_image)))
-        if not images_per_row:
+        mean = max(self.lengths.sum() / total, 1.0)
+        wanted = images_per_row
+        if not wanted:  # the number of images that fills rows of average records best
             room = (self.row_length - int(self.lengths.max())) // max(budget - 1, 1)
-            wanted = max(most, min(wanted, room))
+            candidates = range(most, max(most, min(room, self.row_length)) + 1)
+            wanted = max(candidates, key=lambda count: min(count, (self.row_length - count * (budget - 1)) / mean))
         text = self.row_length - wanted * (budget - 1)
         if text < 2 or wanted < most:
             raise ConfigError(

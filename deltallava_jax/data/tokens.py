@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from deltallava_jax.config import ConfigError
+
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
@@ -56,10 +58,14 @@ def load(path: str | Path) -> Tokenizer:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE trained on texts: any text can be encoded, frequent words are one token."""
+    """A byte-level BPE trained on texts: any text can be encoded, frequent words are one token.
+
+    Raises ConfigError for a vocabulary without room for the 256 bytes and the special tokens."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
 
+    if vocab_size < 256 + 3:
+        raise ConfigError(f"decoder.vocab_size={vocab_size}; a byte-level vocabulary needs at least 259")
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

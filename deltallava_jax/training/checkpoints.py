@@ -26,7 +26,12 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, keep: int = 2):
         self.path = Path(workdir).absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.path, options=options, item_names=("params", "optimizer", "record"))
+        handlers = {
+            "params": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "record": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""

@@ -60,12 +60,16 @@ def pack(rows: list[list[Conversation]], T: int, I: int) -> Batch:
     return Batch(*map(jnp.asarray, (tokens, loss_mask, segments, image_positions, images)))
 
 
-def jitter(params: dict, scale: float = 0.3, seed: int = 0) -> dict:
-    """Parameters with noise on all of them, so that no bias is zero and no norm scale one."""
-    leaves, tree = jax.tree.flatten(params)
+def random_params(init, cfg, seed: int = 0) -> dict:
+    """Parameters of the shapes that init(cfg, key) makes, all far from special values, without compiling init."""
     rng = np.random.default_rng(seed)
-    noisy = [x + scale * x.shape[-1] ** -0.5 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves]
-    return jax.tree.unflatten(tree, noisy)
+
+    def draw(path, leaf):
+        r = jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32)
+        name = path[-1].key
+        return 1 + 0.3 * r if name == "scale" else r * (0.3 if name == "bias" else leaf.shape[-1] ** -0.5)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lambda: init(cfg, jax.random.key(0))))
 
 
 def assert_trees_close(ours: dict, theirs: dict, *, atol: float = 1e-4, rtol: float = 1e-4):

@@ -1,4 +1,4 @@
-"""The decoder against itself: caches, slices of layers, packing, padding, causality."""
+"""The decoder against a plain numpy one on rows without padding, and against itself: caches, slices, packing."""
 
 import functools
 
@@ -6,159 +6,198 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rows import jitter, text_layout
+from rows import random_params, text_layout
 
 from deltallava_jax.config import DecoderConfig
 from deltallava_jax.models import decoder
 
 CFG = DecoderConfig(vocab_size=50, width=32, layers=3, heads=4, kv_heads=2, mlp_width=48)
-LENGTHS = np.array([9, 6, 2])
-close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def params():
-    return jitter(decoder.init_params(CFG, jax.random.key(0)), scale=1.0)
+PARAMS = random_params(decoder.init_params, CFG)
+LENGTHS = np.array([9, 6, 2])  # live slots of three rows
+ROW, SLOTS = 9, 15  # slots of a row, and of a cache
+close = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-5)
 
 
 def random_hidden(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal((*shape, CFG.width)).astype(np.float32)
 
 
+def part(slots, start, stop):
+    """The layout of some of the slots."""
+    return jax.tree.map(lambda leaf: leaf[:, start:stop], slots)
+
+
 @functools.partial(jax.jit, static_argnames="layers")
-def run(params, hidden, slots, cache=None, layers=None):
-    return decoder.run(params, CFG, hidden, slots, layers=layers, cache=cache)
+def run(hidden, slots, cache=None, layers=None):
+    return decoder.run(PARAMS, CFG, hidden, slots, layers=layers, cache=cache)
 
 
-def forward(params, hidden, segments, layers=None):
-    """Uncached run of rows with those segments."""
-    return np.asarray(run(params, hidden, text_layout(segments), layers=layers)[0])
+def forward(hidden, segments):
+    return np.asarray(run(hidden, text_layout(segments))[0])
 
 
-def test_cached_decoding_equals_the_uncached_forward(params):
-    """Rows of unequal length, padded on the right, prefilled together, then four single-token steps."""
-    steps, widest = 4, LENGTHS.max()
-    inputs = [random_hidden(n + steps, seed=n) for n in LENGTHS]
-    alone = [forward(params, x[None], np.ones((1, len(x)), int))[0] for x in inputs]
+def alone(x, layers=(0, CFG.layers)):
+    """One conversation [T, width] through some layers, in float64 numpy."""
+    T, D, x = len(x), CFG.head_dim, x.astype(float)
+    angles = np.arange(T)[:, None, None] * CFG.rope_base ** -(np.arange(0, D, 2) / D)
+    cosine, sine = np.cos(angles), np.sin(angles)
 
-    prompt = random_hidden(3, widest, seed=99)  # the padding holds noise
+    def rotated(t):
+        a, b = np.split(t, 2, axis=-1)
+        return np.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
+
+    for index in range(*layers):
+        layer = jax.tree.map(lambda leaf: leaf[index], PARAMS["layers"])  # noqa: B023
+        normed = lambda t, name: t / np.sqrt((t**2).mean(-1, keepdims=True) + 1e-5) * layer[name]["scale"]  # noqa: B023, E731
+        y = normed(x, "attention_norm")
+        q, k, v = (np.reshape(y @ layer[name]["kernel"], (T, -1, D)) for name in "qkv")
+        k, v = (np.repeat(t, CFG.heads // CFG.kv_heads, axis=1) for t in (rotated(k), v))
+        scores = np.einsum("qhd,khd->hqk", rotated(q), k) / np.sqrt(D)
+        weights = np.exp(np.where(np.tri(T, dtype=bool), scores, -np.inf))
+        weights /= weights.sum(-1, keepdims=True)
+        x = x + np.einsum("hqk,khd->qhd", weights, v).reshape(T, -1) @ layer["o"]["kernel"]
+        y = normed(x, "mlp_norm")
+        gate = y @ layer["gate"]["kernel"]
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ layer["up"]["kernel"])) @ layer["down"]["kernel"]
+    return x
+
+
+def prompts(inputs):
+    """Rows of unequal length padded on the right with noise, and their layout."""
+    hidden = 10 * random_hidden(len(inputs), ROW, seed=99)
+    for row, x, n in zip(hidden, inputs, LENGTHS):
+        row[:n] = x[:n]
+    return hidden, text_layout(np.arange(ROW) < LENGTHS[:, None])
+
+
+def test_cached_decoding_equals_the_uncached_forward():
+    """Rows of unequal length prefilled together, then four single-token steps, against each row alone."""
+    inputs = [random_hidden(n + 4, seed=n) for n in LENGTHS]
+    expected = [alone(x) for x in inputs]
+    hidden, cache = run(*prompts(inputs), decoder.init_cache(CFG, rows=3, slots=SLOTS))
     for b, n in enumerate(LENGTHS):
-        prompt[b, :n] = inputs[b][:n]
-    cache = decoder.init_cache(CFG, rows=3, slots=widest + steps + 2)
-    hidden, cache = run(params, prompt, text_layout(np.arange(widest) < LENGTHS[:, None]), cache)
-    for b, n in enumerate(LENGTHS):
-        close(hidden[b, :n], alone[b][:n], err_msg=f"prefill of row {b}")
-    for step in range(steps):
-        token = np.stack([inputs[b][n + step] for b, n in enumerate(LENGTHS)])[:, None]
-        slots = text_layout(np.ones((3, 1)), positions=LENGTHS[:, None] + step)
-        hidden, cache = run(params, token, slots, cache)
-        close(hidden[:, 0], np.stack([alone[b][n + step] for b, n in enumerate(LENGTHS)]), err_msg=f"step {step}")
-    assert cache.length == widest + steps
+        close(hidden[b, :n], expected[b][:n], err_msg=f"prefill of row {b}")
+    for step in range(4):
+        token = np.stack([x[n + step] for x, n in zip(inputs, LENGTHS)])[:, None]
+        hidden, cache = run(token, text_layout(np.ones((3, 1)), LENGTHS[:, None] + step), cache)
+        close(hidden[:, 0], np.stack([x[n + step] for x, n in zip(expected, LENGTHS)]), err_msg=f"step {step}")
+    assert cache.length == ROW + 4
 
 
-def test_a_finished_row_can_append_dead_slots(params):
-    """A row whose step is dead (segment 0) is as if the step had not been, for itself and for its neighbour."""
-    x = random_hidden(2, 6)
-    alone = forward(params, x, np.ones((2, 6), int))
-    hidden, cache = run(params, x[:, :4], text_layout(np.ones((2, 4))), decoder.init_cache(CFG, 2, 8))
-    first = np.stack([x[0, 4], random_hidden(seed=7)])[:, None]
-    hidden, cache = run(params, first, text_layout([[1], [0]], positions=[[4], [0]]), cache)
-    close(hidden[0, 0], alone[0, 4])
-    hidden, cache = run(params, np.stack([x[0, 5], x[1, 4]])[:, None], text_layout([[1], [1]], [[5], [4]]), cache)
-    close(hidden[:, 0], np.stack([alone[0, 5], alone[1, 4]]))
+def test_a_dead_step_leaves_no_trace():
+    """A row whose step has segment 0 goes on as if the step had not been; its neighbours do not notice."""
+    inputs = [random_hidden(n + 2, seed=n) for n in LENGTHS]
+    expected = [alone(x) for x in inputs]
+    hidden, cache = run(*prompts(inputs), decoder.init_cache(CFG, rows=3, slots=SLOTS))
+    at = LENGTHS.copy()
+    for alive in ([1, 0, 1], [1, 1, 0]):
+        token = np.stack([x[i] for x, i in zip(inputs, at)])[:, None]
+        hidden, cache = run(token, text_layout(np.array(alive)[:, None], at[:, None]), cache)
+        for b in np.flatnonzero(alive):
+            close(hidden[b, 0], expected[b][at[b]])
+        at += alive
+    assert at.tolist() == [11, 7, 3]
 
 
-def test_prefill_in_two_pieces_equals_one(params):
-    x, segments = random_hidden(2, 10), np.array([[1] * 10, [1] * 3 + [2] * 5 + [0] * 2])
-    whole = text_layout(segments)
-    expected, once = run(params, x, whole, decoder.init_cache(CFG, 2, 12))
-    cache, pieces = decoder.init_cache(CFG, 2, 12), []
-    for part in (slice(0, 6), slice(6, 10)):
-        hidden, cache = run(params, x[:, part], jax.tree.map(lambda leaf: leaf[:, part], whole), cache)  # noqa: B023
-        pieces.append(hidden)
+def test_prefill_in_two_pieces_equals_one():
+    x = random_hidden(3, ROW)
+    segments = np.array([[1] * 9, [1] * 3 + [2] * 4 + [0] * 2, [1] * 7 + [2] * 2])
+    slots, empty = text_layout(segments), decoder.init_cache(CFG, rows=3, slots=SLOTS)
+    expected, once = run(x, slots, empty)
+    first, cache = run(x[:, :5], part(slots, 0, 5), empty)
+    second, cache = run(x[:, 5:], part(slots, 5, 9), cache)
     live = segments > 0
-    close(np.concatenate(pieces, axis=1)[live], expected[live])
-    close(forward(params, x, segments)[live], expected[live])
-    np.testing.assert_array_equal(cache.segments, np.pad(segments, ((0, 0), (0, 2))))
-    assert cache.length == once.length == 10
-    written = np.pad(live, ((0, 0), (0, 2)))
-    close(cache.k[:, written], once.k[:, written])
-    close(cache.v[:, written], once.v[:, written])
+    close(np.concatenate([first, second], axis=1)[live], expected[live])
+    close(expected[0], alone(x[0]))
+    assert cache.length == once.length == ROW
+    written = np.pad(live, ((0, 0), (0, SLOTS - ROW)))
+    np.testing.assert_array_equal(cache.segments, np.where(written, np.pad(segments, ((0, 0), (0, SLOTS - ROW))), 0))
+    for mine, reference in ((cache.k, once.k), (cache.v, once.v)):
+        close(mine[:, written], reference[:, written])
+        assert not np.any(mine[:, :, ROW:])
 
 
-@pytest.mark.parametrize("K", [1, 2])
-def test_two_slices_of_layers_equal_all(params, K):
-    """With and without caches, one cache for each slice, over a prefill and a step."""
-    x, L = random_hidden(2, 8), CFG.layers
-    segments = np.ones((2, 8), int)
-    expected = forward(params, x, segments)
-    middle = forward(params, x, segments, layers=(0, K))
-    assert np.abs(middle - expected).max() > 0.1
-    close(forward(params, middle, segments, layers=(K, L)), expected)
+def test_slices_of_layers_equal_all():
+    """Layers 0 to 1, then 1 to 3, without caches and with a cache for each slice over a prefill and a step."""
+    x, slices = random_hidden(1, ROW), ((0, 1), (1, 3))
+    slots = text_layout(np.ones((1, ROW)))
+    middle, expected = alone(x[0], layers=(0, 1)), alone(x[0])
 
-    caches = {layers: decoder.init_cache(CFG, 2, 8, layers=layers[1] - layers[0]) for layers in ((0, K), (K, L))}
-    whole = text_layout(segments)
-    for part in (slice(0, 7), slice(7, 8)):
-        hidden = x[:, part]
-        for layers in caches:
-            slots = jax.tree.map(lambda leaf: leaf[:, part], whole)  # noqa: B023
-            hidden, caches[layers] = run(params, hidden, slots, caches[layers], layers=layers)
-        close(hidden, expected[:, part])
+    @jax.jit
+    def uncached(x):
+        first = decoder.run(PARAMS, CFG, x, slots, layers=slices[0])[0]
+        return first, decoder.run(PARAMS, CFG, first, slots, layers=slices[1])[0]
+
+    @jax.jit
+    def cached(x):
+        caches = [decoder.init_cache(CFG, 1, ROW, layers=last - first) for first, last in slices]
+        pieces = []
+        for piece in (slice(0, 8), slice(8, 9)):
+            hidden, here = x[:, piece], part(slots, piece.start, piece.stop)
+            for i, layers in enumerate(slices):
+                hidden, caches[i] = decoder.run(PARAMS, CFG, hidden, here, layers=layers, cache=caches[i])
+            pieces.append(hidden)
+        return jnp.concatenate(pieces, axis=1), caches
+
+    first, last = uncached(x)
+    close(first[0], middle)
+    close(last[0], expected)
+    hidden, caches = cached(x)
+    close(hidden[0], expected)
+    assert [cache.k.shape[0] for cache in caches] == [1, 2]
 
 
-def test_packed_conversations_do_not_see_each_other(params):
+def test_packed_conversations_do_not_see_each_other():
     """Two in a row are as each alone, and changing one leaves the other's hidden states bit-identical."""
-    x, segments = random_hidden(1, 14), np.array([[1] * 5 + [2] * 7 + [0] * 2])
-    packed = forward(params, x, segments)
-    parts = {"first": slice(0, 5), "second": slice(5, 12)}
-    for part in parts.values():
-        length = part.stop - part.start
-        close(packed[:, part], forward(params, x[:, part], np.ones((1, length), int)))
-    for changed, kept in (("first", "second"), ("second", "first")):
-        other = x.copy()
-        other[:, parts[changed]] += 1
-        perturbed = forward(params, other, segments)
-        np.testing.assert_array_equal(perturbed[:, parts[kept]], packed[:, parts[kept]])
-        assert np.abs(perturbed - packed)[:, parts[changed]].min(-1).max() > 1e-4
+    x, segments = random_hidden(1, 12), np.array([[1] * 4 + [2] * 6 + [0] * 2])
+    packed, parts = forward(x, segments), (slice(0, 4), slice(4, 10))
+    for one in parts:
+        close(packed[0, one], alone(x[0, one]))
+    for mine, other in (parts, parts[::-1]):
+        perturbed = x.copy()
+        perturbed[:, mine] += random_hidden(seed=8)
+        after = forward(perturbed, segments)
+        np.testing.assert_array_equal(after[:, other], packed[:, other])
+        assert (np.abs(after - packed)[:, mine].max(-1) > 1e-3).all()
 
 
-def test_padding_changes_nothing(params):
+def test_padding_changes_nothing():
     """Dead slots at the end and in the middle of a conversation, whatever they hold."""
-    x, segments = random_hidden(1, 12), np.array([[1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 0]])
-    live = segments > 0
-    padded = forward(params, x, segments)
-    close(padded[live], forward(params, x[live][None], np.ones((1, live.sum()), int))[0])
+    x, live = random_hidden(1, 12), np.array([[1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 0]]) > 0
+    padded = forward(x, live)
+    close(padded[live], alone(x[live]))
     other = np.where(live[..., None], x, 100 * random_hidden(1, 12, seed=5))
-    np.testing.assert_array_equal(forward(params, other, segments)[live], padded[live])
+    np.testing.assert_array_equal(forward(other, live)[live], padded[live])
     assert np.isfinite(padded).all()
 
 
-def test_causality(params):
+def test_causality():
     """A changed slot leaves all before it bit-identical and reaches itself and all after."""
-    x, segments = random_hidden(1, 9), np.ones((1, 9), int)
-    base = forward(params, x, segments)
-    for at in range(9):
-        other = x.copy()
-        other[:, at] += 1
-        change = np.abs(forward(params, other, segments) - base)[0].max(-1)
+    x, segments = random_hidden(1, 12), np.ones((1, 12), int)
+    before = forward(x, segments)
+    for at in range(12):
+        perturbed = x.copy()
+        perturbed[:, at] += random_hidden(seed=8)
+        change = np.abs(forward(perturbed, segments) - before)[0].max(-1)
         assert (change[:at] == 0).all() and (change[at:] > 1e-4).all(), f"slot {at}"
 
 
-def test_embedding_head_and_dtypes(params):
-    """The head reads the final norm's output; bfloat16 hidden states give float32 logits."""
-    tokens = np.array([[3, 49, 0]])
-    hidden = decoder.embed(params, CFG, tokens)
-    np.testing.assert_array_equal(hidden, np.asarray(params["embed"]["embedding"])[tokens])
-    normed = decoder.finish(params, CFG, hidden)
-    scale = np.asarray(params["head"]["norm"]["scale"])
-    close(normed, hidden / np.sqrt((np.asarray(hidden) ** 2).mean(-1, keepdims=True) + CFG.norm_eps) * scale)
-    close(decoder.logits(params, CFG, normed), np.asarray(normed) @ np.asarray(params["head"]["out"]["kernel"]))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_embedding_and_head(dtype):
+    """embed looks up rows, finish is the RMS norm, logits are float32 in any compute dtype."""
+    tokens, rows = np.array([[3, 49, 0]]), np.asarray(PARAMS["embed"]["embedding"])
 
-    half = decoder.embed(params, CFG, tokens, jnp.bfloat16)
-    slots = text_layout(np.ones((1, 3)))
-    out, cache = run(params, half, slots, decoder.init_cache(CFG, 1, 4, dtype=jnp.bfloat16))
-    assert half.dtype == out.dtype == cache.k.dtype == jnp.bfloat16
-    scores = decoder.logits(params, CFG, decoder.finish(params, CFG, out))
-    assert scores.dtype == jnp.float32
-    exact = decoder.logits(params, CFG, decoder.finish(params, CFG, run(params, hidden, slots)[0]))
-    assert np.abs(scores - exact).max() < 0.1 * np.abs(exact).max()
+    @jax.jit
+    def ours(params):
+        hidden = decoder.embed(params, CFG, tokens, dtype)
+        normed = decoder.finish(params, CFG, hidden)
+        return hidden, normed, decoder.logits(params, CFG, normed)
+
+    hidden, normed, logits = ours(PARAMS)
+    assert hidden.dtype == normed.dtype == dtype and logits.dtype == jnp.float32
+    expected = rows[tokens] / np.sqrt((rows[tokens] ** 2).mean(-1, keepdims=True) + 1e-5)
+    expected = expected * PARAMS["head"]["norm"]["scale"]
+    tolerance = dict(atol=1e-5) if dtype == "float32" else dict(atol=0.03, rtol=0.03)
+    np.testing.assert_allclose(np.asarray(hidden, np.float32), rows[tokens], **tolerance)
+    np.testing.assert_allclose(np.asarray(normed, np.float32), expected, **tolerance)
+    np.testing.assert_allclose(logits, expected @ PARAMS["head"]["out"]["kernel"], **tolerance)

@@ -1,4 +1,4 @@
-"""The towers against Hugging Face's CLIP and SigLIP with eager attention: states, attention, keys, gradients, pixels."""
+"""The towers against Hugging Face's CLIP and SigLIP: hidden states, attention, keys, gradients, pixels."""
 
 import functools
 

@@ -7,200 +7,200 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rows import SIDE, Conversation, assert_trees_close, conversation, jitter, pack
+from jax.extend.core import jaxprs_in_params
+from rows import SIDE, assert_trees_close, conversation, pack, random_params
 
-from deltallava_jax.config import DecoderConfig, ModelConfig, VisionConfig, compose
+from deltallava_jax.config import ConfigError, DecoderConfig, ModelConfig, VisionConfig, compose
 from deltallava_jax.models import vlm
 from deltallava_jax.sequence import Batch, layout
 
-VOCAB, T, I = 97, 20, 2
-VISION = VisionConfig(image_size=SIDE, patch_size=8, width=32, layers=3, heads=2, mlp_width=48)
-DECODER = DecoderConfig(vocab_size=VOCAB, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48)
-DELTA = dict(scale_factor=(1, 2, 4), head_dim=16, block_head_dim=8, rank=4, drop_path=0.5)
-ELASTIC = compose(VISION, DECODER, DELTA, dtype="float32")
-V = 4  # the budget of most tests
+VOCAB, T, I, V = 97, 20, 2, 4
 S = T + I * (V - 1)
+VISION = VisionConfig(image_size=SIDE, patch_size=16, width=32, layers=3, heads=2, mlp_width=48)
+DECODER = DecoderConfig(vocab_size=VOCAB, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48)
+MLP = compose(VISION, DECODER, dict(name="mlp"), dtype="float32")
+DELTA = dict(scale_factor=(1, 2), head_dim=16, block_head_dim=8, rank=4, drop_path=0.5)
+ELASTIC = compose(VISION, DECODER, DELTA, dtype="float32")
+PARAMS = random_params(vlm.init_params, MLP)
+
+RNG = np.random.default_rng(1)
+TALKS = [conversation(RNG, 9, images=1), conversation(RNG, 8, images=1), conversation(RNG, 7)]
+# Two conversations with an image each; one with an image and one without, which leaves a place unused.
+BATCH = pack([TALKS[:2], [TALKS[1], TALKS[2]]], T, I)
+TEXT = pack([[TALKS[2], conversation(RNG, 16)], [conversation(RNG, 20)]], S, 0)
 
 
-@pytest.fixture(scope="module")
-def params():
-    return jitter(vlm.init_params(ELASTIC, jax.random.key(0)), scale=0.5)
+@functools.partial(jax.jit, static_argnums=0)
+def step(cfg: ModelConfig, params, batch: Batch):
+    return jax.value_and_grad(lambda p: vlm.loss_sum(p, cfg, batch, None, train=False), has_aux=True)(params)
 
 
-@pytest.fixture(scope="module")
-def talks() -> list[Conversation]:
-    rng = np.random.default_rng(1)
-    return [conversation(rng, 9, images=1), conversation(rng, 8, images=1), conversation(rng, 7)]
+def evaluate(batch: Batch, cfg: ModelConfig = MLP):
+    """((summed loss, supervised tokens), gradients)."""
+    return step(cfg, PARAMS, batch)
 
 
-@pytest.fixture(scope="module")
-def batch(talks) -> Batch:
-    """Two rows of 20 tokens: two conversations with an image each; one with an image, one without, a place unused."""
-    return pack([talks[:2], [talks[1], talks[2]]], T, I)
+def loss(batch: Batch) -> float:
+    (total, count), _ = evaluate(batch)
+    return float(total / count)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "budget", "train"))
-def loss(params, batch, rng=None, *, cfg=ELASTIC, budget=V, train=False):
-    return vlm.loss(params, cfg, batch, rng, train=train, budget=budget)
+def changed(**changes) -> ModelConfig:
+    return dataclasses.replace(MLP, **changes)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",))
-def loss_and_gradients(params, batch, cfg=ELASTIC):
-    return jax.value_and_grad(lambda p: vlm.loss(p, cfg, batch, None, train=False, budget=V))(params)
+def assert_same(ours, theirs):
+    """Two results of evaluate agree to rounding."""
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
+    assert_trees_close(ours[1], theirs[1], atol=1e-5, rtol=1e-4)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",))
-def loss_sum(params, batch, cfg=ELASTIC):
-    return vlm.loss_sum(params, cfg, batch, None, train=False, budget=V)
-
-
-def changed(cfg: ModelConfig = ELASTIC, **changes) -> ModelConfig:
-    return dataclasses.replace(cfg, **changes)
-
-
-def cross_entropy(logits, batch: Batch, budget: int = V) -> float:
-    """Mean over the supervised slots, in plain float64."""
-    rows = layout(batch, None, budget)
-    scores = np.asarray(logits, np.float64)[np.asarray(rows.loss_mask)]
-    targets = np.asarray(rows.targets)[np.asarray(rows.loss_mask)]
-    assert len(targets) == batch.loss_mask.sum() > 0
-    return float(np.mean(np.log(np.exp(scores).sum(-1)) - scores[np.arange(len(targets)), targets]))
-
-
-@pytest.fixture(scope="module")
-def unchunked(params, batch):
-    """(loss, gradients) with all logits of a row at once."""
-    return loss_and_gradients(params, batch, changed(loss_chunk=S))
-
-
-def test_loss_is_the_cross_entropy_of_the_logits(params, batch, unchunked):
-    logits = jax.jit(lambda p: vlm.logits(p, ELASTIC, batch, budget=V))(params)
+def test_loss_is_the_cross_entropy_of_the_logits():
+    """In plain float64, over the layout's targets and mask."""
+    logits = jax.jit(lambda params, batch: vlm.logits(params, MLP, batch))(PARAMS, BATCH)
     assert logits.shape == (2, S, VOCAB) and logits.dtype == jnp.float32
-    expected = cross_entropy(logits, batch)
-    np.testing.assert_allclose(unchunked[0], expected, rtol=1e-6)
-    assert abs(expected - np.log(VOCAB)) > 0.05  # the parameters are far from initialisation
+    rows = layout(BATCH, None, V)
+    mask = np.asarray(rows.loss_mask)
+    scores, targets = np.asarray(logits, float)[mask], np.asarray(rows.targets)[mask]
+    losses = np.log(np.exp(scores).sum(-1)) - scores[np.arange(len(targets)), targets]
+    (total, count), _ = evaluate(BATCH)
+    assert count == mask.sum() == BATCH.loss_mask.sum() > 10
+    np.testing.assert_allclose(total, losses.sum(), rtol=1e-6)
+    assert losses.std() > 0.1
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 13, 512])
-def test_chunks_change_neither_loss_nor_gradients(params, batch, unchunked, chunk):
-    """26 slots in chunks of one, chunks that divide it or not, and more than a row."""
-    value, gradients = loss_and_gradients(params, batch, changed(loss_chunk=chunk))
-    np.testing.assert_allclose(value, unchunked[0], rtol=1e-6)
-    assert_trees_close(gradients, unchunked[1], atol=1e-6, rtol=1e-4)
+def test_loss_is_the_mean_and_zero_without_supervision():
+    loss = jax.jit(lambda params, batch: vlm.loss(params, MLP, batch, None, train=False))
+    (total, count), _ = evaluate(TEXT)
+    np.testing.assert_allclose(loss(PARAMS, TEXT), total / count, rtol=1e-6)
+    silent = [dataclasses.replace(batch, loss_mask=jnp.zeros_like(batch.loss_mask)) for batch in (TEXT, BATCH)]
+    assert loss(PARAMS, silent[0]) == 0
+    (total, count), gradients = evaluate(silent[1])
+    assert total == count == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
 
 
-def test_every_parameter_in_use_has_a_gradient(unchunked):
-    """The tower up to its last layer needed, the projector and the decoder; none beyond."""
-    gradients = unchunked[1]
+def test_chunks_change_neither_loss_nor_gradients():
+    """A row of 26 slots in chunks of 7, against all at once; chunks that divide it are tested with remat."""
+    assert_same(evaluate(TEXT, cfg=changed(loss_chunk=7)), evaluate(TEXT))
+
+
+@pytest.mark.parametrize("chunk, whole", [(S, True), (512, True), (7, False), (1, False)])
+def test_logits_never_exist_all_at_once(chunk, whole):
+    """No array with a vocabulary axis and B * S * vocab or more elements is in the traced loss and gradient."""
+    jaxpr = jax.make_jaxpr(step, static_argnums=0)(changed(loss_chunk=chunk), PARAMS, BATCH).jaxpr
+    sizes = {np.prod(shape) for shape in shapes(jaxpr) if VOCAB in shape}
+    assert 2 * min(chunk, S) * VOCAB in sizes
+    assert (max(sizes) >= 2 * S * VOCAB) == whole
+
+
+def shapes(jaxpr):
+    """Shapes of all arrays in a jaxpr and in those inside it (scans, checkpoints)."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from shapes(inner)
+
+
+@pytest.mark.parametrize(
+    "batch, remat, chunk, scans", [(BATCH, "full", 7, 2), (TEXT, "dots", 13, 1)], ids=["full-images", "dots-text"]
+)
+def test_recomputation_changes_nothing(batch, remat, chunk, scans):
+    """Neither loss nor gradients, here together with chunks; the scans over layers (tower, decoder) recompute."""
+    cfg = changed(remat=remat, loss_chunk=chunk)
+    assert_same(evaluate(batch, cfg=cfg), evaluate(batch))
+    forward = lambda cfg: jax.make_jaxpr(lambda p: vlm.loss_sum(p, cfg, batch, None, train=False))(PARAMS)  # noqa: E731
+    assert str(forward(cfg)).count("remat") == scans + str(forward(changed(loss_chunk=chunk))).count("remat")
+
+
+def test_gradients_reach_what_is_used():
+    """The tower up to the last layer needed, the projector and the decoder; nothing beyond."""
+    _, gradients = evaluate(BATCH)
     tower = gradients["vision"]
     used = [tower["embeddings"], gradients["projector"], gradients["decoder"]]
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(used))
-    for leaf in jax.tree.leaves(tower["layers"]):  # select_layer -2: two of three layers
-        assert np.abs(leaf[:2]).max() > 0 and not np.any(leaf[2])
+    assert all(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(used))
+    for leaf in jax.tree.leaves(tower["layers"]):  # select_layer -2 of three layers: two are used
+        assert np.any(leaf[0]) and np.any(leaf[1]) and not np.any(leaf[2])
 
 
-@pytest.mark.parametrize("chunk, expected", [(S, True), (7, False)])
-def test_logits_never_exist_all_at_once(params, batch, chunk, expected):
-    """No array with a vocabulary axis and B * S * vocab or more elements is in the traced loss and gradient."""
-    step = lambda p: loss_and_gradients(p, batch, changed(loss_chunk=chunk))  # noqa: E731
-    shapes = [a.shape for a in arrays(jax.make_jaxpr(step)(params).jaxpr)]
-    assert any(VOCAB in shape and np.prod(shape) == 2 * min(chunk, S) * VOCAB for shape in shapes)  # the search sees
-    assert any(VOCAB in shape and np.prod(shape) >= 2 * S * VOCAB for shape in shapes) == expected
-
-
-def arrays(jaxpr):
-    """Every array that a jaxpr makes, those of inner jaxprs (scans, checkpoints) too."""
-    for equation in jaxpr.eqns:
-        yield from (variable.aval for variable in equation.outvars)
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from arrays(inner)
-
-
-def test_parts_of_a_batch_add_up(params, batch):
-    total, count = loss_sum(params, batch)
-    parts = [loss_sum(params, jax.tree.map(lambda x: x[b : b + 1], batch)) for b in range(2)]  # noqa: B023
-    np.testing.assert_allclose(total, sum(part[0] for part in parts), rtol=1e-6)
-    assert count == sum(part[1] for part in parts) == batch.loss_mask.sum()
-    assert parts[0][0] / parts[0][1] != parts[1][0] / parts[1][1]
-
-
-def test_packing_changes_nothing(params, talks):
-    """Two conversations with an image each in one row, or in two rows with an unused place each."""
-    packed, unpacked = pack([talks[:2]], T, I), pack([talks[:1], talks[1:2]], T, I)
-    np.testing.assert_allclose(loss(params, packed), loss(params, unpacked), atol=1e-5)
-    rotated = pack([talks[1::-1]], T, I)
-    np.testing.assert_allclose(loss(params, rotated), loss(params, packed), atol=1e-5)
-
-
-def test_an_image_reaches_its_own_conversation_only(params, batch):
-    """Other pixels for the first row's second image change its row's loss, not the other row's; nor do they
-    change the row when the second conversation is unsupervised."""
-    other = dataclasses.replace(batch, images=batch.images.at[0, 1].set(255 - batch.images[0, 1]))
-    assert abs(loss(params, other) - loss(params, batch)) > 1e-4
-    muted = lambda b: dataclasses.replace(b, loss_mask=b.loss_mask & (b.segments == 1))  # noqa: E731
-    assert loss(params, muted(other)) == loss(params, muted(batch))
-
-
-def test_unused_image_places_do_not_reach_the_loss(params, batch):
-    assert (batch.image_positions[1] == jnp.array([1, T])).all()
-    noise = np.random.default_rng(2).integers(0, 256, batch.images.shape[2:], dtype=np.uint8)
-    filled = dataclasses.replace(batch, images=batch.images.at[1, 1].set(noise))
-    before, after = loss_and_gradients(params, batch), loss_and_gradients(params, filled)
-    assert before[0] == after[0]
-    assert_trees_close(before[1], after[1], atol=1e-7)
-
-
-def test_batch_without_images(params, talks, batch):
-    """I = 0: the tower is not run, and the loss is that of text."""
-    text = pack([talks[2:]], 12, 0)
-    with_places = pack([talks[2:]], 12, I)
-    value, gradients = loss_and_gradients(params, text)
-    np.testing.assert_allclose(value, loss(params, with_places), atol=1e-5)
+def test_batch_without_images():
+    """I = 0: no gradient reaches tower and projector, and the loss is that of rows with unused places."""
+    _, gradients = evaluate(TEXT)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves([gradients["vision"], gradients["projector"]]))
-    assert np.any(gradients["decoder"]["layers"]["q"]["kernel"])
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients["decoder"]))
+    bare = pack([[TALKS[2]], []], S, 0)
+    np.testing.assert_allclose(loss(bare), loss(pack([[TALKS[2]], []], T, I)), atol=1e-5)
 
 
-def test_nothing_supervised_gives_zero(params, batch):
-    value, gradients = loss_and_gradients(params, dataclasses.replace(batch, loss_mask=jnp.zeros_like(batch.loss_mask)))
-    assert value == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+def test_parts_of_a_batch_add_up():
+    part = jax.jit(lambda params, batch: vlm.loss_sum(params, MLP, batch, None, train=False))
+    parts = [part(PARAMS, jax.tree.map(lambda x: x[b : b + 1], TEXT)) for b in range(2)]  # noqa: B023
+    np.testing.assert_allclose(evaluate(TEXT)[0], np.sum(parts, axis=0), rtol=1e-6)
+    assert parts[0][1] != parts[1][1]
 
 
-def test_every_budget_of_an_elastic_model(params, batch):
-    """Losses at 16, 4 and 1 tokens an image equal the fixed model's of that scale, and differ."""
-    values = {budget: float(loss(params, batch, budget=budget)) for budget in (16, 4, 1)}
-    assert np.isfinite(list(values.values())).all() and len(set(values.values())) == 3
-    assert loss(params, batch, budget=None) == values[16]
-    fixed = compose(VISION, DECODER, {**DELTA, "scale_factor": 4}, dtype="float32")
-    assert loss(params, batch, cfg=fixed, budget=None) == values[1]
+def test_packing_changes_nothing():
+    """Two conversations with an image each in one row, in either order, or in two rows; and their gradients."""
+    unpacked = evaluate(pack([TALKS[:1], TALKS[1:2]], T, I))
+    for packed in (pack([TALKS[:2], []], T, I), pack([[], TALKS[1::-1]], T, I)):
+        np.testing.assert_allclose(evaluate(packed)[0], unpacked[0], atol=1e-5)
+        assert_trees_close(evaluate(packed)[1], unpacked[1], atol=1e-5)
 
 
-def test_training_drops_paths_and_evaluation_does_not(params, batch):
-    keys = jax.random.split(jax.random.key(3), 2)
-    quiet = loss(params, batch)
-    assert loss(params, batch, keys[0]) == quiet
-    noisy = [float(loss(params, batch, key, train=True)) for key in keys]
-    assert noisy[0] != noisy[1] and float(quiet) not in noisy
-    assert loss(params, batch, keys[0], train=True) == noisy[0]
+def test_an_image_reaches_its_own_conversation_only():
+    other = dataclasses.replace(BATCH, images=BATCH.images.at[0, 1].set(255 - BATCH.images[0, 1]))
+    assert abs(loss(other) - loss(BATCH)) > 1e-3
+    only_first = BATCH.loss_mask & (BATCH.segments == 1)
+    muted = [dataclasses.replace(batch, loss_mask=only_first) for batch in (other, BATCH)]
+    assert loss(muted[0]) == loss(muted[1])
+    swapped = dataclasses.replace(BATCH, images=BATCH.images.at[0].set(BATCH.images[0, ::-1]))
+    assert abs(loss(swapped) - loss(BATCH)) > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_recomputation_changes_nothing(params, batch, unchunked, remat):
-    cfg = changed(loss_chunk=S, remat=remat)
-    value, gradients = loss_and_gradients(params, batch, cfg)
-    np.testing.assert_allclose(value, unchunked[0], rtol=1e-6)
-    assert_trees_close(gradients, unchunked[1], atol=1e-6, rtol=1e-4)
-    assert "checkpoint" in str(jax.make_jaxpr(lambda p: loss_and_gradients(p, batch, cfg))(params)) or "remat" in str(
-        jax.make_jaxpr(lambda p: loss_and_gradients(p, batch, cfg))(params)
-    )
+def test_unused_image_places_do_not_reach_the_loss():
+    assert BATCH.image_positions[1].tolist() == [1, T]
+    noise = np.random.default_rng(2).integers(0, 256, BATCH.images.shape[2:], dtype=np.uint8)
+    before, after = evaluate(BATCH), evaluate(dataclasses.replace(BATCH, images=BATCH.images.at[1, 1].set(noise)))
+    assert before[0] == after[0]
+    assert_trees_close(before[1], after[1], atol=1e-6)
 
 
-def test_bfloat16_is_close(params, batch, unchunked):
+def test_bfloat16_is_close():
     """Compute in bfloat16 with float32 parameters: float32 loss and gradients, near those of float32."""
-    value, gradients = loss_and_gradients(params, batch, changed(dtype="bfloat16"))
-    assert value.dtype == jnp.float32
-    np.testing.assert_allclose(value, unchunked[0], rtol=2e-2)
-    flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (gradients, unchunked[1])]
+    cfg = changed(dtype="bfloat16")
+    total, _ = jax.jit(lambda params, batch: vlm.loss_sum(params, cfg, batch, None, train=False))(PARAMS, BATCH)
+    (exact, _), _ = evaluate(BATCH)
+    np.testing.assert_allclose(total, exact, rtol=2e-2)
+    assert total.dtype == jnp.float32 and total != exact
+    assert jax.eval_shape(lambda p: vlm.hidden_states(p, cfg, BATCH)[0], PARAMS).dtype == jnp.bfloat16
+    _, gradients = jax.eval_shape(functools.partial(step, cfg), PARAMS, BATCH)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradients))
-    assert flat[0] @ flat[1] > 0.99 * np.linalg.norm(flat[0]) * np.linalg.norm(flat[1])
-    hidden = jax.eval_shape(lambda p: vlm.hidden_states(p, changed(dtype="bfloat16"), batch)[0], params)
-    assert hidden.dtype == jnp.bfloat16
+
+
+@functools.partial(jax.jit, static_argnames=("budget", "train"))
+def elastic_loss(params, batch, key=None, *, budget, train=False):
+    return vlm.loss(params, ELASTIC, batch, key, train=train, budget=budget)
+
+
+ELASTIC_PARAMS = random_params(vlm.init_params, ELASTIC)
+elastic = functools.partial(elastic_loss, ELASTIC_PARAMS)
+
+
+def test_every_budget_of_an_elastic_model():
+    """Four tokens an image (the default) and one; another number is refused."""
+    values = {budget: float(elastic(BATCH, budget=budget)) for budget in (4, 1)}
+    assert np.isfinite(list(values.values())).all() and abs(values[4] - values[1]) > 1e-4
+    other = dataclasses.replace(BATCH, images=255 - BATCH.images)
+    assert all(abs(elastic(other, budget=budget) - value) > 1e-4 for budget, value in values.items())
+    tokens = lambda budget: jax.eval_shape(  # noqa: E731
+        lambda params: vlm.visual_tokens(params, ELASTIC, BATCH.images[0], budget=budget), ELASTIC_PARAMS
+    )
+    assert tokens(None).shape == tokens(4).shape == (I, 4, 32) and tokens(1).shape == (I, 1, 32)
+    with pytest.raises(ConfigError, match="4, 1"):
+        vlm.loss({}, ELASTIC, BATCH, None, budget=3)
+
+
+def test_only_training_with_a_key_is_random():
+    key = jax.random.key(3)
+    trace = lambda *key, **options: str(jax.make_jaxpr(functools.partial(elastic, budget=1, **options))(BATCH, *key))  # noqa: E731
+    assert "random_bits" in trace(key, train=True)
+    assert not any("random_bits" in text for text in (trace(key), trace(train=True), trace()))

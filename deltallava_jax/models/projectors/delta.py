@@ -3,7 +3,8 @@
 Two variants. "release" is the public code (mzamini92/Delta-LLaVA, multimodal_projector/builder.py), which produced
 the published numbers: block, position, projection, local attention, MLP. "paper" follows the paper's equations 3 to
 11: refinement, position, linear projection, block, windowed attention, residual feed-forward. No parameter's shape
-depends on the scale factor s, so one set of weights serves every budget (grid / s)^2.
+depends on the scale factor s, so one set of weights serves every budget (grid / s)^2. At s = 1 the release's queries
+have one key each: the output then depends on the values alone, and the query branch gets no gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from deltallava_jax.models.layers import (
     gelu,
     resize_grid,
     sincos_table,
-    torch_conv,
+    torch_default,
     trunc_normal,
     xavier_uniform,
 )
@@ -81,9 +82,9 @@ class ConvAttention(nnx.Module):
 
     def __init__(self, width: int, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
         group = cfg.block_head_dim if cfg.variant == "release" else 1
-        self.kernel = nnx.Param(torch_conv(9 * group)(rngs.params(), (3, 3, group, width)))
+        self.kernel = nnx.Param(torch_default(9 * group)(rngs.params(), (3, 3, group, width)))
         self.norm = LayerNorm(width, eps=BLOCK_EPS)
-        self.projection = Linear(width, width, bias=False, kernel_init=torch_conv(width), rngs=rngs)
+        self.projection = Linear(width, width, bias=False, kernel_init=torch_default(width), rngs=rngs)
 
     def __call__(self, x: Float[Array, "n g g C"]) -> Float[Array, "n g g C"]:
         n, h, w, width = x.shape
@@ -103,7 +104,9 @@ class Block(nnx.Module):
     """NTB: EMHSA on a share of the channels, MHCA on the rest, an MLP over both (Next-ViT's block)."""
 
     def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
-        conv = lambda a, b, bias=False: Linear(a, b, bias=bias, kernel_init=torch_conv(a), rngs=rngs)  # noqa: E731
+        conv = lambda a, b, bias=False: Linear(  # noqa: E731
+            a, b, bias=bias, kernel_init=torch_default(a), bias_init=torch_default(a), rngs=rngs
+        )
         attended, convolved = split_channels(cfg)
         emhsa = cfg.ablation != "no_emhsa"
         self.reduce = conv(cfg.width, attended)

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from deltallava_jax.config import ProjectorConfig
-from deltallava_jax.models.layers import Linear, gelu, torch_conv
+from deltallava_jax.models.layers import Linear, gelu, torch_default
 from deltallava_jax.models.names import Entry, linear
 from deltallava_jax.models.vision import Needs, VisionFeatures
 
@@ -15,8 +15,9 @@ class Mlp(nnx.Module):
     """Linear in_width -> d, exact GELU, Linear d -> d; one token a patch."""
 
     def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
-        self.up = Linear(cfg.in_width, cfg.out_width, kernel_init=torch_conv(cfg.in_width), rngs=rngs)
-        self.down = Linear(cfg.out_width, cfg.out_width, kernel_init=torch_conv(cfg.out_width), rngs=rngs)
+        make = lambda width, init: Linear(width, cfg.out_width, kernel_init=init, bias_init=init, rngs=rngs)  # noqa: E731
+        self.up = make(cfg.in_width, torch_default(cfg.in_width))
+        self.down = make(cfg.out_width, torch_default(cfg.out_width))
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
         return self.down(gelu(self.up(features.last)))
