@@ -64,7 +64,7 @@ def main(cfg: Config, workdir: Path) -> None:
         tokens.train(source.texts(), cfg.model.decoder.vocab_size).save(tokenizer_file)
         (workdir / "config.json").write_text(json.dumps(to_dict(cfg), indent=2))
     tokenizer = tokens.load(tokenizer_file)
-    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision.image_size, cfg.seed)
+    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision.image_size)
     lengths, images = rows.lengths()
     plan = PackPlan(
         lengths, images, budgets=budgets, rows=cfg.data.rows, row_length=cfg.data.row_length,

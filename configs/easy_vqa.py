@@ -12,7 +12,7 @@ def get_config() -> c.Config:
             dict(name="delta", scale_factor=2, head_dim=32, select_layer=-1),
             dtype="float32",
         ),
-        data=c.DataConfig(dataset="easy_vqa", template="brief", shuffle_turns=True, rows=8, row_length=512),
+        data=c.DataConfig(dataset="easy_vqa", template="brief", independent_rounds=True, rows=8, row_length=512),
         optimizer=c.OptimizerConfig(lr=1e-3, warmup_ratio=0.1, final_lr_ratio=0.02, b2=0.99, weight_decay=0.05),
         training=c.TrainingConfig(epochs=8, log_every=10, eval_every=400, checkpoint_every=200),
         evaluation=c.EvaluationConfig(max_new_tokens=4),

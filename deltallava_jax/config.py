@@ -86,6 +86,7 @@ class ProjectorConfig:
     rank: int = 16
     mix_ratio: float = 0.75
     drop_path: float = 0.1
+    initializer_range: float = 0.02  # standard deviation of fresh Linear weights; small widths want more
     reduction: int = 1  # EMHSA's spatial reduction sr
     window: int = 1  # paper variant: query windows of window x window
     mlp_width: int = 4096  # paper variant: hidden width of equation 11
@@ -169,6 +170,7 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     qkv_bias: bool = False
     tied_head: bool = False
+    initializer_range: float = 0.02  # standard deviation of fresh weights; small widths want more
 
     def __post_init__(self):
         _require(
@@ -220,7 +222,7 @@ class DataConfig:
     dataset: str = "easy_vqa"
     template: str = "vicuna_v1"
     turns: int = 0  # easy_vqa: questions a conversation; 0: all of an image's questions
-    shuffle_turns: bool = False  # the questions of a conversation in another order each epoch
+    independent_rounds: bool = False  # a conversation's questions see its image but not each other
     rows: int = 16  # rows of the global batch
     row_length: int = 2048
     images_per_row: int = 0  # 0: chosen from the data for each budget
@@ -351,6 +353,7 @@ PRESETS: dict[type, dict[str, dict]] = {
         ),
         "tiny": dict(
             vocab_size=384, width=128, layers=4, heads=4, kv_heads=4, mlp_width=352, tied_head=True,
+            initializer_range=0.08,
         ),
     },
 }  # fmt: skip

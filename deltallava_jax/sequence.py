@@ -26,6 +26,8 @@ class Batch:
     image_positions: index into tokens of each image's placeholder, ascending; T where the place is unused.
     images: pixels, normalised on the device.
     questions: [start, end) into tokens of the question that belongs to each image, for systems that read it.
+    branches: within a conversation, 0 for what all its rounds share, 1, 2, ... for rounds that see the shared part but
+        not each other, as if each were asked alone; None: rounds see those before them.
     """
 
     tokens: Int[Array, "B T"]
@@ -34,6 +36,7 @@ class Batch:
     image_positions: Int[Array, "B I"]
     images: UInt8[Array, "B I H W 3"]
     questions: Int[Array, "B I 2"] | None = None
+    branches: Int[Array, "B T"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -41,11 +44,13 @@ class Batch:
 class Layout:
     """What each of a row's S slots holds.
 
-    positions: rotary position, counted over live slots, restarting in each segment.
+    positions: rotary position, counted over live slots, restarting in each segment; a branch goes on from the shared
+        part.
     segments: the conversation of a live slot; 0 for padding and for visual slots that hold no token.
     is_visual: the slot belongs to an image.
     text_index, visual_index: where to gather from, in [0, T) and in [0, I * V); in range everywhere.
     targets, loss_mask: the token to predict at this slot and whether it counts.
+    branches: of each slot, as in Batch.
     """
 
     positions: Int[Array, "B S"]
@@ -55,6 +60,7 @@ class Layout:
     visual_index: Int[Array, "B S"]
     targets: Int[Array, "B S"]
     loss_mask: Bool[Array, "B S"]
+    branches: Int[Array, "B S"] | None = None
 
 
 def layout(batch: Batch, valid: Bool[Array, "B I V"] | None, V: int) -> Layout:
@@ -95,8 +101,17 @@ def layout(batch: Batch, valid: Bool[Array, "B I V"] | None, V: int) -> Layout:
     # Live slots before each slot, less those before its conversation began.
     before = jnp.cumsum(live, axis=1) - live
     begins = conversation != jnp.pad(conversation, ((0, 0), (1, 0)))[:, :-1]
-    base = jax.lax.cummax(jnp.where(begins, before, 0), axis=1)
-    positions = jnp.where(live, before - base, 0)
+    latest = lambda flags: jax.lax.cummax(jnp.where(flags, before, 0), axis=1)  # noqa: E731
+    positions, branches = before - latest(begins), None
+    if batch.branches is not None:
+        branches = jnp.where(inside, jnp.take_along_axis(batch.branches, text_index, axis=1), 0)
+        left = jnp.pad(branches, ((0, 0), (1, 0)))[:, :-1]
+        branch_begins = (branches > 0) & (begins | (branches != left))
+        shared_ends = branch_begins & (begins | (left == 0))
+        # In a branch: the length of the shared part, then the slots since the branch began.
+        alone = latest(shared_ends) - latest(begins) + before - latest(branch_begins)
+        positions = jnp.where(branches > 0, alone, positions)
+    positions = jnp.where(live, positions, 0)
 
     # The next live slot: a minimum over the slots to the right.
     following = jax.lax.cummin(jnp.where(live, slots, S), axis=1, reverse=True)
@@ -107,6 +122,8 @@ def layout(batch: Batch, valid: Bool[Array, "B I V"] | None, V: int) -> Layout:
     tokens = jnp.take_along_axis(batch.tokens, text_index, axis=1)
     supervised = jnp.take_along_axis(batch.loss_mask, text_index, axis=1) & ~is_visual & live
     loss_mask = live & exists & at_next(supervised) & (at_next(conversation) == conversation)
+    if branches is not None:
+        loss_mask &= (branches == 0) | (at_next(branches) == branches)
 
     return Layout(
         positions=positions.astype(jnp.int32),
@@ -116,6 +133,7 @@ def layout(batch: Batch, valid: Bool[Array, "B I V"] | None, V: int) -> Layout:
         visual_index=visual_index.astype(jnp.int32),
         targets=jnp.where(loss_mask, at_next(tokens), 0).astype(jnp.int32),
         loss_mask=loss_mask,
+        branches=branches,
     )
 
 

@@ -6,6 +6,7 @@ image goes. Spans come from the tokenizer's character offsets, never from counti
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,11 +45,14 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Tokenized:
-    """ids [T] with id 0 at each image's placeholder; loss_mask [T]; image_positions [images]."""
+    """ids [T] with id 0 at each image's placeholder; loss_mask [T]; image_positions [images]; rounds [T].
+
+    rounds: 0 for the system text and the images at the front, then 1, 2, ... for the question and answer pairs."""
 
     ids: np.ndarray
     loss_mask: np.ndarray
     image_positions: np.ndarray
+    rounds: np.ndarray
 
 
 def rounds(conversation: list[dict]) -> list[tuple[str, str | None]]:
@@ -69,22 +73,31 @@ def tokenize(pairs: list[tuple[str, str | None]], template: Template, tokenizer:
     """Token ids of a whole conversation, BOS first; each answer and its ``end`` are supervised.
 
     A final answer of None leaves the prompt open for generation."""
-    text, spans = template.system, []
+    text, spans, starts = template.system, [], []
     for question, answer in pairs:
+        shared = 0  # characters of the first round up to the end of its image marker and newline
+        if not starts and IMAGE in question:
+            shared = template.user.index("{}") + question.rfind(IMAGE) + len(IMAGE)
+            shared += question[question.rfind(IMAGE) + len(IMAGE) :].startswith("\n")
+        starts.append(len(text) + shared)
         text += template.user.format(question) + template.assistant
         if answer is None:
             break
         spans.append((len(text), len(text) + len(f" {answer}{template.end}")))
         text += f" {answer}{template.end}"
-    ids, mask, positions, start = [tokenizer.bos], [False], [], 0
+    ids, mask, of_round, positions, start = [tokenizer.bos], [False], [0], [], 0
     for index, piece in enumerate(text.split(IMAGE)):
         if index:
             positions.append(len(ids))
             ids.append(0)
             mask.append(False)
+            of_round.append(bisect.bisect(starts, start))
             start += len(IMAGE)
         piece_ids, offsets = tokenizer.encode(piece)
         ids += piece_ids
         mask += [any(a < start + end and start + begin < b for a, b in spans) for begin, end in offsets]
+        of_round += [bisect.bisect(starts, start + begin) for begin, _ in offsets]
         start += len(piece)
-    return Tokenized(np.array(ids, np.int32), np.array(mask, bool), np.array(positions, np.int32))
+    return Tokenized(
+        np.array(ids, np.int32), np.array(mask, bool), np.array(positions, np.int32), np.array(of_round, np.int32)
+    )

@@ -33,17 +33,12 @@ class Element:
 class Rows:
     """Builds rows from record ids; sent to the workers."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, cfg: DataConfig, image_size: int, seed: int):
-        self.source, self.tokenizer, self.cfg, self.image_size, self.seed = source, tokenizer, cfg, image_size, seed
+    def __init__(self, source: Source, tokenizer: Tokenizer, cfg: DataConfig, image_size: int):
+        self.source, self.tokenizer, self.cfg, self.image_size = source, tokenizer, cfg, image_size
 
-    def tokenize(self, record: Record, index: int, epoch: int) -> Tokenized:
-        """The record's tokens; with data.shuffle_turns its questions come in another order each epoch.
-
-        Raises BadSample for turns out of order, or markers that do not match the images."""
-        pairs = rounds(record.conversation)
-        if self.cfg.shuffle_turns and len(pairs) > 1:
-            pairs = _shuffle(pairs, np.random.default_rng((self.seed, epoch, index)))
-        tokenized = tokenize(pairs, TEMPLATES[self.cfg.template], self.tokenizer)
+    def tokenize(self, record: Record) -> Tokenized:
+        """The record's tokens. Raises BadSample for turns out of order, or markers that do not match the images."""
+        tokenized = tokenize(rounds(record.conversation), TEMPLATES[self.cfg.template], self.tokenizer)
         if len(tokenized.image_positions) != len(record.images):
             markers = len(tokenized.image_positions)
             raise BadSample(f"{markers} <image> markers, but {len(record.images)} images")
@@ -55,12 +50,12 @@ class Rows:
         for index in range(len(self.source)):
             record = self.source[index]
             try:
-                counts[index] = len(self.tokenize(record, index, 0).ids), len(record.images)
+                counts[index] = len(self.tokenize(record).ids), len(record.images)
             except BadSample:
                 continue
         return counts[:, 0], counts[:, 1]
 
-    def build(self, rows: list[list[int]], epoch: int, text: int, images: int) -> tuple[Batch, tuple[str, ...]]:
+    def build(self, rows: list[list[int]], text: int, images: int) -> tuple[Batch, tuple[str, ...]]:
         """A batch of ``rows`` with T = text and I = images, and the faults met."""
         B, size = len(rows), self.image_size
         batch = Batch(
@@ -69,6 +64,7 @@ class Rows:
             segments=np.zeros((B, text), np.int32),
             image_positions=np.full((B, images), text, np.int32),
             images=np.zeros((B, images, size, size, 3), np.uint8),
+            branches=np.zeros((B, text), np.int32) if self.cfg.independent_rounds else None,
         )
         faults = []
         for row, records in enumerate(rows):
@@ -76,7 +72,7 @@ class Rows:
             for index in records:
                 record = self.source[index]
                 try:
-                    tokenized = self.tokenize(record, index, epoch)
+                    tokenized = self.tokenize(record)
                     pixels = [load_image(path, size) for path in record.images]
                     end = min(start + len(tokenized.ids), text)
                     if (tokenized.image_positions + start >= end).any():
@@ -88,20 +84,14 @@ class Rows:
                 batch.tokens[row, start:end] = tokenized.ids[: end - start]
                 batch.loss_mask[row, start:end] = tokenized.loss_mask[: end - start]
                 batch.segments[row, start:end] = segment
+                if batch.branches is not None:
+                    batch.branches[row, start:end] = tokenized.rounds[: end - start]
                 for position, image in zip(tokenized.image_positions, pixels):
                     batch.image_positions[row, placed] = start + position
                     batch.images[row, placed] = image
                     placed += 1
                 start = end
         return batch, tuple(faults)
-
-
-def _shuffle(pairs, rng: np.random.Generator):
-    """The rounds in another order; what stands before the first question (its image) stays in front."""
-    head, newline, first = pairs[0][0].rpartition("\n")
-    pairs = [(first, pairs[0][1]), *pairs[1:]]
-    pairs = [pairs[i] for i in rng.permutation(len(pairs))]
-    return [(head + newline + pairs[0][0], pairs[0][1]), *pairs[1:]]
 
 
 @dataclass(frozen=True)
@@ -117,7 +107,7 @@ class _BuildStep:
         step = self.plan.step(int(number))
         share = len(step.rows) // self.processes
         mine = step.rows[self.process * share : (self.process + 1) * share]
-        batch, faults = self.rows.build(mine, step.epoch, *self.plan.capacities[step.budget])
+        batch, faults = self.rows.build(mine, *self.plan.capacities[step.budget])
         return Element(batch, step.budget, faults)
 
 

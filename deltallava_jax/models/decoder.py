@@ -1,8 +1,9 @@
 """A Llama-architecture decoder: RMSNorm, rotary positions, grouped key heads, gated MLP; layers stacked and scanned.
 
 Any slice of the layers can be run on its own, with or without a key-value cache, so that a system may select or pool
-hidden states in between. What attends to what is decided by the segments alone: a slot sees the slots before it of
-its own segment; segment 0 (padding, visual slots without a token) is seen by nobody.
+hidden states in between. What attends to what is decided by the layout: a slot sees the slots before it of its own
+segment (and of its own branch or the shared part, where the rounds of a conversation are independent); segment 0
+(padding, visual slots without a token) is seen by nobody.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Cache:
 
 class Embedding(nnx.Module):
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(normal()(rngs.params(), (cfg.vocab_size, cfg.width)))
+        self.embedding = nnx.Param(normal(cfg.initializer_range)(rngs.params(), (cfg.vocab_size, cfg.width)))
 
     def __call__(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T d"]:
         return self.embedding[...].astype(dtype)[tokens]
@@ -43,7 +44,8 @@ class Embedding(nnx.Module):
 
 class Layer(nnx.Module):
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
-        make = lambda a, b, bias=False: Linear(a, b, bias=bias, kernel_init=normal(), rngs=rngs)  # noqa: E731
+        init = normal(cfg.initializer_range)
+        make = lambda a, b, bias=False: Linear(a, b, bias=bias, kernel_init=init, rngs=rngs)  # noqa: E731
         width, keys = cfg.width, cfg.kv_heads * cfg.head_dim
         self.attention_norm = RMSNorm(width, eps=cfg.norm_eps)
         self.q = make(width, width, cfg.qkv_bias)
@@ -78,8 +80,8 @@ class Head(nnx.Module):
 
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         self.norm = RMSNorm(cfg.width, eps=cfg.norm_eps)
-        tied = cfg.tied_head
-        self.out = None if tied else Linear(cfg.width, cfg.vocab_size, bias=False, kernel_init=normal(), rngs=rngs)
+        make = lambda init: Linear(cfg.width, cfg.vocab_size, bias=False, kernel_init=init, rngs=rngs)  # noqa: E731
+        self.out = None if cfg.tied_head else make(normal(cfg.initializer_range))
 
 
 def init_params(cfg: DecoderConfig, key: Array) -> Params:
@@ -145,9 +147,14 @@ def run(
     scope = jax.named_scope(f"decoder_layers_{first}_{last}")
     if cache is None:
         mask = visible(layout.segments, layout.segments)
+        if layout.branches is not None:
+            own, seen = layout.branches[:, :, None], layout.branches[:, None, :]
+            mask &= ((seen == 0) | (seen == own))[:, None]
         body = REMAT[remat](lambda x, layer: (bind(Layer, cfg, layer)(x, rotary, mask)[0], None))
         with scope:
             return jax.lax.scan(body, hidden, stack)[0], None
+    if layout.branches is not None:
+        raise ValueError("branches are for whole rows; a cache holds one continuous text a row")
     at = cache.length
     segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, layout.segments, at, axis=1)
     mask = visible(layout.segments, segments, at)

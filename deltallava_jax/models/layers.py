@@ -53,13 +53,13 @@ REMAT: dict[str, Callable] = {
 # ------------------------------------------------------------------ initialisers
 
 
-def trunc_normal(std: float = 0.02):
+def trunc_normal(std: float):
     """Normal of that standard deviation cut at -2 and 2, as torch's trunc_normal_ with its default bounds."""
     bound = 2.0 / std
     return lambda key, shape: std * jax.random.truncated_normal(key, -bound, bound, shape)
 
 
-def normal(std: float = 0.02):
+def normal(std: float):
     return lambda key, shape: std * jax.random.normal(key, shape)
 
 
@@ -79,9 +79,9 @@ class Linear(nnx.Module):
     """x @ kernel + bias over the last axis; kernel [in, out]."""
 
     def __init__(
-        self, in_width: int, out_width: int, *, bias: bool = True, kernel_init=None, bias_init=None, rngs: nnx.Rngs
+        self, in_width: int, out_width: int, *, bias: bool = True, kernel_init, bias_init=None, rngs: nnx.Rngs
     ):
-        kernel_init, bias_init = kernel_init or trunc_normal(), bias_init or jax.nn.initializers.zeros
+        bias_init = bias_init or jax.nn.initializers.zeros
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_width, out_width)))
         self.bias = nnx.Param(bias_init(rngs.params(), (out_width,))) if bias else None
 

@@ -22,6 +22,7 @@ from deltallava_jax.models.layers import (
     init_stack,
     normal,
     quick_gelu,
+    sincos_table,
 )
 
 
@@ -58,10 +59,11 @@ class Embeddings(nnx.Module):
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
         clip = cfg.family == "clip"
         pixels = cfg.patch_size**2 * 3
-        std = cfg.width**-0.5
+        # From scratch the positions start as a 2-D sine-cosine table: neighbours are alike from the first step.
+        table = jnp.asarray(sincos_table(cfg.grid, cfg.width))
         self.patch = Linear(pixels, cfg.width, bias=not clip, kernel_init=normal(pixels**-0.5), rngs=rngs)
-        self.cls = nnx.Param(normal(std)(rngs.params(), (cfg.width,))) if clip else None
-        self.position = nnx.Param(normal(std)(rngs.params(), (cfg.grid**2 + clip, cfg.width)))
+        self.cls = nnx.Param(normal(cfg.width**-0.5)(rngs.params(), (cfg.width,))) if clip else None
+        self.position = nnx.Param(jnp.pad(table, ((int(clip), 0), (0, 0))))
         self.pre_norm = LayerNorm(cfg.width, eps=cfg.norm_eps) if clip else None
         self.patch_size, self.grid = cfg.patch_size, cfg.grid
 

@@ -96,6 +96,7 @@ def batch_shapes(cfg: Config, mesh: Mesh, text: int, images: int) -> Batch:
         segments=place(jnp.int32, text),
         image_positions=place(jnp.int32, images),
         images=place(jnp.uint8, images, size, size, 3),
+        branches=place(jnp.int32, text) if cfg.data.independent_rounds else None,
     )
 
 

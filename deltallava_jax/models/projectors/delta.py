@@ -41,7 +41,7 @@ class DeltaProjection(nnx.Module):
 
     def __init__(self, in_width: int, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
         low_rank = cfg.ablation != "no_delta"
-        self.base = nnx.Param(trunc_normal()(rngs.params(), (in_width, cfg.width)))
+        self.base = nnx.Param(trunc_normal(cfg.initializer_range)(rngs.params(), (in_width, cfg.width)))
         self.U = nnx.Param(xavier_uniform(rngs.params(), (in_width, cfg.rank))) if low_rank else None
         self.V = nnx.Param(xavier_uniform(rngs.params(), (cfg.rank, cfg.width))) if low_rank else None
         self.norm = LayerNorm(cfg.width, eps=PROJECTION_EPS) if cfg.variant == "release" else None
@@ -58,7 +58,8 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, width: int, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
         self.norm = LayerNorm(width, eps=BLOCK_EPS)
-        self.q, self.k, self.v, self.o = (Linear(width, width, rngs=rngs) for _ in range(4))
+        init = trunc_normal(cfg.initializer_range)
+        self.q, self.k, self.v, self.o = (Linear(width, width, kernel_init=init, rngs=rngs) for _ in range(4))
         self.head_dim, self.reduction = cfg.block_head_dim, cfg.reduction
 
     def __call__(self, x: Float[Array, "n g g C"]) -> Float[Array, "n g g C"]:
@@ -141,7 +142,7 @@ class LocalAttention(nnx.Module):
 
     def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
         self.inputs = Linear(cfg.width, 3 * cfg.width, kernel_init=xavier_uniform, rngs=rngs)  # q, k, v packed
-        self.o = Linear(cfg.width, cfg.width, rngs=rngs)
+        self.o = Linear(cfg.width, cfg.width, kernel_init=trunc_normal(cfg.initializer_range), rngs=rngs)
         self.head_dim = cfg.head_dim
 
     def __call__(self, q, k, v):
@@ -172,16 +173,15 @@ class Delta(nnx.Module):
         self.k = DeltaProjection(levels, cfg, rngs=rngs)
         self.v = DeltaProjection(levels, cfg, rngs=rngs)
         self.block = Block(cfg, rngs=rngs) if cfg.ablation != "no_tb" else None
+        make = lambda a, b: Linear(a, b, kernel_init=trunc_normal(cfg.initializer_range), rngs=rngs)  # noqa: E731
         if cfg.variant == "release":
             self.attention = LocalAttention(cfg, rngs=rngs)
-            self.up = Linear(cfg.width, cfg.out_width, rngs=rngs)
-            self.down = Linear(cfg.out_width, cfg.out_width, rngs=rngs)
+            self.up, self.down = make(cfg.width, cfg.out_width), make(cfg.out_width, cfg.out_width)
         else:
             self.refine = Refine(cfg, rngs=rngs)
-            self.head = Linear(cfg.width, cfg.out_width, rngs=rngs)
+            self.head = make(cfg.width, cfg.out_width)
             self.norm = LayerNorm(cfg.out_width, eps=PROJECTION_EPS)
-            self.up = Linear(cfg.out_width, cfg.mlp_width, rngs=rngs)
-            self.down = Linear(cfg.mlp_width, cfg.out_width, rngs=rngs)
+            self.up, self.down = make(cfg.out_width, cfg.mlp_width), make(cfg.mlp_width, cfg.out_width)
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
         side = round(budget**0.5)

@@ -1,0 +1,110 @@
+"""The two commands as a user runs them: help, one-line errors, and what importing the package brings in."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation_door
+import train as training_door
+from deltallava_jax.config import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def train(workdir, *arguments, config="configs/easy_vqa.py"):
+    return command("train.py", "--config", config, "--workdir", workdir, *arguments)
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess, *words):
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "Traceback" not in line
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.optimizer.lrr=1e-3", ["optimizer.lrr", "did you mean 'lr'"]),
+        ("--config.model.projector.scale_factor=3", ["scale_factor=3", "8x8", "valid values: 1, 2, 4, 8"]),
+    ],
+)
+def test_train_refuses_a_bad_setting_and_makes_nothing(tmp_path, argument, words):
+    assert_one_line_error(train(tmp_path / "run", argument), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_without_its_config_file(tmp_path):
+    assert_one_line_error(train(tmp_path / "run", config=tmp_path / "none.py"), "none.py", "does not exist")
+
+
+def test_eval_of_a_folder_that_train_did_not_make(tmp_path):
+    assert_one_line_error(command("eval.py", "--workdir", tmp_path), str(tmp_path), "no config.json")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("door", ["train.py", "eval.py"])
+def test_help_shows_an_example(door):
+    done = command(door, "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert f"python {door} --" in done.stdout and "--workdir" in done.stdout and "runs/easy_vqa" in done.stdout
+
+
+# ------------------------------------------------------------------ arguments, in this process
+
+
+def parse(*arguments):
+    return training_door.parse(["--config", str(ROOT / "configs" / "easy_vqa.py"), "--workdir", "w", *arguments])
+
+
+def test_overrides_are_given_with_or_without_an_equals_sign():
+    cfg, workdir = parse(
+        "--config.optimizer.lr=2e-3", "--config.model.projector.select_layer", "-2", "--config.name=a=b"
+    )
+    assert (cfg.optimizer.lr, cfg.model.projector.select_layer, cfg.name) == (2e-3, -2, "a=b")
+    assert workdir == Path("w")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lr=1"], "unknown argument '--lr'; see python train.py --help"),
+        (["somewhere"], "unknown argument 'somewhere'"),
+        (["--config.optimizer.lr"], "--config.optimizer.lr has no value"),
+    ],
+)
+def test_an_argument_that_is_none_of_ours(arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        parse(*arguments)
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="json's error is a traceback to the user")
+@pytest.mark.parametrize("content", ["", '{"name": '])
+def test_eval_names_a_config_that_cannot_be_read(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match="config.json"):
+        evaluation_door.load_workdir_config(tmp_path)
+
+
+# ------------------------------------------------------------------ imports
+
+
+def test_importing_the_package_brings_in_no_other_framework():
+    program = """
+import sys
+for module in ("deltallava_jax", "deltallava_jax.config", "deltallava_jax.models.vlm", "deltallava_jax.training.loop"):
+    __import__(module)
+    found = sorted({"torch", "transformers", "tensorflow"} & set(sys.modules))
+    assert not found, f"{module} imports {found}"
+    if module == "deltallava_jax":
+        assert "jax" not in sys.modules, "import deltallava_jax imports jax"
+"""
+    done = command("-c", program)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,403 @@
+"""Presets, the JSON round trip, overrides from a command line, and the one-line errors."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from deltallava_jax.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    DataConfig,
+    DecoderConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ProjectorConfig,
+    VisionConfig,
+    compose,
+    from_dict,
+    load_config,
+    override,
+    preset,
+    to_dict,
+)
+from deltallava_jax.models import decoder, projectors, vision
+
+EASY = load_config(Path(__file__).parents[1] / "configs" / "easy_vqa.py")
+NAMED = [(kind, name) for kind, presets in PRESETS.items() for name in presets]
+
+
+def assert_error(call, *words):
+    """``call`` raises ConfigError with one line that holds every one of ``words``."""
+    with pytest.raises(ConfigError) as caught:
+        call()
+    message = str(caught.value)
+    assert message and "\n" not in message
+    for word in words:
+        assert word in message
+
+
+# ------------------------------------------------------------------ presets
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "width", "layers", "heads", "parameters"),
+    [
+        ("clip_l_14_336", 24, 1024, 24, 16, 303_507_456),
+        ("clip_l_14_224", 16, 1024, 24, 16, 303_179_776),
+        ("clip_b_32_224", 7, 768, 12, 12, 87_456_000),
+        ("siglip_so400m_14_384", 27, 1152, 27, 16, 412_987_248),  # the published tower without its pooling head
+    ],
+)
+def test_towers_have_their_published_sizes(name, grid, width, layers, heads, parameters):
+    cfg = preset(VisionConfig, name)
+    assert (cfg.grid, cfg.width, cfg.layers, cfg.heads) == (grid, width, layers, heads)
+    assert count(vision.init_params, cfg) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "width", "layers", "heads", "kv_heads", "parameters"),
+    [
+        ("vicuna_7b", 32000, 4096, 32, 32, 32, 6_738_415_616),
+        ("vicuna_13b", 32000, 5120, 40, 40, 40, 13_015_864_320),
+        ("qwen2_7b", 152064, 3584, 28, 28, 4, 7_615_616_512),
+    ],
+)
+def test_decoders_have_their_published_sizes(name, vocab_size, width, layers, heads, kv_heads, parameters):
+    cfg = preset(DecoderConfig, name)
+    sizes = (cfg.vocab_size, cfg.width, cfg.layers, cfg.heads, cfg.kv_heads)
+    assert sizes == (vocab_size, width, layers, heads, kv_heads) and cfg.head_dim == 128
+    assert count(decoder.init_params, cfg) == parameters
+
+
+def count(init_params, cfg) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))))
+
+
+def test_preset_takes_changes():
+    assert preset(DecoderConfig, "vicuna_7b", layers=2) == DecoderConfig(layers=2)
+
+
+@pytest.mark.parametrize("decoder_name", PRESETS[DecoderConfig])
+@pytest.mark.parametrize("vision_name", PRESETS[VisionConfig])
+def test_compose_fits_the_projector_between_any_tower_and_decoder(vision_name, decoder_name):
+    tower, text = preset(VisionConfig, vision_name), preset(DecoderConfig, decoder_name)
+    p = compose(tower, text, dict(scale_factor=tower.grid)).projector
+    assert (p.grid, p.in_width, p.out_width) == (tower.grid, tower.width, text.width)
+    assert projectors.budgets(p) == (1,)
+
+
+# ------------------------------------------------------------------ JSON
+
+
+@pytest.mark.parametrize(("kind", "name"), NAMED)
+def test_presets_survive_json(kind, name):
+    cfg = preset(kind, name)
+    assert from_dict(kind, json.loads(json.dumps(to_dict(cfg)))) == cfg
+
+
+@pytest.mark.parametrize("scale_factor", [8, (2, 4, 8)])
+def test_a_whole_config_survives_json(scale_factor):
+    cfg = Config(
+        name="all",
+        seed=3,
+        model=compose(
+            preset(VisionConfig, "clip_l_14_336"),
+            preset(DecoderConfig, "vicuna_13b"),
+            dict(scale_factor=scale_factor, levels=(3, 9, 20, 23), variant="paper", ablation="no_tb"),
+            remat="dots",
+        ),
+        data=DataConfig(independent_rounds=True, max_bad_fraction=0.5),
+        optimizer=OptimizerConfig(frozen=("vision/", "decoder/embed")),
+        mesh=MeshConfig(fsdp=4),
+    )
+    again = from_dict(Config, json.loads(json.dumps(to_dict(cfg))))
+    assert again == cfg and hash(again) == hash(cfg)
+    assert from_dict(Config, to_dict(EASY)) == EASY
+
+
+def test_from_dict_fills_in_defaults_and_takes_preset_names():
+    assert from_dict(Config, {}) == Config()
+    assert from_dict(ModelConfig, {"vision": "clip_l_14_336", "remat": "full"}) == ModelConfig(remat="full")
+
+
+# ------------------------------------------------------------------ overrides
+
+
+def at(cfg, path: str):
+    for key in path.split("."):
+        cfg = getattr(cfg, key)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("data.rows", "32", 32),
+        ("optimizer.lr", "1e-3", 1e-3),
+        ("training.epochs", "2", 2.0),
+        ("data.independent_rounds", "False", False),
+        ("model.decoder.qkv_bias", "true", True),
+        ("name", "7", "7"),  # a text stays a text, whatever it looks like
+        ("name", "a=b c", "a=b c"),
+        ("model.projector.select_layer", "-2", -2),
+        ("model.projector.scale_factor", "4", 4),
+        ("model.projector.scale_factor", "(2,4)", (2, 4)),
+        ("model.projector.scale_factor", "[2, 4, 8]", (2, 4, 8)),
+        ("model.projector.levels", "(1,1,2,3)", (1, 1, 2, 3)),
+        ("model.vision.image_mean", "(0.5, 0.5, 1)", (0.5, 0.5, 1.0)),
+        ("optimizer.frozen", "vision/", ("vision/",)),
+        ("optimizer.frozen", "('vision/', 'decoder/embed')", ("vision/", "decoder/embed")),
+        ("optimizer.frozen", "()", ()),
+    ],
+)
+def test_override_of_one_key_changes_that_key_alone(path, text, value):
+    cfg = override(EASY, {path: text})
+    assert at(cfg, path) == value and type(at(cfg, path)) is type(value)
+    expected = to_dict(EASY)
+    *parents, leaf = path.split(".")
+    node = expected
+    for key in parents:
+        node = node[key]
+    node[leaf] = list(value) if isinstance(value, tuple) else value
+    assert to_dict(cfg) == expected
+
+
+def test_overrides_are_checked_together_so_that_presets_can_change_the_widths():
+    cfg = override(
+        EASY,
+        {
+            "model.decoder": "vicuna_7b",
+            "model.decoder.layers": "2",
+            "model.vision": "clip_l_14_336",
+            "model.projector.grid": "24",
+            "model.projector.in_width": "1024",
+            "model.projector.out_width": "4096",
+            "model.projector.scale_factor": "(2,3,12)",
+            "training.steps": "5",
+        },
+    )
+    assert cfg.model.decoder == preset(DecoderConfig, "vicuna_7b", layers=2)
+    assert cfg.model.vision == preset(VisionConfig, "clip_l_14_336")
+    assert projectors.budgets(cfg.model.projector) == (144, 64, 4)
+    assert (cfg.training.steps, cfg.training.epochs, cfg.data) == (5, EASY.training.epochs, EASY.data)
+    assert override(EASY, {}) == EASY
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "words"),
+    [
+        ("optimizer.lrr", "1", ["optimizer.lrr", "did you mean 'lr'"]),
+        ("model.projector.scale_factr", "2", ["model.projector.scale_factr", "'scale_factor'"]),
+        ("data.zzz", "1", ["data.zzz", "known:", "rows"]),
+        ("optimiser.lr", "1", ["section 'optimiser'", "'optimizer'"]),
+        ("model.projektor.rank", "1", ["section 'model.projektor'", "'projector'"]),
+        ("data.rows.x", "1", ["section 'data.rows'"]),
+        ("data.rows", "many", ["data.rows", "int", "'many'"]),
+        ("data.rows", "2.5", ["data.rows", "int", "2.5"]),
+        ("data.rows", "True", ["data.rows", "int", "True"]),
+        ("optimizer.lr", "fast", ["optimizer.lr", "float", "'fast'"]),
+        ("optimizer.lr", "True", ["optimizer.lr", "float", "True"]),
+        ("data.independent_rounds", "1", ["data.independent_rounds", "bool", "1"]),
+        ("model.projector.levels", "3", ["model.projector.levels", "tuple[int, ...]", "3"]),
+        ("model.projector.scale_factor", "two", ["model.projector.scale_factor", "int", "tuple", "'two'"]),
+        ("optimizer.frozen", "('a', 3)", ["optimizer.frozen", "str", "3"]),
+        ("data", "5", ["'data'", "DataConfig", "5"]),
+        ("model.decoder", "vicuna", ["DecoderConfig", "'vicuna'", "did you mean 'vicuna_7b'"]),
+        ("model.vision", "resnet", ["VisionConfig", "'resnet'", "clip_l_14_336"]),
+        ("model.projector.scale_factor", "3", ["scale_factor=3", "8x8", "valid values: 1, 2, 4, 8"]),
+        ("model.projector.scale_factor", "(2,3)", ["scale_factor=3", "8x8", "valid values: 1, 2, 4, 8"]),
+        ("model.projector.scale_factor", "0", ["scale_factor=0", "valid values: 1, 2, 4, 8"]),
+        ("model.projector.scale_factor", "()", ["scale_factor is empty", "valid values: 1, 2, 4, 8"]),
+        ("model.projector.select_layer", "0", ["select_layer=0", "-3 to -1"]),
+        ("model.projector.select_layer", "-4", ["select_layer=-4", "-3 to -1"]),
+        ("model.dtype", "float16", ["model.dtype", "'float16'", "bfloat16, float32"]),
+        ("model.remat", "some", ["model.remat", "'some'", "none, dots, full"]),
+        ("data.rows", "0", ["data.rows=0", "1 or more"]),
+        ("data.row_length", "4", ["data.row_length=4", "8 or more"]),
+        ("data.max_bad_fraction", "1.5", ["data.max_bad_fraction=1.5", "0 to 1"]),
+        ("optimizer.lr", "0", ["optimizer.lr=0", "more than 0"]),
+        ("optimizer.accumulation", "0", ["optimizer.accumulation=0", "1 or more"]),
+    ],
+)
+def test_a_bad_override_is_one_clear_line(path, text, words):
+    assert_error(lambda: override(EASY, {path: text}), *words)
+
+
+@pytest.mark.xfail(strict=True, raises=(ZeroDivisionError, TypeError), reason="a traceback instead of a line")
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"model.decoder.heads": "0"}, "decoder.heads=0"),
+        ({"model.decoder.kv_heads": "0"}, "decoder.kv_heads=0"),
+        ({"model.vision.heads": "0"}, "vision.heads=0"),
+        ({"model.vision.patch_size": "0"}, "vision.patch_size=0"),
+        ({"data": "5", "data.rows": "3"}, "'data'"),
+        ({"optimizer.lr": "{[]: 1}"}, "optimizer.lr"),
+    ],
+)
+def test_an_odd_override_is_one_clear_line_too(changes, word):
+    assert_error(lambda: override(EASY, changes), word)
+
+
+# ------------------------------------------------------------------ checks of each part
+
+DELTA = dict(grid=8, in_width=128, out_width=64, head_dim=32, scale_factor=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "words"),
+    [
+        (VisionConfig, dict(family="vit"), ["vision.family", "'vit'", "clip, siglip"]),
+        (VisionConfig, dict(heads=7), ["vision.heads=7", "vision.width=1024"]),
+        (VisionConfig, dict(image_size=8), ["vision.image_size=8", "vision.patch_size=14"]),
+        (DecoderConfig, dict(heads=5), ["decoder.heads=5", "decoder.width=4096"]),
+        (DecoderConfig, dict(kv_heads=5), ["decoder.kv_heads=5", "decoder.heads=32"]),
+        (DecoderConfig, dict(width=96), ["head width 3", "even"]),
+        (ProjectorConfig, dict(variant="new"), ["projector.variant", "'new'", "release, paper"]),
+        (ProjectorConfig, dict(ablation="no"), ["projector.ablation", "'no'", "none, no_emhsa, no_delta, no_tb"]),
+        (ProjectorConfig, dict(levels=(1, 2)), ["projector.levels has 2", "level_count is 4"]),
+        (ProjectorConfig, dict(level_count=5), ["level_count=5", "projector.levels"]),
+        (ProjectorConfig, dict(head_dim=48), ["projector.head_dim=48", "128"]),
+        (ProjectorConfig, dict(head_dim=0), ["projector.head_dim=0", "128"]),
+        (ProjectorConfig, dict(block_head_dim=-32), ["projector.block_head_dim=-32", "128"]),
+        (ProjectorConfig, dict(block_head_dim=128), ["projector.block_head_dim=128", "two heads in width 128"]),
+        (
+            ProjectorConfig,
+            dict(variant="paper", in_width=112, embed_width=128),
+            ["projector.block_head_dim=32", "112"],
+        ),
+        (ProjectorConfig, dict(in_width=6, head_dim=2, block_head_dim=2), ["projector.in_width=6", "multiple of 4"]),
+        (ProjectorConfig, dict(embed_width=256), ["projector.embed_width=256", "release", "in_width=128"]),
+        (ProjectorConfig, dict(window=0), ["projector.window", "start at 1"]),
+        (ProjectorConfig, dict(reduction=0), ["projector.reduction", "start at 1"]),
+        (ProjectorConfig, dict(window=3), ["projector.window=3", "4x4 query grid"]),
+        (ProjectorConfig, dict(window=4, scale_factor=(2, 4)), ["projector.window=4", "2x2 query grid"]),
+        (ProjectorConfig, dict(reduction=5), ["projector.reduction=5", "4x4 query grid"]),
+    ],
+)
+def test_each_part_checks_itself(kind, values, words):
+    base = DELTA if kind is ProjectorConfig else {}
+    kind(**base)
+    assert_error(lambda: kind(**{**base, **values}), *words)
+
+
+def test_fields_that_a_system_does_not_use_are_not_checked():
+    ProjectorConfig(name="mlp", grid=7, in_width=6, scale_factor=5, head_dim=9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(grid=16), ["projector.grid=16", "24x24"]),
+        (dict(in_width=768), ["projector.in_width=768", "vision.width=1024"]),
+        (dict(out_width=2048), ["projector.out_width=2048", "decoder.width=4096"]),
+    ],
+)
+def test_tower_projector_and_decoder_must_fit(changes, words):
+    assert_error(lambda: compose(VisionConfig(), DecoderConfig(), {"name": "mlp", **changes}), *words)
+
+
+@pytest.mark.xfail(strict=True, reason="levels past the tower's end silently mean its last layer")
+def test_levels_must_be_layers_of_the_tower():
+    assert_error(lambda: override(EASY, {"model.projector.levels": "(1,2,3,9)"}), "projector.levels", "9", "3 layers")
+
+
+def test_an_unknown_projector_names_the_nearest():
+    cfg = ProjectorConfig(name="delt")
+    assert_error(lambda: projectors.system(cfg), "projector.name", "'delt'", "did you mean 'delta'")
+    assert_error(lambda: projectors.system(dataclasses.replace(cfg, name="xyz")), "'xyz'", "known: delta, mlp")
+
+
+# ------------------------------------------------------------------ devices
+
+
+@pytest.mark.parametrize(
+    ("axes", "devices", "sizes"),
+    [
+        ((-1, 1, 1), 8, (8, 1, 1)),
+        ((-1, 2, 2), 8, (2, 2, 2)),
+        ((2, -1, 1), 8, (2, 4, 1)),
+        ((1, 1, 1), 1, (1, 1, 1)),
+        ((4, 2, 1), 8, (4, 2, 1)),
+    ],
+)
+def test_mesh_sizes(axes, devices, sizes):
+    assert MeshConfig(*axes).sizes(devices) == sizes
+
+
+@pytest.mark.parametrize(
+    ("axes", "devices", "words"),
+    [
+        ((3, 1, 1), 8, ["data=3", "does not fit 8 devices"]),
+        ((-1, 3, 1), 8, ["fsdp=3", "does not fit 8 devices"]),
+        ((2, 2, 1), 8, ["data=2, fsdp=2", "uses 4 of 8"]),
+        ((16, 1, 1), 8, ["data=16", "8 devices"]),
+        ((-1, -1, 1), 8, ["data=-1, fsdp=-1", "one -1"]),
+        ((0, 1, 1), 8, ["data=0", "above 0"]),
+        ((-2, 1, 1), 8, ["data=-2", "above 0"]),
+    ],
+)
+def test_a_mesh_that_does_not_fit(axes, devices, words):
+    assert_error(lambda: MeshConfig(*axes).sizes(devices), "mesh", *words)
+
+
+def test_check_devices_returns_the_mesh():
+    assert EASY.check_devices(1) == (1, 1, 1)
+    assert EASY.check_devices(8) == (8, 1, 1)
+    assert override(EASY, {"mesh.tensor": "4", "optimizer.accumulation": "4"}).check_devices(8) == (2, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices", "words"),
+    [
+        ({"data.rows": "6"}, 4, ["data.rows=6", "4 devices", "data=4"]),
+        ({"data.rows": "6", "mesh.fsdp": "2"}, 4, ["data.rows=6", "data=2 x fsdp=2"]),
+        ({"optimizer.accumulation": "3"}, 1, ["data.rows=8", "optimizer.accumulation=3"]),
+        ({"optimizer.accumulation": "4"}, 4, ["data.rows=8 / 4 microbatches", "4 devices"]),
+        ({"mesh.tensor": "8"}, 8, ["vision.heads=4", "tensor=8"]),
+        ({"mesh.tensor": "4", "model.decoder.kv_heads": "2"}, 4, ["decoder.kv_heads=2", "tensor=4"]),
+        ({"mesh.data": "3"}, 8, ["data=3", "8 devices"]),
+    ],
+)
+def test_check_devices_refuses_what_does_not_divide(changes, devices, words):
+    assert_error(lambda: override(EASY, changes).check_devices(devices), *words)
+
+
+# ------------------------------------------------------------------ config files
+
+
+def test_load_config_returns_what_get_config_makes(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from deltallava_jax.config import Config\ndef get_config():\n    return Config(name='mine', seed=4)"
+    )
+    assert load_config(file) == load_config(str(file)) == Config(name="mine", seed=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("missing.py", None, ["does not exist"]),
+        ("plain.txt", "get_config = 1", ["not a Python file"]),
+        ("empty.py", "", ["no get_config()"]),
+        ("dict.py", "def get_config(): return {'name': 'x'}", ["did not return a Config"]),
+        ("broken.py", "def get_config(:", ["invalid syntax"]),
+        ("imports.py", "import no_such_module", ["no_such_module"]),
+    ],
+)
+def test_a_bad_config_file_is_named(tmp_path, name, text, words):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert_error(lambda: load_config(tmp_path / name), name, *words)
+
+
+def test_an_error_inside_get_config_is_the_users_line(tmp_path):
+    (tmp_path / "odd.py").write_text(
+        "from deltallava_jax import config as c\ndef get_config(): return c.Config(data=c.DataConfig(rows=0))"
+    )
+    assert_error(lambda: load_config(tmp_path / "odd.py"), "data.rows=0")

@@ -1,0 +1,43 @@
+"""A run small enough for a test: every part real, every width tiny. Also a --config file for the command line."""
+
+from pathlib import Path
+
+from deltallava_jax import config as c
+
+
+def get_config() -> c.Config:
+    return c.Config(
+        name="tiny",
+        model=c.compose(
+            c.VisionConfig(image_size=64, patch_size=8, width=32, layers=2, heads=2, mlp_width=64),
+            c.DecoderConfig(
+                vocab_size=384, width=32, layers=2, heads=2, kv_heads=2, mlp_width=64, initializer_range=0.1
+            ),
+            dict(scale_factor=4, head_dim=16, block_head_dim=16, rank=4, initializer_range=0.1),
+            dtype="float32",
+        ),
+        data=c.DataConfig(template="brief", turns=3, independent_rounds=True, rows=8, row_length=96, workers=0),
+        optimizer=c.OptimizerConfig(lr=1e-3),
+        training=c.TrainingConfig(steps=8, log_every=1, checkpoint_every=4),
+        evaluation=c.EvaluationConfig(batch_size=64, max_new_tokens=3),
+    )
+
+
+def make_run(cfg: c.Config, source=None):
+    """(rows, plan, tokenizer) of a config, over easy-VQA or another source."""
+    from deltallava_jax.data import tokens
+    from deltallava_jax.data.packing import PackPlan
+    from deltallava_jax.data.pipeline import Rows
+    from deltallava_jax.data.sources import training_source
+    from deltallava_jax.models import projectors
+
+    source = source or training_source(cfg.data)
+    tokenizer = tokens.train(source.texts(), cfg.model.decoder.vocab_size)
+    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision.image_size)
+    lengths, images = rows.lengths()
+    budgets = projectors.budgets(cfg.model.projector)
+    plan = PackPlan(lengths, images, budgets=budgets, rows=cfg.data.rows, row_length=cfg.data.row_length, seed=cfg.seed)
+    return rows, plan, tokenizer
+
+
+FILE = Path(__file__)

@@ -1,0 +1,134 @@
+"""The train step: sharded = unsharded, accumulated = whole, one compile a signature, frozen stays frozen."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from deltallava_jax.config import ConfigError, MeshConfig, override
+from deltallava_jax.data.pipeline import elements
+from deltallava_jax.models import vlm
+from deltallava_jax.models.names import flatten
+from deltallava_jax.parallel.mesh import make_mesh, put_rows
+from deltallava_jax.training.optimizer import schedule, split
+from deltallava_jax.training.step import TrainStep, gradients, init_state
+
+
+@functools.cache
+def config(**changes):
+    return override(tiny.get_config(), changes)
+
+
+@functools.cache
+def run_of(cfg):
+    return tiny.make_run(cfg)
+
+
+def losses(cfg, devices, steps):
+    """(losses of the first steps, final state) on a mesh over ``devices``."""
+    mesh = make_mesh(cfg, devices)
+    step, state = TrainStep(cfg, mesh, 100), init_state(cfg, mesh, 100)
+    rows, plan, _ = run_of(cfg)
+    values = []
+    for element in elements(rows, plan, 0, steps, workers=0):
+        state, metrics = step(state, put_rows(element.batch, mesh), element.budget)
+        values.append(float(metrics["loss"]))
+    return values, state
+
+
+def test_eight_devices_give_the_losses_of_one():
+    cfg = config()
+    sharded = dataclasses.replace(cfg, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    one, _ = losses(cfg, jax.devices()[:1], 5)
+    eight, state = losses(sharded, jax.devices(), 5)
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    assert one[0] != one[4]
+
+    # Every moment of the optimizer lies where its parameter lies, and the large matrices are really divided.
+    adam = state.optimizer[1][0]
+    for moments in (adam.mu, adam.nu):
+        for path, leaf in flatten(state.trained).items():
+            assert flatten(moments)[path].sharding == leaf.sharding, path
+    q = state.trained["decoder"]["layers"]["q"]["kernel"]
+    assert q.addressable_shards[0].data.size == q.size // 4
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch():
+    cfg = config(**{"model.projector.drop_path": "0.0"})
+    rows, plan, _ = run_of(cfg)
+    batch = next(elements(rows, plan, 0, 1, workers=0)).batch
+    batch = dataclasses.replace(batch, loss_mask=batch.loss_mask & (np.arange(8)[:, None] > 1))  # uneven parts
+    params, frozen = split(vlm.init_params(cfg.model, jax.random.key(1)), ())
+
+    def of(parts):
+        split_up = override(cfg, {"optimizer.accumulation": str(parts)})
+        return jax.jit(lambda p, b: gradients(split_up, p, frozen, b, jax.random.key(0), 4))(params, batch)
+
+    (loss, count, grads), (loss4, count4, grads4) = of(1), of(4)
+    assert count == count4 == batch.loss_mask.sum()
+    np.testing.assert_allclose(loss4, loss, rtol=1e-5)
+    for path, leaf in flatten(grads).items():
+        np.testing.assert_allclose(flatten(grads4)[path], leaf, rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+def test_elastic_training_compiles_once_for_each_signature():
+    cfg = config(**{"model.projector.scale_factor": "(2,4,8)"})
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    mesh = make_mesh(cfg, jax.devices()[:1])
+    step, state = TrainStep(cfg, mesh, 100), init_state(cfg, mesh, 100)
+    rows, plan, _ = run_of(cfg)
+    batches = [(put_rows(e.batch, mesh), e.budget) for e in elements(rows, plan, 0, 12, workers=0)]
+    compiled.clear()
+    for batch, budget in batches:
+        state, metrics = step(state, batch, budget)
+    assert {budget for _, budget in batches} == {16, 4, 1}
+    assert len(compiled) == len(step.compiled) == 3
+    assert jnp.isfinite(metrics["loss"])
+
+
+def test_frozen_parts_stay_and_are_unknown_to_the_optimizer():
+    cfg = config(**{"optimizer.frozen": "('vision/', 'decoder/embed')"})
+    before = init_state(cfg, make_mesh(cfg, jax.devices()[:1]), 100)
+    _, after = losses(cfg, jax.devices()[:1], 2)
+    assert {path.split("/")[0] for path in flatten(before.trained)} == {"projector", "decoder"}
+    for path, leaf in flatten(before.frozen).items():
+        assert leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(flatten(after.frozen)[path], leaf)
+    assert jax.tree.structure(after.optimizer[1][0].mu) == jax.tree.structure(after.trained)
+    assert not np.array_equal(after.trained["projector"]["up"]["kernel"], before.trained["projector"]["up"]["kernel"])
+
+
+def test_a_frozen_pattern_that_matches_nothing_is_refused():
+    params = vlm.init_params(config().model, jax.random.key(0))
+    with pytest.raises(ConfigError, match="'visoin/' matches no parameter"):
+        split(params, ("visoin/",))
+    with pytest.raises(ConfigError, match="leaves no parameter to train"):
+        split(params, (".",))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_parameters():
+    cfg = config()
+    mesh = make_mesh(cfg, jax.devices()[:1])
+    step, state = TrainStep(cfg, mesh, 100), init_state(cfg, mesh, 100)
+    rows, plan, _ = run_of(cfg)
+    batch = put_rows(next(elements(rows, plan, 0, 1, workers=0)).batch, mesh)
+    scale = state.trained["decoder"]["head"]["norm"]["scale"]
+    state.trained["decoder"]["head"]["norm"]["scale"] = scale.at[0].set(jnp.nan)
+    kept = np.array(state.trained["projector"]["up"]["kernel"])
+    state, metrics = step(state, batch, 4)
+    assert not metrics["finite"]
+    np.testing.assert_array_equal(state.trained["projector"]["up"]["kernel"], kept)
+
+
+def test_the_schedule_warms_up_and_decays():
+    rate = schedule(override(tiny.get_config(), {"optimizer.warmup_ratio": "0.1"}).optimizer, 100)
+    values = [float(rate(step)) for step in range(101)]
+    assert values[0] == 0 and max(values) == values[10] == pytest.approx(1e-3)
+    assert values[10:] == sorted(values[10:], reverse=True) and values[100] == pytest.approx(0, abs=1e-9)
