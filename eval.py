@@ -30,7 +30,11 @@ def load_workdir_config(workdir: Path) -> Config:
     path = workdir / "config.json"
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no config.json; expected a --workdir of train.py")
-    return from_dict(Config, json.loads(path.read_text()))
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    return from_dict(Config, values)
 
 
 def main(options: argparse.Namespace) -> None:

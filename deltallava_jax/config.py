@@ -13,6 +13,7 @@ import difflib
 import importlib.util
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -26,6 +27,12 @@ class ConfigError(ValueError):
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _require_at_least(least: int, section: str, config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= least, f"{section}.{name}={value}; expected {least} or more")
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class VisionConfig:
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
+        _require_at_least(1, "vision", self, "patch_size", "width", "layers", "heads", "mlp_width")
         _require(self.family in ("clip", "siglip"), f"vision.family is {self.family!r}; known: clip, siglip")
         _require(
             self.width % self.heads == 0,
@@ -94,6 +102,10 @@ class ProjectorConfig:
     ablation: str = "none"
 
     def __post_init__(self):
+        _require_at_least(1, "projector", self, "grid", "in_width", "out_width", "level_count", "rank", "mlp_width")
+        _require_at_least(1, "projector", self, "head_dim", "block_head_dim", "window", "reduction")
+        _require(0 <= self.drop_path < 1, f"projector.drop_path={self.drop_path}; expected 0 to below 1")
+        _require(0 < self.mix_ratio < 1, f"projector.mix_ratio={self.mix_ratio}; expected between 0 and 1")
         for name, known in (("variant", ("release", "paper")), ("ablation", ABLATIONS)):
             value = getattr(self, name)
             _require(value in known, f"projector.{name} is {value!r}; known: {', '.join(known)}")
@@ -119,9 +131,7 @@ class ProjectorConfig:
         width, paper = self.width, self.variant == "paper"
         for name, of in (("head_dim", width), ("block_head_dim", width), ("block_head_dim", self.in_width)):
             value = getattr(self, name)
-            _require(
-                value > 0 and of % value == 0, f"projector.{name}={value} does not divide the projector's width {of}"
-            )
+            _require(of % value == 0, f"projector.{name}={value} does not divide the projector's width {of}")
         _require(
             width >= 2 * self.block_head_dim,
             f"projector.block_head_dim={self.block_head_dim}; the block's two branches need two heads in width {width}",
@@ -137,7 +147,6 @@ class ProjectorConfig:
             bool(self.levels) or self.level_count <= 4,
             f"projector.level_count={self.level_count}; name the tower's layers in projector.levels",
         )
-        _require(self.window >= 1 and self.reduction >= 1, "projector.window and projector.reduction start at 1")
         for side in (self.grid // s for s in self.scale_factors):
             _require(
                 side % self.window == 0, f"projector.window={self.window} does not divide the {side}x{side} query grid"
@@ -173,6 +182,7 @@ class DecoderConfig:
     initializer_range: float = 0.02  # standard deviation of fresh weights; small widths want more
 
     def __post_init__(self):
+        _require_at_least(1, "decoder", self, "vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width")
         _require(
             self.width % self.heads == 0,
             f"decoder.heads={self.heads} does not divide decoder.width={self.width}",
@@ -204,11 +214,16 @@ class ModelConfig:
 
     def __post_init__(self):
         p, v, d = self.projector, self.vision, self.decoder
+        _require_at_least(1, "model", self, "loss_chunk")
         _require(self.dtype in ("bfloat16", "float32"), f"model.dtype is {self.dtype!r}; known: bfloat16, float32")
         _require(self.remat in REMAT_POLICIES, f"model.remat is {self.remat!r}; known: {', '.join(REMAT_POLICIES)}")
         _require(p.grid == v.grid, f"projector.grid={p.grid}, but the vision tower makes a {v.grid}x{v.grid} grid")
         _require(p.in_width == v.width, f"projector.in_width={p.in_width}, but vision.width={v.width}")
         _require(p.out_width == d.width, f"projector.out_width={p.out_width}, but decoder.width={d.width}")
+        _require(
+            all(0 <= level <= v.layers for level in p.levels),
+            f"projector.levels={p.levels}; the tower has {v.layers} layers",
+        )
         _require(
             -v.layers <= p.select_layer <= -1,
             f"projector.select_layer={p.select_layer}; expected -{v.layers} to -1 for {v.layers} layers",
@@ -230,8 +245,9 @@ class DataConfig:
     max_bad_fraction: float = 0.01  # of the samples seen; more than this stops the run
 
     def __post_init__(self):
-        _require(self.rows >= 1, f"data.rows={self.rows}; expected 1 or more")
-        _require(self.row_length >= 8, f"data.row_length={self.row_length}; expected 8 or more")
+        _require_at_least(1, "data", self, "rows")
+        _require_at_least(8, "data", self, "row_length")
+        _require_at_least(0, "data", self, "turns", "images_per_row", "workers")
         _require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction}; expected 0 to 1")
 
 
@@ -256,7 +272,12 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _require(self.lr > 0, f"optimizer.lr={self.lr}; expected more than 0")
-        _require(self.accumulation >= 1, f"optimizer.accumulation={self.accumulation}; expected 1 or more")
+        _require_at_least(1, "optimizer", self, "accumulation")
+        for pattern in self.frozen:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"optimizer.frozen pattern {pattern!r} is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -269,6 +290,11 @@ class TrainingConfig:
     eval_every: int = 0
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        _require_at_least(0, "training", self, "steps", "log_every", "eval_every", "checkpoint_every")
+        _require_at_least(1, "training", self, "keep_checkpoints")
+        _require(self.epochs > 0 or self.steps > 0, f"training.epochs={self.epochs}; expected more than 0")
 
 
 @dataclass(frozen=True)
@@ -301,6 +327,10 @@ class EvaluationConfig:
     max_new_tokens: int = 8
     limit: int = 1024
 
+    def __post_init__(self):
+        _require_at_least(1, "evaluation", self, "batch_size", "max_new_tokens")
+        _require_at_least(0, "evaluation", self, "limit")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -312,6 +342,9 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self):
+        _require_at_least(0, "config", self, "seed")
 
     def check_devices(self, devices: int) -> tuple[int, int, int]:
         """Mesh sizes (data, fsdp, tensor) on that many devices; ConfigError if the batch or a width does not divide."""
@@ -352,7 +385,7 @@ PRESETS: dict[type, dict[str, dict]] = {
             norm_eps=1e-6, qkv_bias=True,
         ),
         "tiny": dict(
-            vocab_size=384, width=128, layers=4, heads=4, kv_heads=4, mlp_width=352, tied_head=True,
+            vocab_size=384, width=128, layers=3, heads=2, kv_heads=2, mlp_width=256, tied_head=True,
             initializer_range=0.08,
         ),
     },
@@ -410,6 +443,7 @@ def override(config, assignments: dict[str, str]):
                 raise ConfigError(f"unknown config section {done + key!r}{_nearest(key, sections)}")
             if isinstance(node[key], str):  # a preset set earlier in the same command
                 node[key] = to_dict(preset(hints[key], node[key]))
+            _require(isinstance(node[key], dict), f"config section {done + key!r} was set to {node[key]!r}")
             node, kind, done = node[key], hints[key], f"{done}{key}."
         hints = typing.get_type_hints(kind)
         if leaf not in hints:
@@ -440,7 +474,7 @@ def load_config(path: str | Path) -> Config:
 
 def _nearest(key: str, known) -> str:
     match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known) or 'none'}"
 
 
 def _parse(text: str):
@@ -448,7 +482,7 @@ def _parse(text: str):
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 

@@ -61,6 +61,7 @@ def rounds(conversation: list[dict]) -> list[tuple[str, str | None]]:
     Raises BadSample unless human and gpt turns alternate, human first."""
     for index, turn in enumerate(conversation):
         expected = ("human", "gpt")[index % 2]
+        turn = turn if isinstance(turn, dict) else {}
         if turn.get("from") != expected or not isinstance(turn.get("value"), str):
             raise BadSample(f"turn {index} is from {turn.get('from')!r}, expected {expected!r} with a text value")
     if not conversation:

@@ -5,6 +5,7 @@ Read from the installed package: 4,000 train images with 38,575 questions, 1,000
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from importlib import util
@@ -29,6 +30,7 @@ class Question:
         return "shape" if self.answer in ("rectangle", "circle", "triangle") else "color"
 
 
+@functools.cache
 def _folder(split: str) -> Path:
     spec = util.find_spec("easy_vqa")
     if spec is None:

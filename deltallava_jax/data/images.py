@@ -21,9 +21,8 @@ def load_image(path: str | Path, size: int) -> np.ndarray:
         raise BadSample(f"image {path}: {type(error).__name__}: {error}") from error
     width, height = image.size
     if (width, height) != (size, size):
-        scale = size / min(width, height)
-        wide = size if width <= height else int(width * scale)
-        high = size if height <= width else int(height * scale)
+        shortest = min(width, height)
+        wide, high = size * width // shortest, size * height // shortest
         left, top = (wide - size) // 2, (high - size) // 2
         image = image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
     return np.asarray(image)

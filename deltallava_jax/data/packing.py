@@ -94,7 +94,6 @@ class PackPlan:
                 rows[row].append(record)
                 text_left[row] -= length
                 images_left[row] -= self.images[record]
-            waiting += candidates
             steps.append(Step(epoch, budget, rows))
         return steps
 
@@ -114,5 +113,5 @@ class PackPlan:
         """Steps that ``epochs`` epochs take, a fraction of the last one rounded up."""
         whole = int(epochs)
         self._reach(epoch=int(np.ceil(epochs)) - 1)
-        part = int(np.ceil((epochs - whole) * len(self._epochs[whole]))) if epochs > whole else 0
+        part = int(np.ceil((epochs - whole) * len(self._epochs[whole]) - 1e-9)) if epochs > whole else 0
         return self._starts[whole] + part

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-from deltallava_jax.config import DataConfig
+from deltallava_jax.config import ConfigError, DataConfig
 from deltallava_jax.data.conversation import TEMPLATES, BadSample, Tokenized, rounds, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.packing import PackPlan
@@ -34,6 +34,10 @@ class Rows:
     """Builds rows from record ids; sent to the workers."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer, cfg: DataConfig, image_size: int):
+        if cfg.template not in TEMPLATES:
+            raise ConfigError(f"data.template is {cfg.template!r}; known: {', '.join(TEMPLATES)}")
+        if cfg.independent_rounds and not TEMPLATES[cfg.template].user.startswith("{}"):
+            raise ConfigError(f"data.independent_rounds needs a template without a question prefix, not {cfg.template}")
         self.source, self.tokenizer, self.cfg, self.image_size = source, tokenizer, cfg, image_size
 
     def tokenize(self, record: Record) -> Tokenized:

@@ -24,6 +24,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """(ids, character span of each id); no special token is added, ``</s>`` in the text is one."""
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON may hold, becomes "?"
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 

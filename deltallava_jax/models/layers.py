@@ -88,7 +88,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... D"]:
         # Rows in one dimension: XLA's CPU compiler then takes far fewer transposed copies in the backward pass.
         y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
-        y = y.reshape(*x.shape[:-1], -1)
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -167,10 +167,14 @@ def test_a_conversation_longer_than_the_row_is_cut(rows, few):
     assert (batch.segments == 1).all()
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="data.template is not checked")
 def test_an_unknown_template_names_the_known_ones(few, tokenizer):
     with pytest.raises(ConfigError, match="data.template is 'llama'; known: vicuna_v1, brief"):
-        Rows(few, tokenizer, DataConfig(template="llama"), SIZE).lengths()
+        Rows(few, tokenizer, DataConfig(template="llama"), SIZE)
+
+
+def test_independent_rounds_need_a_template_without_a_prefix(few, tokenizer):
+    with pytest.raises(ConfigError, match="independent_rounds needs a template without a question prefix"):
+        Rows(few, tokenizer, DataConfig(template="vicuna_v1", independent_rounds=True), SIZE)
 
 
 # ------------------------------------------------------------------ the element stream
