@@ -45,6 +45,7 @@ def main(cfg: Config, workdir: Path) -> None:
     from deltallava_jax.data.sources import training_source
     from deltallava_jax.evaluation import TASKS
     from deltallava_jax.models import projectors
+    from deltallava_jax.models.names import flatten
     from deltallava_jax.parallel.mesh import make_mesh
     from deltallava_jax.training.checkpoints import Checkpoints
     from deltallava_jax.training.loop import train
@@ -59,11 +60,19 @@ def main(cfg: Config, workdir: Path) -> None:
 
     # ---------------------------------------------------------------- data
     source = training_source(cfg.data)
-    tokenizer_file = workdir / "tokenizer.json"
+    tokenizer_file, config_file = workdir / "tokenizer.json", workdir / "config.json"
     if Checkpoints(workdir).latest() is None:
         tokens.train(source.texts(), cfg.model.decoder.vocab_size).save(tokenizer_file)
-        (workdir / "config.json").write_text(json.dumps(to_dict(cfg), indent=2))
+        config_file.write_text(json.dumps(to_dict(cfg), indent=2))
+    elif config_file.exists():
+        now, before = flatten(to_dict(cfg)), flatten(json.loads(config_file.read_text()))
+        for key in sorted(key for key in now if now[key] != before.get(key)):
+            say(f"note: {key} is {now[key]!r} now; the workdir was begun with {before.get(key)!r}")
     tokenizer = tokens.load(tokenizer_file)
+    if tokenizer.vocab_size > cfg.model.decoder.vocab_size:
+        raise ConfigError(
+            f"decoder.vocab_size={cfg.model.decoder.vocab_size}, but {tokenizer_file} has {tokenizer.vocab_size} tokens"
+        )
     rows = Rows(source, tokenizer, cfg.data, cfg.model.vision.image_size)
     lengths, images = rows.lengths()
     plan = PackPlan(
@@ -85,7 +94,8 @@ def main(cfg: Config, workdir: Path) -> None:
             report = TASKS[cfg.data.dataset](
                 params, cfg, tokenizer, budget=budget, limit=cfg.evaluation.limit, progress=False
             )
-            metrics.say(f"step {number}: {report['task']} accuracy {report['accuracy']:.4f} at {budget} tokens")
+            by_type = ", ".join(f"{kind} {score['accuracy']:.4f}" for kind, score in report["by_type"].items())
+            metrics.say(f"step {number}: {report['task']} {report['accuracy']:.4f} at {budget} tokens ({by_type})")
             metrics.scalars(number, {f"{report['task']}_{budget}": report["accuracy"]}, "eval")
 
     if train(cfg, step, rows, plan, workdir, steps, evaluate=evaluate):

@@ -232,3 +232,21 @@ def test_every_budget_occurs_about_equally_often():
     counts = Counter(budget_at(7, step, budgets) for step in range(900))
     assert set(counts) == set(budgets) and min(counts.values()) > 250
     assert {budget_at(7, step, (64,)) for step in range(5)} == {64}
+
+
+def test_branches_go_on_from_the_shared_part():
+    """An image of two slots and a token are shared; two branches; then a conversation that is all branches."""
+    batch = Batch(
+        tokens=np.array([[1, 0, 5, 6, 7, 8, 9, 3, 4]], np.int32),
+        loss_mask=np.array([[0, 0, 0, 0, 1, 1, 1, 0, 1]], bool),
+        segments=np.array([[1, 1, 1, 1, 1, 1, 1, 2, 2]], np.int32),
+        image_positions=np.array([[1]], np.int32),
+        images=np.zeros((1, 1, 2, 2, 3), np.uint8),
+        branches=np.array([[0, 0, 0, 1, 1, 2, 2, 1, 1]], np.int32),
+    )
+    row = layout(batch, None, 2)
+    np.testing.assert_array_equal(row.branches, [[0, 0, 0, 0, 1, 1, 2, 2, 1, 1]])
+    np.testing.assert_array_equal(row.positions, [[0, 1, 2, 3, 4, 5, 4, 5, 0, 1]])
+    # 8 opens branch 2 and is supervised, but the slot before it belongs to branch 1: nobody predicts it.
+    np.testing.assert_array_equal(row.loss_mask, [[0, 0, 0, 0, 1, 0, 1, 0, 1, 0]])
+    np.testing.assert_array_equal(row.targets, [[0, 0, 0, 0, 7, 0, 9, 0, 4, 0]])

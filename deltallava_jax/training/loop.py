@@ -104,7 +104,7 @@ def _count_faults(cfg: Config, record: dict, element, metrics: Metrics, workdir:
         with (workdir / "faults.txt").open("a") as file:
             file.writelines(f"{fault}\n" for fault in element.faults)
         metrics.say(f"left out {element.faults[0]} ({record['faults']} of {record['records']} records so far)")
-    if record["faults"] > max(1, cfg.data.max_bad_fraction * max(record["records"], 100)):
+    if record["faults"] > cfg.data.max_bad_fraction * max(record["records"], 100):
         raise TooManyFaults(
             f"{record['faults']} of {record['records']} records could not be used, more than "
             f"data.max_bad_fraction={cfg.data.max_bad_fraction}; they are listed in {workdir / 'faults.txt'}"

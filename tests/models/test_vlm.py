@@ -204,3 +204,26 @@ def test_only_training_with_a_key_is_random():
     trace = lambda *key, **options: str(jax.make_jaxpr(functools.partial(elastic, budget=1, **options))(BATCH, *key))  # noqa: E731
     assert "random_bits" in trace(key, train=True)
     assert not any("random_bits" in text for text in (trace(key), trace(train=True), trace()))
+
+
+def test_independent_rounds_are_the_questions_asked_alone():
+    """A picture with two questions in branches of one conversation = two conversations with the picture each."""
+    image = RNG.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    front, rounds = [1, 0, 5], ([7, 8, 9, 10], [11, 12, 13])
+    supervised = [False, True, True, True], [False, False, True]
+    alone = [
+        dataclasses.replace(TALKS[0], tokens=front + r, supervised=[False] * 3 + s, images=[image])
+        for r, s in zip(rounds, supervised)
+    ]
+    shared = dataclasses.replace(
+        alone[0], tokens=front + rounds[0] + rounds[1], supervised=[False] * 3 + supervised[0] + supervised[1]
+    )
+    branched = pack([[shared, TALKS[1]]], T, I)
+    branches = np.zeros((1, T), np.int32)
+    branches[0, 3:10] = [1, 1, 1, 1, 2, 2, 2]
+    branched = dataclasses.replace(branched, branches=jnp.asarray(branches))
+    ours, theirs = evaluate(branched), evaluate(pack([[alone[0]], [alone[1]], [TALKS[1]]], T, I))
+    assert ours[0][1] == theirs[0][1]
+    assert_same(ours, theirs)
+    # Without branches the second question sees the first: another loss.
+    assert abs(evaluate(dataclasses.replace(branched, branches=None))[0][0] - ours[0][0]) > 1e-3
