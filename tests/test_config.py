@@ -27,7 +27,10 @@ from deltallava_jax.config import (
 )
 from deltallava_jax.models import decoder, projectors, vision
 
-EASY = load_config(Path(__file__).parents[1] / "configs" / "easy_vqa.py")
+EASY = override(
+    load_config(Path(__file__).parents[1] / "configs" / "easy_vqa.py"),
+    {"data.rows": "8", "model.decoder.heads": "4", "model.decoder.kv_heads": "4"},
+)
 NAMED = [(kind, name) for kind, presets in PRESETS.items() for name in presets]
 
 
