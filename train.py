@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
+import time
 from pathlib import Path
 
 from deltallava_jax.config import Config, ConfigError, load_config, override, to_dict
@@ -37,7 +39,6 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, Path]:
 
 
 def main(cfg: Config, workdir: Path) -> None:
-
     from deltallava_jax.analysis.plan import memory_table, parameter_table
     from deltallava_jax.data import tokens
     from deltallava_jax.data.packing import PackPlan
@@ -51,7 +52,10 @@ def main(cfg: Config, workdir: Path) -> None:
     from deltallava_jax.training.loop import train
     from deltallava_jax.training.step import TrainStep, batch_shapes
 
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
 
     # ---------------------------------------------------------------- devices
     mesh = make_mesh(cfg)
@@ -99,7 +103,9 @@ def main(cfg: Config, workdir: Path) -> None:
             metrics.scalars(number, {f"{report['task']}_{budget}": report["accuracy"]}, "eval")
 
     if train(cfg, step, rows, plan, workdir, steps, evaluate=evaluate):
-        say(f"done: python eval.py --workdir {workdir}")
+        minutes = (time.monotonic() - began) / 60
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
+        say(f"done in {minutes:.1f} min, {peak:.1f} GiB at most; next: python eval.py --workdir {workdir}")
 
 
 if __name__ == "__main__":
