@@ -101,7 +101,7 @@ def layout(batch: Batch, valid: Bool[Array, "B I V"] | None, V: int) -> Layout:
     # Live slots before each slot, less those before its conversation began.
     before = jnp.cumsum(live, axis=1) - live
     begins = conversation != jnp.pad(conversation, ((0, 0), (1, 0)))[:, :-1]
-    latest = lambda flags: jax.lax.cummax(jnp.where(flags, before, 0), axis=1)  # noqa: E731
+    latest = lambda flags: jax.lax.cummax(jnp.where(flags, before, 0), axis=1)
     positions, branches = before - latest(begins), None
     if batch.branches is not None:
         branches = jnp.where(inside, jnp.take_along_axis(batch.branches, text_index, axis=1), 0)
@@ -118,7 +118,7 @@ def layout(batch: Batch, valid: Bool[Array, "B I V"] | None, V: int) -> Layout:
     following = jnp.pad(following, ((0, 0), (0, 1)), constant_values=S)[:, 1:]
     exists = following < S
     following = jnp.minimum(following, S - 1)
-    at_next = lambda values: jnp.take_along_axis(values, following, axis=1)  # noqa: E731
+    at_next = lambda values: jnp.take_along_axis(values, following, axis=1)
     tokens = jnp.take_along_axis(batch.tokens, text_index, axis=1)
     supervised = jnp.take_along_axis(batch.loss_mask, text_index, axis=1) & ~is_visual & live
     loss_mask = live & exists & at_next(supervised) & (at_next(conversation) == conversation)

@@ -45,7 +45,7 @@ class Embedding(nnx.Module):
 class Layer(nnx.Module):
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         init = normal(cfg.initializer_range)
-        make = lambda a, b, bias=False: Linear(a, b, bias=bias, kernel_init=init, rngs=rngs)  # noqa: E731
+        make = lambda a, b, bias=False: Linear(a, b, bias=bias, kernel_init=init, rngs=rngs)
         width, keys = cfg.width, cfg.kv_heads * cfg.head_dim
         self.attention_norm = RMSNorm(width, eps=cfg.norm_eps)
         self.q = make(width, width, cfg.qkv_bias)
@@ -60,11 +60,11 @@ class Layer(nnx.Module):
         """x [B, Q, d] -> (x, (k, v)): the new keys and values, or the ``cached`` ones, written at ``at``."""
         with jax.named_scope("attention"):
             y = self.attention_norm(x)
-            split = lambda t: rearrange(t, "b t (h d) -> b t h d", d=self.head_dim)  # noqa: E731
+            split = lambda t: rearrange(t, "b t (h d) -> b t h d", d=self.head_dim)
             q, k, v = split(self.q(y)), split(self.k(y)), split(self.v(y))
             q, k = rotate(q, rotary), rotate(k, rotary)
             if cached is not None:
-                write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
+                write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
                     cache, new.astype(cache.dtype), at, axis=1
                 )
                 k, v = write(cached[0], k), write(cached[1], v)
@@ -80,7 +80,7 @@ class Head(nnx.Module):
 
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         self.norm = RMSNorm(cfg.width, eps=cfg.norm_eps)
-        make = lambda init: Linear(cfg.width, cfg.vocab_size, bias=False, kernel_init=init, rngs=rngs)  # noqa: E731
+        make = lambda init: Linear(cfg.width, cfg.vocab_size, bias=False, kernel_init=init, rngs=rngs)
         self.out = None if cfg.tied_head else make(normal(cfg.initializer_range))
 
 

@@ -159,10 +159,10 @@ def resize_matrix(n_in: int, n_out: int, kind: str) -> np.ndarray:
     if kind == "bilinear":
         centres = np.maximum(centres, 0.0)
         taps = (0, 1)
-        weight = lambda d: 1 - d  # noqa: E731
+        weight = lambda d: 1 - d
     else:
         a, taps = -0.75, (-1, 0, 1, 2)
-        weight = lambda d: np.where(  # noqa: E731
+        weight = lambda d: np.where(
             d <= 1, (a + 2) * d**3 - (a + 3) * d**2 + 1, a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
         )
     first = np.floor(centres).astype(int)

@@ -85,7 +85,7 @@ class Embeddings(nnx.Module):
 
 class Layer(nnx.Module):
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
-        make = lambda a, b, std: Linear(a, b, kernel_init=normal(std), rngs=rngs)  # noqa: E731
+        make = lambda a, b, std: Linear(a, b, kernel_init=normal(std), rngs=rngs)
         width, depth = cfg.width, (2 * cfg.layers) ** -0.5
         self.attention_norm = LayerNorm(width, eps=cfg.norm_eps)
         self.q, self.k, self.v = (make(width, width, width**-0.5) for _ in range(3))
@@ -99,7 +99,7 @@ class Layer(nnx.Module):
     def __call__(self, x: Float[Array, "n N C"]) -> Float[Array, "n N C"]:
         with jax.named_scope("attention"):
             y = self.attention_norm(x)
-            split = lambda t: rearrange(t, "n t (h d) -> n t h d", h=self.heads)  # noqa: E731
+            split = lambda t: rearrange(t, "n t (h d) -> n t h d", h=self.heads)
             y = attention(split(self.q(y)), split(self.k(y)), split(self.v(y)))
             x = x + self.o(rearrange(y, "n t h d -> n t (h d)"))
         with jax.named_scope("mlp"):
@@ -183,7 +183,7 @@ def encode(
             hidden, at = run(params, cfg, hidden, (at, stop), remat), stop
         states[stop] = hidden
     patches = {index: state[:, skip:] for index, state in states.items()}
-    layer = lambda index: bind(Layer, cfg, jax.tree.map(lambda x: x[index - 1], params["layers"]))  # noqa: E731
+    layer = lambda index: bind(Layer, cfg, jax.tree.map(lambda x: x[index - 1], params["layers"]))
     cls_attention = keys = None
     if needs.cls_attention is not None:
         index, how = needs.cls_attention

@@ -82,8 +82,8 @@ def loss_sum(
     B, S, d = hidden.shape
     chunk = min(cfg.loss_chunk, S)
     count = -(-S // chunk)
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, count * chunk - S)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
-    split = lambda x: jnp.swapaxes(pad(x).reshape(B, count, chunk, *x.shape[2:]), 0, 1)  # noqa: E731
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, count * chunk - S)) + ((0, 0),) * (x.ndim - 2))
+    split = lambda x: jnp.swapaxes(pad(x).reshape(B, count, chunk, *x.shape[2:]), 0, 1)
 
     @jax.checkpoint
     def body(total, part):

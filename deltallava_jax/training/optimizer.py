@@ -27,7 +27,7 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping by the global norm, AdamW with weight decay on matrices alone, the schedule."""
-    decay = lambda params: unflatten({path: _decays(path) for path in flatten(params)})  # noqa: E731
+    decay = lambda params: unflatten({path: _decays(path) for path in flatten(params)})
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         optax.adamw(schedule(cfg, steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decay),

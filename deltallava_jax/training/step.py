@@ -38,7 +38,7 @@ class TrainState:
 def state_shapes(cfg: Config, mesh: Mesh, steps: int) -> TrainState:
     """The train state as shapes with their shardings, nothing allocated."""
     shapes = jax.eval_shape(lambda: _fresh_state(cfg, steps))
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return jax.tree.map(place, shapes, rules.shardings(shapes, mesh))
 
 
@@ -87,9 +87,7 @@ def gradients(
 def batch_shapes(cfg: Config, mesh: Mesh, text: int, images: int) -> Batch:
     """The global batch as shapes with their sharding: T text tokens and I image places a row."""
     rows, size = cfg.data.rows, cfg.model.vision.image_size
-    place = lambda dtype, *shape: jax.ShapeDtypeStruct(  # noqa: E731
-        (rows, *shape), dtype, sharding=NamedSharding(mesh, ROWS)
-    )
+    place = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=NamedSharding(mesh, ROWS))
     return Batch(
         tokens=place(jnp.int32, text),
         loss_mask=place(jnp.bool_, text),
@@ -134,7 +132,7 @@ class TrainStep:
             updates, moments = self._optimizer.update(grads, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        keep = lambda new, old: jnp.where(finite, new, old)
         images = (batch.image_positions < batch.tokens.shape[1]).sum()
         metrics = {
             "loss": loss,

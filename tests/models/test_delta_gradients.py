@@ -33,7 +33,7 @@ class TorchDelta(torch.nn.Module):
         k, v = self.delta("k_proj_1", levels), self.delta("v_proj_1", levels)
 
         # Every query becomes a sequence of one, its s x s cell a sequence of s^2.
-        cells = lambda x: x.reshape(n, side, s, side, s, -1).transpose(2, 3).reshape(n * side * side, s * s, -1)  # noqa: E731
+        cells = lambda x: x.reshape(n, side, s, side, s, -1).transpose(2, 3).reshape(n * side * side, s * s, -1)
         q, k, v = q.reshape(n * side * side, 1, -1), cells(k), cells(v)
         weights, biases = w["clip_attn.in_proj_weight"].chunk(3), w["clip_attn.in_proj_bias"].chunk(3)
         y = attend(*(F.linear(x, a, b) for x, a, b in zip((q, k, v), weights, biases)), cfg.head_dim)
@@ -73,7 +73,7 @@ class TorchDelta(torch.nn.Module):
 
 
 def attend(q, k, v, head_dim):
-    split = lambda x: x.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # noqa: E731
+    split = lambda x: x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
     return F.scaled_dot_product_attention(split(q), split(k), split(v)).transpose(1, 2).flatten(2)
 
 
@@ -105,7 +105,7 @@ def test_gradients_equal_torch(settings):
     weights, features = golden.projector_state(cfg), golden.features(cfg)
     cotangent = golden.inputs("cotangent", (2, (cfg.grid // cfg.scale_factor) ** 2, cfg.out_width))
 
-    leaf = lambda x: torch.tensor(x, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    leaf = lambda x: torch.tensor(x, dtype=torch.float64, requires_grad=True)
     tensors = {name: leaf(value) for name, value in weights.items()}
     tensors |= {"last": leaf(features.last), "levels": leaf(features.levels)}
     y = TorchDelta(tensors, cfg)(tensors["last"], tensors["levels"])

@@ -38,7 +38,7 @@ class PaperDelta:
 
     def __call__(self, last, levels, side):
         """Equations 3 to 11: tokens [n, side * side, d]."""
-        as_grid = lambda x: x.astype(np.float64).reshape(len(x), self.grid, self.grid, -1)  # noqa: E731
+        as_grid = lambda x: x.astype(np.float64).reshape(len(x), self.grid, self.grid, -1)
         q, levels = resize(as_grid(last), side, linear_kernel), as_grid(levels)
         q = q + self.convolutional("refine.mhca", q)
         if "refine.e_mhsa.q.weight" in self.w:

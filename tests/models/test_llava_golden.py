@@ -22,7 +22,7 @@ IMAGE_TOKEN, V = 319, 16
 
 def parameters(item: str) -> dict:
     state = golden.state_dict(item)
-    dense = lambda name: {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}  # noqa: E731
+    dense = lambda name: {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
     return {
         "vision": hf.tower(state, "model.vision_tower."),
         "projector": {
@@ -38,7 +38,7 @@ def batch(stored: dict) -> Batch:
     ids = stored["input_ids"]
     first = np.array([np.flatnonzero(row == IMAGE_TOKEN)[0] for row in ids])
     kept = np.stack([np.delete(np.arange(ids.shape[1]), np.arange(at + 1, at + V)) for at in first])
-    closed = lambda values: np.take_along_axis(values, kept, axis=1)  # noqa: E731
+    closed = lambda values: np.take_along_axis(values, kept, axis=1)
     tokens = closed(ids)
     return Batch(
         tokens=jnp.asarray(np.where(tokens == IMAGE_TOKEN, 0, tokens)),

@@ -108,7 +108,7 @@ def test_recomputation_changes_nothing(batch, remat, chunk, scans):
     """Neither loss nor gradients, here together with chunks; the scans over layers (tower, decoder) recompute."""
     cfg = changed(remat=remat, loss_chunk=chunk)
     assert_same(evaluate(batch, cfg=cfg), evaluate(batch))
-    forward = lambda cfg: jax.make_jaxpr(lambda p: vlm.loss_sum(p, cfg, batch, None, train=False))(PARAMS)  # noqa: E731
+    forward = lambda cfg: jax.make_jaxpr(lambda p: vlm.loss_sum(p, cfg, batch, None, train=False))(PARAMS)
     assert str(forward(cfg)).count("remat") == scans + str(forward(changed(loss_chunk=chunk))).count("remat")
 
 
@@ -191,7 +191,7 @@ def test_every_budget_of_an_elastic_model():
     assert np.isfinite(list(values.values())).all() and abs(values[4] - values[1]) > 1e-4
     other = dataclasses.replace(BATCH, images=255 - BATCH.images)
     assert all(abs(elastic(other, budget=budget) - value) > 1e-4 for budget, value in values.items())
-    tokens = lambda budget: jax.eval_shape(  # noqa: E731
+    tokens = lambda budget: jax.eval_shape(
         lambda params: vlm.visual_tokens(params, ELASTIC, BATCH.images[0], budget=budget), ELASTIC_PARAMS
     )
     assert tokens(None).shape == tokens(4).shape == (I, 4, 32) and tokens(1).shape == (I, 1, 32)
@@ -201,7 +201,7 @@ def test_every_budget_of_an_elastic_model():
 
 def test_only_training_with_a_key_is_random():
     key = jax.random.key(3)
-    trace = lambda *key, **options: str(jax.make_jaxpr(functools.partial(elastic, budget=1, **options))(BATCH, *key))  # noqa: E731
+    trace = lambda *key, **options: str(jax.make_jaxpr(functools.partial(elastic, budget=1, **options))(BATCH, *key))
     assert "random_bits" in trace(key, train=True)
     assert not any("random_bits" in text for text in (trace(key), trace(train=True), trace()))
 

@@ -70,7 +70,7 @@ class SelfAttention(nnx.Module):
             count = self.reduction**2
             pooled = y[:, : y.shape[1] // count * count]
             pooled = rearrange(pooled, "n (t r) c -> n t r c", r=count).mean(2)
-        split = lambda t: rearrange(t, "n t (h d) -> n t h d", d=self.head_dim)  # noqa: E731
+        split = lambda t: rearrange(t, "n t (h d) -> n t h d", d=self.head_dim)
         y = attention(split(self.q(y)), split(self.k(pooled)), split(self.v(pooled)))
         return rearrange(self.o(rearrange(y, "n t h d -> n t (h d)")), "n (h w) c -> n h w c", h=side)
 
@@ -105,7 +105,7 @@ class Block(nnx.Module):
     """NTB: EMHSA on a share of the channels, MHCA on the rest, an MLP over both (Next-ViT's block)."""
 
     def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
-        conv = lambda a, b, bias=False: Linear(  # noqa: E731
+        conv = lambda a, b, bias=False: Linear(
             a, b, bias=bias, kernel_init=torch_default(a), bias_init=torch_default(a), rngs=rngs
         )
         attended, convolved = split_channels(cfg)
@@ -148,7 +148,7 @@ class LocalAttention(nnx.Module):
     def __call__(self, q, k, v):
         kernels = jnp.split(self.inputs.kernel[...].astype(q.dtype), 3, axis=1)
         biases = jnp.split(self.inputs.bias[...].astype(q.dtype), 3)
-        split = lambda t: rearrange(t, "n h w (a d) -> n h w a d", d=self.head_dim)  # noqa: E731
+        split = lambda t: rearrange(t, "n h w (a d) -> n h w a d", d=self.head_dim)
         q, k, v = (split(x @ kernel + bias) for x, kernel, bias in zip((q, k, v), kernels, biases))
         return self.o(rearrange(windowed_attention(q, k, v), "n h w a d -> n h w (a d)"))
 
@@ -173,7 +173,7 @@ class Delta(nnx.Module):
         self.k = DeltaProjection(levels, cfg, rngs=rngs)
         self.v = DeltaProjection(levels, cfg, rngs=rngs)
         self.block = Block(cfg, rngs=rngs) if cfg.ablation != "no_tb" else None
-        make = lambda a, b: Linear(a, b, kernel_init=trunc_normal(cfg.initializer_range), rngs=rngs)  # noqa: E731
+        make = lambda a, b: Linear(a, b, kernel_init=trunc_normal(cfg.initializer_range), rngs=rngs)
         if cfg.variant == "release":
             self.attention = LocalAttention(cfg, rngs=rngs)
             self.up, self.down = make(cfg.width, cfg.out_width), make(cfg.out_width, cfg.out_width)
@@ -185,7 +185,7 @@ class Delta(nnx.Module):
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
         side = round(budget**0.5)
-        unflatten = lambda x: rearrange(x, "n (h w) c -> n h w c", h=self.cfg.grid)  # noqa: E731
+        unflatten = lambda x: rearrange(x, "n (h w) c -> n h w c", h=self.cfg.grid)
         with jax.named_scope("resize"):
             q = resize_grid(unflatten(features.last), side, "bilinear")
         with jax.named_scope("keys_values"):
@@ -214,7 +214,7 @@ class Delta(nnx.Module):
             with jax.named_scope("block"):
                 q = self.block(q, key)
         with jax.named_scope("windowed_attention"):
-            split = lambda t: rearrange(t, "n h w (a d) -> n h w a d", d=self.cfg.head_dim)  # noqa: E731
+            split = lambda t: rearrange(t, "n h w (a d) -> n h w a d", d=self.cfg.head_dim)
             y = windowed_attention(split(q), split(k), split(v), window=self.cfg.window)
         with jax.named_scope("mlp"):
             y = self.head(rearrange(y, "n h w a d -> n h w (a d)"))

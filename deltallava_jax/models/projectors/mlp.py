@@ -15,7 +15,7 @@ class Mlp(nnx.Module):
     """Linear in_width -> d, exact GELU, Linear d -> d; one token a patch."""
 
     def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
-        make = lambda width, init: Linear(width, cfg.out_width, kernel_init=init, bias_init=init, rngs=rngs)  # noqa: E731
+        make = lambda width, init: Linear(width, cfg.out_width, kernel_init=init, bias_init=init, rngs=rngs)
         self.up = make(cfg.in_width, torch_default(cfg.in_width))
         self.down = make(cfg.out_width, torch_default(cfg.out_width))
 

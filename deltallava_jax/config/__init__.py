@@ -1,0 +1,41 @@
+"""Every setting of a run: frozen dataclasses, presets by name, validation, JSON round trip.
+
+A configuration file is a Python file with ``get_config() -> Config``. Values can be overridden by dotted path
+(``optimizer.lr=1e-3``); a field that holds a dataclass takes the name of a preset (``model.decoder=vicuna_7b``).
+Anything wrong raises ConfigError with one line that says what was expected.
+"""
+
+from deltallava_jax.config.checks import ConfigError
+from deltallava_jax.config.model import ABLATIONS, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from deltallava_jax.config.presets import PRESETS, compose, preset
+from deltallava_jax.config.run import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from deltallava_jax.config.values import from_dict, load_config, override, to_dict
+
+__all__ = [
+    "ABLATIONS",
+    "PRESETS",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DecoderConfig",
+    "EvaluationConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ProjectorConfig",
+    "TrainingConfig",
+    "VisionConfig",
+    "compose",
+    "from_dict",
+    "load_config",
+    "override",
+    "preset",
+    "to_dict",
+]

@@ -1,0 +1,26 @@
+"""What every setting is checked with."""
+
+from __future__ import annotations
+
+import difflib
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message is one line for the user."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_at_least(least: int, section: str, config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= least, f"{section}.{name}={value}; expected {least} or more")
+
+
+def nearest(key: str, known) -> str:
+    """The end of an error line: the known name that is most like ``key``, or all of them."""
+    match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known) or 'none'}"

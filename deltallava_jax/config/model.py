@@ -1,0 +1,200 @@
+"""Tower, projector, decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from deltallava_jax.config.checks import require, require_at_least
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A ViT tower. ``clip``: CLS token, LayerNorm before the layers. ``siglip``: neither, a bias on the patches."""
+
+    family: str = "clip"
+    image_size: int = 336
+    patch_size: int = 14
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_width: int = 4096
+    norm_eps: float = 1e-5
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self):
+        require_at_least(1, "vision", self, "patch_size", "width", "layers", "heads", "mlp_width")
+        require(self.family in ("clip", "siglip"), f"vision.family is {self.family!r}; known: clip, siglip")
+        require(
+            self.width % self.heads == 0,
+            f"vision.heads={self.heads} does not divide vision.width={self.width}",
+        )
+        require(
+            self.image_size >= self.patch_size,
+            f"vision.image_size={self.image_size} is smaller than vision.patch_size={self.patch_size}",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches a side; like the Hugging Face towers, a remainder of the image is cut off."""
+        return self.image_size // self.patch_size
+
+
+ABLATIONS = ("none", "no_emhsa", "no_delta", "no_tb")
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """How patches become visual tokens. Fields that a system does not use are ignored by it.
+
+    ``scale_factor`` s gives (grid/s)^2 tokens an image; a tuple makes the model elastic: a budget is drawn each step.
+    ``levels`` are hidden-state indices of the tower (index i is the output of layer i); empty means the release's
+    relative depths, 12, 16, 22 and 23 of 24. ``select_layer`` is the hidden state of the query features, from the end.
+    """
+
+    name: str = "delta"
+    grid: int = 24
+    scale_factor: int | tuple[int, ...] = 2
+    in_width: int = 1024
+    out_width: int = 4096
+    embed_width: int = 0  # 0: in_width
+    select_layer: int = -2
+    levels: tuple[int, ...] = ()
+    level_count: int = 4
+    head_dim: int = 128
+    block_head_dim: int = 32
+    rank: int = 16
+    mix_ratio: float = 0.75
+    drop_path: float = 0.1
+    initializer_range: float = 0.02  # standard deviation of fresh Linear weights; small widths want more
+    reduction: int = 1  # EMHSA's spatial reduction sr
+    window: int = 1  # paper variant: query windows of window x window
+    mlp_width: int = 4096  # paper variant: hidden width of equation 11
+    variant: str = "release"
+    ablation: str = "none"
+
+    def __post_init__(self):
+        require_at_least(1, "projector", self, "grid", "in_width", "out_width", "level_count", "rank", "mlp_width")
+        require_at_least(1, "projector", self, "head_dim", "block_head_dim", "window", "reduction")
+        require(0 <= self.drop_path < 1, f"projector.drop_path={self.drop_path}; expected 0 to below 1")
+        require(0 < self.mix_ratio < 1, f"projector.mix_ratio={self.mix_ratio}; expected between 0 and 1")
+        for name, known in (("variant", ("release", "paper")), ("ablation", ABLATIONS)):
+            value = getattr(self, name)
+            require(value in known, f"projector.{name} is {value!r}; known: {', '.join(known)}")
+        require(
+            not self.levels or len(self.levels) == self.level_count,
+            f"projector.levels has {len(self.levels)} entries; projector.level_count is {self.level_count}",
+        )
+        if self.name == "delta":
+            self._check_scale()
+            self._check_delta()
+
+    def _check_scale(self):
+        divisors = [s for s in range(1, self.grid + 1) if self.grid % s == 0]
+        valid = f"valid values: {', '.join(map(str, divisors))}"
+        require(self.scale_factors != (), f"projector.scale_factor is empty; {valid}")
+        for s in self.scale_factors:
+            require(
+                s in divisors,
+                f"projector.scale_factor={s} does not divide the {self.grid}x{self.grid} patch grid; {valid}",
+            )
+
+    def _check_delta(self):
+        width, paper = self.width, self.variant == "paper"
+        for name, of in (("head_dim", width), ("block_head_dim", width), ("block_head_dim", self.in_width)):
+            value = getattr(self, name)
+            require(of % value == 0, f"projector.{name}={value} does not divide the projector's width {of}")
+        require(
+            width >= 2 * self.block_head_dim,
+            f"projector.block_head_dim={self.block_head_dim}; the block's two branches need two heads in width {width}",
+        )
+        require(self.in_width % 4 == 0, f"projector.in_width={self.in_width}; the position table needs a multiple of 4")
+        require(
+            paper or width == self.in_width,
+            f"projector.embed_width={self.embed_width}; the release variant keeps in_width={self.in_width}",
+        )
+        require(
+            bool(self.levels) or self.level_count <= 4,
+            f"projector.level_count={self.level_count}; name the tower's layers in projector.levels",
+        )
+        for side in (self.grid // s for s in self.scale_factors):
+            require(
+                side % self.window == 0, f"projector.window={self.window} does not divide the {side}x{side} query grid"
+            )
+            require(
+                self.reduction <= side,
+                f"projector.reduction={self.reduction} leaves no keys of a {side}x{side} query grid",
+            )
+
+    @property
+    def width(self) -> int:
+        return self.embed_width or self.in_width
+
+    @property
+    def scale_factors(self) -> tuple[int, ...]:
+        return self.scale_factor if isinstance(self.scale_factor, tuple) else (self.scale_factor,)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A Llama-architecture decoder (Vicuna, Llama, Qwen2 with ``qkv_bias``)."""
+
+    vocab_size: int = 32000
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    mlp_width: int = 11008
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    tied_head: bool = False
+    initializer_range: float = 0.02  # standard deviation of fresh weights; small widths want more
+
+    def __post_init__(self):
+        require_at_least(1, "decoder", self, "vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width")
+        require(
+            self.width % self.heads == 0,
+            f"decoder.heads={self.heads} does not divide decoder.width={self.width}",
+        )
+        require(
+            self.heads % self.kv_heads == 0,
+            f"decoder.kv_heads={self.kv_heads} does not divide decoder.heads={self.heads}",
+        )
+        require(self.head_dim % 2 == 0, f"decoder head width {self.head_dim} is odd; rotary positions need it even")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+REMAT_POLICIES = ("none", "dots", "full")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole vision-language model. ``dtype`` is the compute dtype; parameters that train stay float32."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    dtype: str = "bfloat16"
+    remat: str = "none"
+    loss_chunk: int = 512  # row positions whose logits exist at a time
+
+    def __post_init__(self):
+        p, v, d = self.projector, self.vision, self.decoder
+        require_at_least(1, "model", self, "loss_chunk")
+        require(self.dtype in ("bfloat16", "float32"), f"model.dtype is {self.dtype!r}; known: bfloat16, float32")
+        require(self.remat in REMAT_POLICIES, f"model.remat is {self.remat!r}; known: {', '.join(REMAT_POLICIES)}")
+        require(p.grid == v.grid, f"projector.grid={p.grid}, but the vision tower makes a {v.grid}x{v.grid} grid")
+        require(p.in_width == v.width, f"projector.in_width={p.in_width}, but vision.width={v.width}")
+        require(p.out_width == d.width, f"projector.out_width={p.out_width}, but decoder.width={d.width}")
+        require(
+            all(0 <= level <= v.layers for level in p.levels),
+            f"projector.levels={p.levels}; the tower has {v.layers} layers",
+        )
+        require(
+            -v.layers <= p.select_layer <= -1,
+            f"projector.select_layer={p.select_layer}; expected -{v.layers} to -1 for {v.layers} layers",
+        )

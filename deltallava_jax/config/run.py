@@ -1,0 +1,144 @@
+"""Data, optimizer, training, mesh, evaluation, and the whole of a run."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+
+from deltallava_jax.config.checks import ConfigError, require, require_at_least
+from deltallava_jax.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The training data and its packing. ``row_length`` S bounds text plus visual tokens of a row."""
+
+    dataset: str = "easy_vqa"
+    template: str = "vicuna_v1"
+    turns: int = 0  # easy_vqa: questions a conversation; 0: all of an image's questions
+    independent_rounds: bool = False  # a conversation's questions see its image but not each other
+    rows: int = 16  # rows of the global batch
+    row_length: int = 2048
+    images_per_row: int = 0  # 0: chosen from the data for each budget
+    workers: int = 1  # processes that load data; 0: in the training process
+    max_bad_fraction: float = 0.01  # of the samples seen; more than this stops the run
+
+    def __post_init__(self):
+        require_at_least(1, "data", self, "rows")
+        require_at_least(8, "data", self, "row_length")
+        require_at_least(0, "data", self, "turns", "images_per_row", "workers")
+        require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction}; expected 0 to 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warmup and cosine decay to ``final_lr_ratio`` of the peak.
+
+    ``frozen`` holds regular expressions over parameter paths ("vision/", "decoder/embed"); what matches stays as it
+    is, in bfloat16 and out of the optimizer. ``accumulation`` splits the batch into that many microbatches.
+    """
+
+    lr: float = 2e-5
+    warmup_ratio: float = 0.03
+    final_lr_ratio: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    accumulation: int = 1
+    frozen: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        require(self.lr > 0, f"optimizer.lr={self.lr}; expected more than 0")
+        require_at_least(1, "optimizer", self, "accumulation")
+        for pattern in self.frozen:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"optimizer.frozen pattern {pattern!r} is no regular expression: {error}") from error
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Length of the run and what happens how often, in steps; 0 switches a thing off."""
+
+    epochs: float = 1.0
+    steps: int = 0  # more than 0: exactly so many steps, whatever ``epochs`` says
+    log_every: int = 10
+    eval_every: int = 0
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        require_at_least(0, "training", self, "steps", "log_every", "eval_every", "checkpoint_every")
+        require_at_least(1, "training", self, "keep_checkpoints")
+        require(self.epochs > 0 or self.steps > 0, f"training.epochs={self.epochs}; expected more than 0")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; -1 once, for what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def sizes(self, devices: int) -> tuple[int, int, int]:
+        """(data, fsdp, tensor) for a number of devices.
+
+        Raises ConfigError if they cannot be laid out so."""
+        sizes = [self.data, self.fsdp, self.tensor]
+        asked = f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}"
+        require(sizes.count(-1) <= 1 and all(n == -1 or n > 0 for n in sizes), f"{asked}: one -1, the rest above 0")
+        fixed = math.prod(n for n in sizes if n != -1)
+        require(devices % fixed == 0, f"{asked} does not fit {devices} devices")
+        sizes = [devices // fixed if n == -1 else n for n in sizes]
+        require(math.prod(sizes) == devices, f"{asked} uses {math.prod(sizes)} of {devices} devices")
+        return tuple(sizes)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How answers are generated and scored. ``limit`` bounds the questions asked during training, not by eval.py."""
+
+    batch_size: int = 256
+    max_new_tokens: int = 8
+    limit: int = 1024
+
+    def __post_init__(self):
+        require_at_least(1, "evaluation", self, "batch_size", "max_new_tokens")
+        require_at_least(0, "evaluation", self, "limit")
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "unnamed"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self):
+        require_at_least(0, "config", self, "seed")
+
+    def check_devices(self, devices: int) -> tuple[int, int, int]:
+        """Mesh sizes (data, fsdp, tensor) on that many devices; ConfigError if the batch or a width does not divide."""
+        data, fsdp, tensor = self.mesh.sizes(devices)
+        rows, micro = self.data.rows, self.optimizer.accumulation
+        require(rows % micro == 0, f"data.rows={rows} is not divisible by optimizer.accumulation={micro}")
+        require(
+            (rows // micro) % (data * fsdp) == 0,
+            f"data.rows={rows}{f' / {micro} microbatches' if micro > 1 else ''} is not divisible by the "
+            f"{data * fsdp} devices of mesh data={data} x fsdp={fsdp}",
+        )
+        for name, heads in (
+            ("vision.heads", self.model.vision.heads),
+            ("decoder.kv_heads", self.model.decoder.kv_heads),
+        ):
+            require(heads % tensor == 0, f"{name}={heads} is not divisible by mesh tensor={tensor}")
+        return data, fsdp, tensor

@@ -1,0 +1,111 @@
+"""Configs from and to dicts, command-line text and Python files."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import types
+import typing
+from pathlib import Path
+
+from deltallava_jax.config.checks import ConfigError, nearest, require
+from deltallava_jax.config.presets import preset
+from deltallava_jax.config.run import Config
+
+
+def to_dict(config) -> dict:
+    """Nested plain dict; tuples become lists, so that it is JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(kind: type, values: dict | str, where: str = ""):
+    """Builds dataclass ``kind`` from a nested dict (or a preset's name), checking every key and type.
+
+    Raises ConfigError for an unknown key (with the nearest known one) or a value of another type."""
+    if isinstance(values, str):
+        return preset(kind, values)
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for key, value in values.items():
+        path = f"{where}{key}"
+        if key not in hints:
+            raise ConfigError(f"unknown config key {path!r}{nearest(key, hints)}")
+        arguments[key] = _typed(hints[key], value, path)
+    return kind(**arguments)
+
+
+def override(config, assignments: dict[str, str]):
+    """Copy of ``config`` with dotted paths set from command-line text, all at once, then validated."""
+    values = to_dict(config)
+    for path, text in assignments.items():
+        node, kind, done = values, type(config), ""
+        *parents, leaf = path.split(".")
+        for key in parents:
+            hints = typing.get_type_hints(kind)
+            if key not in hints or not dataclasses.is_dataclass(hints[key]):
+                sections = [name for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
+                raise ConfigError(f"unknown config section {done + key!r}{nearest(key, sections)}")
+            if isinstance(node[key], str):  # a preset set earlier in the same command
+                node[key] = to_dict(preset(hints[key], node[key]))
+            require(isinstance(node[key], dict), f"config section {done + key!r} was set to {node[key]!r}")
+            node, kind, done = node[key], hints[key], f"{done}{key}."
+        hints = typing.get_type_hints(kind)
+        if leaf not in hints:
+            raise ConfigError(f"unknown config key {path!r}{nearest(leaf, hints)}")
+        node[leaf] = text if hints[leaf] is str else _parse(text)
+    return from_dict(type(config), values)
+
+
+def load_config(path: str | Path) -> Config:
+    """The Config that get_config() of a Python file returns."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {str(path)!r} does not exist")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None:
+        raise ConfigError(f"config file {str(path)!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        raise ConfigError(f"config file {str(path)!r}: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"config file {str(path)!r} has no get_config()")
+    config = module.get_config()
+    require(isinstance(config, Config), f"config file {str(path)!r}: get_config() did not return a Config")
+    return config
+
+
+def _parse(text: str):
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _typed(hint, value, path: str):
+    """``value`` as type ``hint`` (a dataclass, a scalar, a tuple[X, ...] or a union of those)."""
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, (dict, str)):
+            return from_dict(hint, value, f"{path}.")
+    elif isinstance(hint, types.UnionType):
+        for option in typing.get_args(hint):
+            try:
+                return _typed(option, value, path)
+            except ConfigError:
+                continue
+    elif typing.get_origin(hint) is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_typed(typing.get_args(hint)[0], item, path) for item in value)
+        if typing.get_args(hint)[0] is str and isinstance(value, str):
+            return (value,)
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    expected = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    raise ConfigError(f"config key {path!r} expects {expected}, got {value!r}")
