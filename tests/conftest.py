@@ -1,9 +1,14 @@
-"""Before any test imports jax: eight fake CPU devices, and full-precision matrix products."""
+"""Before any test imports jax: eight fake CPU devices, full-precision matrix products, one cache of compiled programs.
+
+The cache lies beside pytest's own and is shared by the tests of a run, its worker processes and later runs."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # the latter: faster compiles
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "xla")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

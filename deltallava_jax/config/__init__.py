@@ -6,7 +6,14 @@ Anything wrong raises ConfigError with one line that says what was expected.
 """
 
 from deltallava_jax.config.checks import ConfigError
-from deltallava_jax.config.model import ABLATIONS, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from deltallava_jax.config.model import (
+    ABLATIONS,
+    DecoderConfig,
+    ModelConfig,
+    ProjectorConfig,
+    RopeScaling,
+    VisionConfig,
+)
 from deltallava_jax.config.presets import PRESETS, compose, preset
 from deltallava_jax.config.run import (
     Config,
@@ -30,6 +37,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ProjectorConfig",
+    "RopeScaling",
     "TrainingConfig",
     "VisionConfig",
     "compose",

@@ -136,8 +136,24 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's: wavelengths beyond the original context are stretched by ``factor``, short ones kept."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+    def __post_init__(self):
+        require(
+            0 < self.low_freq_factor < self.high_freq_factor and self.factor >= 1 and self.original_length > 0,
+            f"decoder.rope_scaling {self}; expected factor of 1 or more, 0 < low_freq_factor < high_freq_factor",
+        )
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
-    """A Llama-architecture decoder (Vicuna, Llama, Qwen2 with ``qkv_bias``)."""
+    """A Llama-architecture decoder (Vicuna, Llama, SmolLM2, Qwen2 with ``qkv_bias``)."""
 
     vocab_size: int = 32000
     width: int = 4096
@@ -146,6 +162,7 @@ class DecoderConfig:
     kv_heads: int = 32
     mlp_width: int = 11008
     rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     qkv_bias: bool = False
     tied_head: bool = False
@@ -173,28 +190,38 @@ REMAT_POLICIES = ("none", "dots", "full")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole vision-language model. ``dtype`` is the compute dtype; parameters that train stay float32."""
+    """A whole vision-language model, or some of its parts: a converted decoder alone has vision and projector None.
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    ``dtype`` is the compute dtype; parameters that train stay float32."""
+
+    vision: VisionConfig | None = field(default_factory=VisionConfig)
+    projector: ProjectorConfig | None = field(default_factory=ProjectorConfig)
+    decoder: DecoderConfig | None = field(default_factory=DecoderConfig)
     dtype: str = "bfloat16"
     remat: str = "none"
     loss_chunk: int = 512  # row positions whose logits exist at a time
 
     def __post_init__(self):
-        p, v, d = self.projector, self.vision, self.decoder
         require_at_least(1, "model", self, "loss_chunk")
         require(self.dtype in ("bfloat16", "float32"), f"model.dtype is {self.dtype!r}; known: bfloat16, float32")
         require(self.remat in REMAT_POLICIES, f"model.remat is {self.remat!r}; known: {', '.join(REMAT_POLICIES)}")
-        require(p.grid == v.grid, f"projector.grid={p.grid}, but the vision tower makes a {v.grid}x{v.grid} grid")
-        require(p.in_width == v.width, f"projector.in_width={p.in_width}, but vision.width={v.width}")
-        require(p.out_width == d.width, f"projector.out_width={p.out_width}, but decoder.width={d.width}")
-        require(
-            all(0 <= level <= v.layers for level in p.levels),
-            f"projector.levels={p.levels}; the tower has {v.layers} layers",
-        )
-        require(
-            -v.layers <= p.select_layer <= -1,
-            f"projector.select_layer={p.select_layer}; expected -{v.layers} to -1 for {v.layers} layers",
-        )
+        p, v, d = self.projector, self.vision, self.decoder
+        require(any((p, v, d)), "model has neither vision nor projector nor decoder")
+        if p and v:
+            require(p.grid == v.grid, f"projector.grid={p.grid}, but the vision tower makes a {v.grid}x{v.grid} grid")
+            require(p.in_width == v.width, f"projector.in_width={p.in_width}, but vision.width={v.width}")
+            require(
+                all(0 <= level <= v.layers for level in p.levels),
+                f"projector.levels={p.levels}; the tower has {v.layers} layers",
+            )
+            require(
+                -v.layers <= p.select_layer <= -1,
+                f"projector.select_layer={p.select_layer}; expected -{v.layers} to -1 for {v.layers} layers",
+            )
+        if p and d:
+            require(p.out_width == d.width, f"projector.out_width={p.out_width}, but decoder.width={d.width}")
+
+    @property
+    def whole(self) -> bool:
+        """Whether tower, projector and decoder are all there."""
+        return all((self.vision, self.projector, self.decoder))

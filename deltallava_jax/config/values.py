@@ -44,13 +44,13 @@ def override(config, assignments: dict[str, str]):
         *parents, leaf = path.split(".")
         for key in parents:
             hints = typing.get_type_hints(kind)
-            if key not in hints or not dataclasses.is_dataclass(hints[key]):
-                sections = [name for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
+            sections = {name: section for name, hint in hints.items() if (section := _dataclass_in(hint))}
+            if key not in sections:
                 raise ConfigError(f"unknown config section {done + key!r}{nearest(key, sections)}")
             if isinstance(node[key], str):  # a preset set earlier in the same command
-                node[key] = to_dict(preset(hints[key], node[key]))
-            require(isinstance(node[key], dict), f"config section {done + key!r} was set to {node[key]!r}")
-            node, kind, done = node[key], hints[key], f"{done}{key}."
+                node[key] = to_dict(preset(sections[key], node[key]))
+            require(isinstance(node[key], dict), f"config section {done + key!r} is {node[key]!r}")
+            node, kind, done = node[key], sections[key], f"{done}{key}."
         hints = typing.get_type_hints(kind)
         if leaf not in hints:
             raise ConfigError(f"unknown config key {path!r}{nearest(leaf, hints)}")
@@ -78,6 +78,11 @@ def load_config(path: str | Path) -> Config:
     return config
 
 
+def _dataclass_in(hint) -> type | None:
+    """The dataclass that a hint is, alone or as ``X | None``."""
+    return next((option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)), None)
+
+
 def _parse(text: str):
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -93,6 +98,8 @@ def _typed(hint, value, path: str):
         if isinstance(value, (dict, str)):
             return from_dict(hint, value, f"{path}.")
     elif isinstance(hint, types.UnionType):
+        if value is not None and _dataclass_in(hint):  # X | None: what is wrong with the X is said
+            return _typed(_dataclass_in(hint), value, path)
         for option in typing.get_args(hint):
             try:
                 return _typed(option, value, path)

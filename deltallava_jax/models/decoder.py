@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -39,7 +40,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(normal(cfg.initializer_range)(rngs.params(), (cfg.vocab_size, cfg.width)))
 
     def __call__(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T d"]:
-        return self.embedding[...].astype(dtype)[tokens]
+        return self.embedding[...][tokens].astype(dtype)
 
 
 class Layer(nnx.Module):
@@ -101,10 +102,23 @@ def embed(params: Params, cfg: DecoderConfig, tokens: Int[Array, "B T"], dtype=j
 
 def rotary_angles(positions: Int[Array, "B S"], cfg: DecoderConfig) -> tuple[Array, Array]:
     """(cosine, sine), each [B, S, 1, D / 2], float32."""
-    half = cfg.head_dim // 2
-    frequencies = cfg.rope_base ** -(jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None] * frequencies
+    angles = positions[..., None, None] * jnp.asarray(rotary_frequencies(cfg), jnp.float32)
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotary_frequencies(cfg: DecoderConfig) -> np.ndarray:
+    """[D / 2] radians a position. Llama 3's scaling divides the frequencies whose wavelength exceeds the original
+    context over low_freq_factor, keeps those below it over high_freq_factor, and blends in between (Hugging Face
+    transformers, modeling_rope_utils)."""
+    half = cfg.head_dim // 2
+    frequencies = cfg.rope_base ** -(np.arange(half) / half)
+    if cfg.rope_scaling is None:
+        return frequencies
+    scaling = cfg.rope_scaling
+    turns = scaling.original_length * frequencies / (2 * np.pi)  # in the original context
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def rotate(x: Float[Array, "B S H D"], rotary: tuple[Array, Array]) -> Float[Array, "B S H D"]:

@@ -13,12 +13,12 @@ from deltallava_jax.sequence import Batch, Layout, layout
 
 
 def init_params(cfg: ModelConfig, key: Array) -> Params:
-    """{"vision", "projector", "decoder"}: nested dicts of float32 arrays."""
-    keys = jax.random.split(key, 3)
+    """{"vision", "projector", "decoder"}, as far as the model has them: nested dicts of float32 arrays."""
+    parts = {"vision": vision, "projector": projectors, "decoder": decoder}
     return {
-        "vision": vision.init_params(cfg.vision, keys[0]),
-        "projector": projectors.init_params(cfg.projector, keys[1]),
-        "decoder": decoder.init_params(cfg.decoder, keys[2]),
+        name: module.init_params(getattr(cfg, name), part_key)
+        for (name, module), part_key in zip(parts.items(), jax.random.split(key, 3))
+        if getattr(cfg, name)
     }
 
 

@@ -13,7 +13,8 @@ PAIRS = [
     ("Describe {it}.\nIn detail!", "A blue circle, ünïcode 🟦 and\ntwo lines"),
     ("What is written there?", ""),
 ]
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+# Without "<": the name of a special token in a text is that token.
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=12)
 
 each_template = pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 

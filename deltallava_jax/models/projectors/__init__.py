@@ -5,6 +5,7 @@ A system is an NNX class ``System(cfg, *, rngs)`` with
     budgets(cfg)                            the tokens an image it can make, largest first
     needs(cfg, layers)                      what it asks of a tower of that many layers
     name_table(cfg)                         its torch names
+    infer(shapes)                           its settings from {torch name: shape}, None if the tensors are not its own
 """
 
 from __future__ import annotations
@@ -85,15 +86,25 @@ def project(
         return layers.bind(system(cfg), cfg, params)(features, text, budget, key)
 
 
+def name_table(cfg: ProjectorConfig) -> list[names.Entry]:
+    """Which torch tensor is which parameter, by the names of the public release."""
+    return system(cfg).name_table(cfg)
+
+
+def infer(shapes: dict[str, tuple[int, ...]]) -> dict | None:
+    """ProjectorConfig settings of a state dict by its names and shapes; None if it is of no known system."""
+    return next((found for kind in SYSTEMS.values() if (found := kind.infer(shapes)) is not None), None)
+
+
 def from_torch(state_dict: dict[str, np.ndarray], cfg: ProjectorConfig) -> layers.Params:
     """{torch name: array} -> nested dict, float32. Parts that cfg ablates may be in the state dict and are left out.
 
     Raises names.WeightMismatch with both sides where names or shapes differ."""
-    full = {e.torch for e in system(cfg).name_table(dataclasses.replace(cfg, ablation="none"))}
+    full = {e.torch for e in name_table(dataclasses.replace(cfg, ablation="none"))}
     expected = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-    return names.from_torch(state_dict, system(cfg).name_table(cfg), expected, ignore=full)
+    return names.from_torch(state_dict, name_table(cfg), expected, full.__contains__)
 
 
 def to_torch(params: layers.Params, cfg: ProjectorConfig) -> dict[str, np.ndarray]:
     """Nested dict -> {torch name: numpy array}, the names and shapes of the public release."""
-    return names.to_torch(params, system(cfg).name_table(cfg))
+    return names.to_torch(params, name_table(cfg))

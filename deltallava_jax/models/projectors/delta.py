@@ -263,6 +263,37 @@ class Delta(nnx.Module):
             table += linear("head", "head") + norm("ffn.norm", "norm") + linear("ffn.0", "up") + linear("ffn.2", "down")
         return table
 
+    @staticmethod
+    def infer(shapes: dict[str, tuple[int, ...]]) -> dict | None:
+        if "q_proj_1.shared_weight.weight" not in shapes:
+            return None
+        width, in_width = shapes["q_proj_1.shared_weight.weight"]
+        out = shapes["mlp.2.weight"] if "mlp.2.weight" in shapes else shapes["head.weight"]
+        settings = dict(
+            name="delta",
+            variant="release" if "mlp.2.weight" in shapes else "paper",
+            in_width=in_width,
+            out_width=out[0],
+            embed_width=width,
+            level_count=shapes["k_proj_1.shared_weight.weight"][1] // in_width,
+            ablation="none",
+        )
+        if "q_proj_1.U" in shapes:
+            settings["rank"] = shapes["q_proj_1.U"][1]
+        else:
+            settings["ablation"] = "no_delta"
+        block = "combined_block.ntb"
+        if f"{block}.patch_embed.conv.weight" not in shapes:
+            return {**settings, "ablation": "no_tb"}
+        if f"{block}.e_mhsa.q.weight" not in shapes:
+            settings["ablation"] = "no_emhsa"
+        settings["mix_ratio"] = shapes[f"{block}.patch_embed.conv.weight"][0] / width
+        if settings["variant"] == "release":
+            settings["block_head_dim"] = shapes[f"{block}.mhca.group_conv3x3.weight"][1]
+        else:
+            settings["mlp_width"] = shapes["ffn.0.weight"][0]
+        return settings
+
 
 def split_channels(cfg: ProjectorConfig) -> tuple[int, int]:
     """Channels of the block's attention and convolution branches: whole heads, mix_ratio to the attention."""

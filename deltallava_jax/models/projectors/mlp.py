@@ -33,3 +33,10 @@ class Mlp(nnx.Module):
     @staticmethod
     def name_table(cfg: ProjectorConfig) -> list[Entry]:
         return linear("0", "up") + linear("2", "down")
+
+    @staticmethod
+    def infer(shapes: dict[str, tuple[int, ...]]) -> dict | None:
+        if set(shapes) != {"0.weight", "0.bias", "2.weight", "2.bias"}:
+            return None
+        out_width, in_width = shapes["0.weight"]
+        return dict(name="mlp", in_width=in_width, out_width=out_width)

@@ -1,0 +1,309 @@
+"""Checkpoints as our models: Hugging Face folders, the original LLaVA layout, projector files, our own workdirs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from deltallava_jax.config import ModelConfig, ProjectorConfig, VisionConfig, preset
+from deltallava_jax.convert.families import DECODERS, PAIRS, TOWERS, decoder_family, refuse, tower_family
+from deltallava_jax.convert.tensors import ConversionError, Tensor, find
+from deltallava_jax.models import projectors, vlm
+from deltallava_jax.models.layers import Params
+from deltallava_jax.models.names import TRANSFORMS, Entry, check, flatten, linear, prefixed, unflatten
+
+# Names of towers in the original layout's config.json whose shapes we know without a folder.
+KNOWN_TOWERS = {
+    "clip-vit-large-patch14-336": "clip_l_14_336",
+    "clip-vit-large-patch14": "clip_l_14_224",
+    "clip-vit-base-patch32": "clip_b_32_224",
+    "siglip-so400m-patch14-384": "siglip_so400m_14_384",
+}
+PROJECTOR_KEY = "deltallava_projector"  # the whole ProjectorConfig, in the config.json of our exports
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a checkpoint's tensors stand: the prefix of each part, None where the checkpoint lacks the part.
+
+    hf_projector: the MLP's layers are linear_1 and linear_2, as in Hugging Face models, not 0 and 2."""
+
+    vision: str | None = None
+    projector: str | None = None
+    decoder: str | None = None
+    head: str | None = None
+    hf_projector: bool = False
+
+    def table(self, cfg: ModelConfig) -> list[Entry]:
+        """The name table of the whole checkpoint."""
+        table = []
+        if cfg.vision:
+            table += prefixed(tower_family(cfg.vision).table(cfg.vision), self.vision, "vision/")
+        if cfg.projector:
+            if cfg.projector.name == "mlp" and self.hf_projector:
+                names = linear("linear_1", "up") + linear("linear_2", "down")
+            else:
+                names = projectors.name_table(cfg.projector)
+            table += prefixed(names, self.projector, "projector/")
+        if cfg.decoder:
+            family = decoder_family(cfg.decoder)
+            table += prefixed(family.table(cfg.decoder), self.decoder, "decoder/")
+            table += prefixed(family.head_table(cfg.decoder), self.head, "decoder/")
+        return table
+
+
+@dataclass
+class Pretrained:
+    """A model from a checkpoint: ``cfg`` and ``params`` hold the parts that it has.
+
+    layout and hf (its config.json) say how it was written; kept: the files beside the weights; extra: tensors that
+    the model has no use for, such as SigLIP's pooling head, kept for exports in the same layout."""
+
+    cfg: ModelConfig
+    params: Params
+    layout: Layout | None = None
+    hf: dict = field(default_factory=dict)
+    kept: list[Path] = field(default_factory=list)
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+def read(
+    path: Path,
+    *,
+    vision: Path | None = None,
+    dtype: str | None = None,
+    shard: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+    progress: bool = True,
+) -> Pretrained:
+    """The model in a folder in Hugging Face's or the original LLaVA layout, or in a projector's weights file.
+
+    vision: a folder of the tower, for checkpoints that only name theirs. dtype: of the parameters; by default as they
+    are saved. shard(path, shape) gives each parameter's place; by default the first device. Raises ConversionError
+    for what is damaged or unknown, WeightMismatch with both sides where the weights are not those of config.json."""
+    if not path.exists():
+        raise ConversionError(f"{path} does not exist")
+    tensors = find(path)
+    folder = path if path.is_dir() else path.parent
+    hf = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    layout = _layout(tensors)
+    cfg = _config(path, hf, layout, tensors, vision)
+    tower = None
+    if vision is not None and layout.vision is None and layout.decoder is not None:
+        tower = read(vision, dtype=dtype, shard=shard, progress=progress)
+    own = cfg if tower is None else dataclasses.replace(cfg, vision=None)
+    params, extra = _load(own, layout, tensors, dtype, shard, progress)
+    if tower is not None:
+        params = {"vision": tower.params["vision"], **params}
+    kept = sorted(file for file in folder.iterdir() if _is_kept(file)) if path.is_dir() else []
+    return Pretrained(cfg, params, layout, hf, kept, extra)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; ConversionError if the file is missing or is none."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ConversionError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def _is_kept(file: Path) -> bool:
+    """Files beside the weights that belong to the model: configs, tokenizer, processor, templates, code is not."""
+    return file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and ".index." not in file.name
+
+
+# ------------------------------------------------------------------ what the checkpoint is
+
+
+def _layout(tensors: dict[str, Tensor]) -> Layout:
+    """The prefixes, found by the names that every family has."""
+
+    def before(ending: str) -> str | None:
+        return next((name.removesuffix(ending) for name in tensors if name.endswith(ending)), None)
+
+    projector = None
+    for marker in ("multi_modal_projector.", "mm_projector."):
+        found = next((name for name in tensors if marker in name), None)
+        if found is not None:
+            projector = found[: found.index(marker) + len(marker)]
+            break
+    head = before("lm_head.weight")
+    decoder = before("embed_tokens.weight")
+    if projector is None and decoder is None and before("embeddings.patch_embedding.weight") is None:
+        projector = ""  # a projector's state dict alone
+    return Layout(
+        vision=before("embeddings.patch_embedding.weight"),
+        projector=projector,
+        decoder=decoder,
+        head=head if head is not None else decoder,
+        hf_projector=f"{projector}linear_1.weight" in tensors,
+    )
+
+
+def _config(path: Path, hf: dict, layout: Layout, tensors: dict[str, Tensor], vision: Path | None) -> ModelConfig:
+    """The model's config: every value from config.json, the projector's also from its tensors' shapes."""
+    kind, preprocessor = hf.get("model_type"), _preprocessor(path)
+    dtype = "float32" if all(t.dtype == np.float32 for t in tensors.values()) else "bfloat16"
+    model = functools.partial(ModelConfig, dtype=dtype)
+    if kind in DECODERS and layout.projector is None:
+        return model(None, None, DECODERS[kind].to_ours(hf))
+    if kind in TOWERS or kind in PAIRS:
+        section = hf.get("vision_config", {}) if kind in PAIRS else hf
+        return model(TOWERS[PAIRS.get(kind, kind)].to_ours(section, preprocessor), None, None)
+    if layout.decoder is None and layout.projector is not None:
+        return model(None, _projector_config(hf, layout, tensors, None, 0), None)
+    if "text_config" in hf:
+        text, tower = dict(hf["text_config"]), dict(hf.get("vision_config") or {})
+        text.setdefault("tie_word_embeddings", hf.get("tie_word_embeddings", False))
+        text_kind, tower_kind = text.get("model_type", "llama"), tower.get("model_type", "clip_vision_model")
+        if text_kind not in DECODERS or tower_kind not in TOWERS:
+            raise _unknown(path, f"{kind} of {text_kind} and {tower_kind}")
+        vision_cfg = TOWERS[tower_kind].to_ours(tower, preprocessor)
+        refuse(hf, kind, vision_feature_select_strategy="default" if vision_cfg.family == "clip" else "full",
+               projector_hidden_act="gelu", multimodal_projector_bias=True, quantization_config=None)  # fmt: skip
+        decoder_cfg, layer = DECODERS[text_kind].to_ours(text), hf.get("vision_feature_layer", -2)
+        if not isinstance(layer, int):
+            raise ConversionError(f"{kind} option vision_feature_layer={layer!r} is not supported; expected a number")
+    elif "mm_vision_tower" in hf:
+        text_kind = "qwen2" if "qwen" in kind else "llama"
+        if kind not in ("llava", "llava_llama", "llava_qwen", "llava_qwen2", *DECODERS):
+            raise _unknown(path, kind)
+        refuse(hf, kind, mm_vision_select_feature="patch", mm_use_im_start_end=False, quantization_config=None)
+        decoder_cfg, layer = DECODERS[text_kind].to_ours(hf), hf.get("mm_vision_select_layer", -2)
+        vision_cfg = _named_tower(path, hf["mm_vision_tower"], layout, vision)
+    else:
+        raise _unknown(path, kind)
+    layer = layer if layer < 0 else layer - (vision_cfg.layers + 1)
+    return model(vision_cfg, _projector_config(hf, layout, tensors, vision_cfg, layer), decoder_cfg)
+
+
+def _unknown(path: Path, kind: str | None) -> ConversionError:
+    known = ", ".join([*DECODERS, *TOWERS, *PAIRS, "llava", "llava_llama"])
+    return ConversionError(f"{path} holds a model of type {kind!r}; known: {known}")
+
+
+def _preprocessor(path: Path) -> dict:
+    file = path / "preprocessor_config.json"
+    return read_json(file) if path.is_dir() and file.is_file() else {}
+
+
+def _named_tower(path: Path, name: str, layout: Layout, vision: Path | None) -> VisionConfig:
+    """The tower that the original layout names in mm_vision_tower: a folder, or a published one."""
+    for folder in (vision, path / name, Path(name)):
+        if folder is not None and (folder / "config.json").is_file():
+            hf = read_json(folder / "config.json")
+            kind = PAIRS.get(hf.get("model_type"), hf.get("model_type"))
+            if kind not in TOWERS:
+                raise _unknown(folder, hf.get("model_type"))
+            return TOWERS[kind].to_ours(hf.get("vision_config", hf), _preprocessor(folder))
+    if layout.vision is None or name.split("/")[-1] not in KNOWN_TOWERS:
+        raise ConversionError(f"{path} names the tower {name!r} but does not hold it; give its folder with --vision")
+    return preset(VisionConfig, KNOWN_TOWERS[name.split("/")[-1]])
+
+
+def _projector_config(
+    hf: dict, layout: Layout, tensors: dict[str, Tensor], vision: VisionConfig | None, select_layer: int
+) -> ProjectorConfig:
+    """The projector's config, from config.json where we wrote it, else from the shapes of its tensors."""
+    prefix = layout.projector or ""
+    shapes = {name.removeprefix(prefix): t.shape for name, t in tensors.items() if name.startswith(prefix)}
+    if layout.hf_projector:
+        shapes = {name.replace("linear_1.", "0.").replace("linear_2.", "2."): shape for name, shape in shapes.items()}
+    if PROJECTOR_KEY in hf:
+        from deltallava_jax.config import from_dict
+
+        return from_dict(ProjectorConfig, hf[PROJECTOR_KEY], f"{PROJECTOR_KEY}.")
+    settings = projectors.infer(shapes)
+    if settings is None:
+        listed = ", ".join(list(shapes)[:4]) or "none"
+        raise ConversionError(f"the projector is of no known system; its tensors: {listed}, ...")
+    if vision is not None:
+        settings |= {"grid": vision.grid, "select_layer": select_layer}
+    if "scale_factor" in hf:
+        settings["scale_factor"] = hf["scale_factor"]
+    return ProjectorConfig(**settings)
+
+
+# ------------------------------------------------------------------ loading
+
+
+def _load(cfg, layout, tensors, dtype, shard, progress) -> tuple[Params, dict[str, Tensor]]:
+    """(parameters, tensors the model has no use for)."""
+    table = layout.table(cfg)
+    shapes = {path: leaf.shape for path, leaf in flatten(jax.eval_shape(lambda: _init(cfg))).items()}
+    extra = {name: tensor for name, tensor in tensors.items() if is_extra(name)}
+    if cfg.decoder and cfg.decoder.tied_head:
+        tensors = {name: t for name, t in tensors.items() if not name.endswith("lm_head.weight")}
+    check(table, {name: tensor.shape for name, tensor in tensors.items()}, shapes, is_extra)
+    flat = {}
+    bar = tqdm(table, "reading", unit="array", disable=None if progress else True, leave=False)
+    for entry in bar:
+        parts = [tensors[name] for name in entry.torch_names(shapes[entry.path])]
+        place = shard(entry.path, shapes[entry.path]) if shard else SingleDeviceSharding(jax.local_devices()[0])
+        flat[entry.path] = _load_array(entry, parts, place, dtype)
+    return unflatten(flat), {name: t for name, t in extra.items() if not _is_text_tower(name)}
+
+
+def _init(cfg: ModelConfig) -> Params:
+    return vlm.init_params(cfg, jax.random.key(0))
+
+
+def is_extra(name: str) -> bool:
+    """Tensors of published checkpoints that the model has no use for: buffers, pooling heads, CLIP's text side."""
+    ending = ("position_ids", "rotary_emb.inv_freq")
+    return name.endswith(ending) or name.startswith("head.") or ".head." in name or _is_text_tower(name)
+
+
+def _is_text_tower(name: str) -> bool:
+    return name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias"))
+
+
+def _load_array(entry: Entry, parts: list[Tensor], place: Sharding, dtype: str | None) -> jax.Array:
+    """One parameter. The tensors go to the devices as they lie on disk, each device's share alone, and their axes are
+    moved there: moving them on the host takes longer than reading them."""
+    kind = functools.reduce(np.promote_types, (part.dtype for part in parts))
+    shape = (len(parts), *parts[0].shape) if entry.stacked else parts[0].shape
+
+    def share(index: tuple[slice, ...]) -> np.ndarray:
+        if not entry.stacked:
+            return np.asarray(parts[0].read(index)).astype(kind, copy=False)
+        layers = range(*index[0].indices(len(parts)))
+        block = np.empty([len(range(*cut.indices(size))) for cut, size in zip(index, shape)], kind)
+        for row, layer in enumerate(layers):
+            block[row] = parts[layer].read(index[1:])
+        return block
+
+    array = jax.make_array_from_callback(shape, _source_sharding(entry, place), share)
+    move = TRANSFORMS[entry.kind][0]
+    move = jax.vmap(move) if entry.stacked else move
+    cast = jnp.dtype(dtype) if dtype and jnp.issubdtype(kind, jnp.floating) else kind
+    if entry.kind == "same" and cast == kind:
+        return array
+    return _moved(move, cast, place)(array)
+
+
+def _moved(move, dtype, place: Sharding):
+    return jax.jit(lambda x: move(x).astype(dtype), out_shardings=place)
+
+
+def _source_sharding(entry: Entry, place: Sharding) -> Sharding:
+    """The place of a parameter with its torch axes; whole on every device where axes are more than swapped."""
+    if not isinstance(place, NamedSharding) or entry.kind == "same":
+        return place
+    spec = list(place.spec)
+    if entry.kind == "linear" and len(spec) >= 2:
+        return NamedSharding(place.mesh, P(*spec[:-2], spec[-1], spec[-2]))
+    return NamedSharding(place.mesh, P())
