@@ -52,7 +52,7 @@ def test_a_corrupt_picture_is_left_out_named_and_counted(tmp_path):
     assert run(tmp_path / "run", source, **{"data.max_bad_fraction": "0.05"})
     faults = (tmp_path / "run" / "faults.txt").read_text().splitlines()
     assert faults and all(line.startswith("record-3: image ") and "3.png" in line for line in faults)
-    record = Checkpoints(tmp_path / "run")._manager.restore(4)["record"]
+    record = json.loads((tmp_path / "run" / "checkpoints" / "4" / "record" / "metadata").read_text())
     assert record["faults"] == len(faults) and record["records"] >= 100
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(step["conversations"] for step in steps) == record["records"] - record["faults"]
