@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from deltallava_jax.config import Config, ConfigError, from_dict
+from deltallava_jax.config import ConfigError, workdir_config
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -25,25 +25,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def load_workdir_config(workdir: Path) -> Config:
-    """The config that a workdir was trained with. Raises ConfigError if there is none."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{workdir} holds no config.json; expected a --workdir of train.py")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    return from_dict(Config, values)
-
-
 def main(options: argparse.Namespace) -> None:
     from deltallava_jax.data import tokens
     from deltallava_jax.evaluation import TASKS
     from deltallava_jax.models import projectors
     from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
 
-    cfg = load_workdir_config(options.workdir)
+    cfg = workdir_config(options.workdir)
     tasks = options.tasks.split(",") if options.tasks else [cfg.data.dataset]
     for task in tasks:
         if task not in TASKS:

@@ -66,7 +66,11 @@ def main(cfg: Config, workdir: Path) -> None:
     source = training_source(cfg.data)
     tokenizer_file, config_file = workdir / "tokenizer.json", workdir / "config.json"
     if Checkpoints(workdir).latest() is None:
-        tokens.train(source.texts(), cfg.model.decoder.vocab_size).save(tokenizer_file)
+        if cfg.init_from:
+            tokenizer = tokens.load(Path(cfg.init_from) / "tokenizer.json")
+        else:
+            tokenizer = tokens.train(source.texts(), cfg.model.decoder.vocab_size)
+        tokenizer.save(tokenizer_file)
         config_file.write_text(json.dumps(to_dict(cfg), indent=2))
     elif config_file.exists():
         now, before = flatten(to_dict(cfg)), flatten(json.loads(config_file.read_text()))

@@ -1,3 +1,24 @@
-"""Token-efficient vision-language models in JAX. Submodules are imported where they are used."""
+"""Token-efficient vision-language models in JAX."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from deltallava_jax.inference.model import Model
 
 __version__ = "0.1.0"
+
+
+def load(path: str | Path, *, dtype: str | None = None) -> Model:
+    """The newest model of a workdir, or of a folder in Hugging Face's or the original LLaVA layout.
+
+    dtype: of the parameters, e.g. "bfloat16"; as they are saved by default. Raises ConversionError,
+    CheckpointError or WeightMismatch, whose messages name the file and what was expected."""
+    from pathlib import Path
+
+    from deltallava_jax.convert.workdir import load_model
+
+    return load_model(Path(path), dtype)

@@ -13,6 +13,7 @@ def run(main: Callable[[], None]) -> None:
     import jax
 
     from deltallava_jax.config import ConfigError
+    from deltallava_jax.convert.tensors import ConversionError
     from deltallava_jax.data.tokens import TokenizerError
     from deltallava_jax.models.names import WeightMismatch
     from deltallava_jax.training.checkpoints import CheckpointError
@@ -22,9 +23,12 @@ def run(main: Callable[[], None]) -> None:
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "deltallava_jax" / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    known = (
+        ConfigError, ConversionError, TokenizerError, WeightMismatch, CheckpointError, TooManyFaults, NonFiniteLoss,
+    )  # fmt: skip
     try:
         main()
-    except (ConfigError, TokenizerError, WeightMismatch, CheckpointError, TooManyFaults, NonFiniteLoss) as error:
+    except known as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command resumes from the newest checkpoint")

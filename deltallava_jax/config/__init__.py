@@ -23,7 +23,7 @@ from deltallava_jax.config.run import (
     OptimizerConfig,
     TrainingConfig,
 )
-from deltallava_jax.config.values import from_dict, load_config, override, to_dict
+from deltallava_jax.config.values import from_dict, load_config, override, parse_value, to_dict, workdir_config
 
 __all__ = [
     "ABLATIONS",
@@ -44,6 +44,8 @@ __all__ = [
     "from_dict",
     "load_config",
     "override",
+    "parse_value",
     "preset",
     "to_dict",
+    "workdir_config",
 ]

@@ -116,6 +116,7 @@ class EvaluationConfig:
 class Config:
     name: str = "unnamed"
     seed: int = 0
+    init_from: str = ""  # a workdir whose newest parameters and tokenizer the training begins with
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -54,8 +54,20 @@ def override(config, assignments: dict[str, str]):
         hints = typing.get_type_hints(kind)
         if leaf not in hints:
             raise ConfigError(f"unknown config key {path!r}{nearest(leaf, hints)}")
-        node[leaf] = text if hints[leaf] is str else _parse(text)
+        node[leaf] = text if hints[leaf] is str else parse_value(text)
     return from_dict(type(config), values)
+
+
+def workdir_config(workdir: Path) -> Config:
+    """The config that a workdir of train.py or of a conversion was made with."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{workdir} holds no config.json; expected a --workdir of train.py")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    return from_dict(Config, values)
 
 
 def load_config(path: str | Path) -> Config:
@@ -83,7 +95,8 @@ def _dataclass_in(hint) -> type | None:
     return next((option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)), None)
 
 
-def _parse(text: str):
+def parse_value(text: str):
+    """A number, tuple, truth value or None where the text is one, else the text itself."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from deltallava_jax.config import ModelConfig, ProjectorConfig, VisionConfig, preset
+from deltallava_jax.config import ConfigError, ModelConfig, ProjectorConfig, VisionConfig, from_dict, preset, to_dict
 from deltallava_jax.convert.families import DECODERS, PAIRS, TOWERS, decoder_family, refuse, tower_family
 from deltallava_jax.convert.tensors import ConversionError, Tensor, find
 from deltallava_jax.models import projectors, vlm
@@ -67,15 +67,29 @@ class Layout:
 class Pretrained:
     """A model from a checkpoint: ``cfg`` and ``params`` hold the parts that it has.
 
-    layout and hf (its config.json) say how it was written; kept: the files beside the weights; extra: tensors that
-    the model has no use for, such as SigLIP's pooling head, kept for exports in the same layout."""
+    layout, hf (its config.json) and origin (what that says in our terms) tell how it was written; kept: the files
+    beside the weights; extra: tensors that the model has no use for, such as SigLIP's pooling head, kept for exports
+    in the same layout."""
 
     cfg: ModelConfig
     params: Params
     layout: Layout | None = None
+    origin: ModelConfig | None = None
     hf: dict = field(default_factory=dict)
     kept: list[Path] = field(default_factory=list)
     extra: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    def with_projector(self, settings: dict) -> Pretrained:
+        """The same weights with other settings of the projector, such as scale_factor. Raises ConfigError."""
+        if self.cfg.projector is None:
+            raise ConfigError(f"the model has no projector to give {', '.join(settings)}")
+        projector = from_dict(ProjectorConfig, to_dict(self.cfg.projector) | settings, "projector.")
+        return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, projector=projector))
 
 
 def read(
@@ -106,7 +120,7 @@ def read(
     if tower is not None:
         params = {"vision": tower.params["vision"], **params}
     kept = sorted(file for file in folder.iterdir() if _is_kept(file)) if path.is_dir() else []
-    return Pretrained(cfg, params, layout, hf, kept, extra)
+    return Pretrained(cfg, params, layout, cfg, hf, kept, extra)
 
 
 def read_json(path: Path) -> dict:
@@ -223,8 +237,6 @@ def _projector_config(
     if layout.hf_projector:
         shapes = {name.replace("linear_1.", "0.").replace("linear_2.", "2."): shape for name, shape in shapes.items()}
     if PROJECTOR_KEY in hf:
-        from deltallava_jax.config import from_dict
-
         return from_dict(ProjectorConfig, hf[PROJECTOR_KEY], f"{PROJECTOR_KEY}.")
     settings = projectors.infer(shapes)
     if settings is None:

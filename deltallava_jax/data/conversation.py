@@ -86,7 +86,8 @@ def tokenize(pairs: list[tuple[str, str | None]], template: Template, tokenizer:
             break
         spans.append((len(text), len(text) + len(f" {answer}{template.end}")))
         text += f" {answer}{template.end}"
-    ids, mask, of_round, positions, start = [tokenizer.bos], [False], [0], [], 0
+    ids = [] if tokenizer.bos is None else [tokenizer.bos]
+    mask, of_round, positions, start = [False] * len(ids), [0] * len(ids), [], 0
     for index, piece in enumerate(text.split(IMAGE)):
         if index:
             positions.append(len(ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,16 @@ from PIL import Image, UnidentifiedImageError
 from deltallava_jax.data.conversation import BadSample
 
 
-def load_image(path: str | Path, size: int) -> np.ndarray:
-    """RGB uint8 [size, size, 3]: shortest side resized to ``size`` (bicubic), centre crop, as CLIP's processor does.
+def load_image(source: str | Path | Image.Image, size: int) -> np.ndarray:
+    """RGB uint8 [size, size, 3] of a file or an opened image: shortest side resized to ``size`` (bicubic), centre
+    crop, as CLIP's processor does.
 
     Raises BadSample, naming the file, for one that is missing, unreadable or a decompression bomb."""
     try:
-        with Image.open(path) as image:
+        with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
             image = image.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadSample(f"image {path}: {type(error).__name__}: {error}") from error
+        raise BadSample(f"image {source}: {type(error).__name__}: {error}") from error
     width, height = image.size
     if (width, height) != (size, size):
         shortest = min(width, height)

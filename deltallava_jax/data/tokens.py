@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,11 +16,11 @@ class TokenizerError(FileNotFoundError):
 
 
 class Tokenizer:
-    """ids for text and back. Id 0 is the padding and the image placeholder."""
+    """ids for text and back. Id 0 is the padding and the image placeholder; ``bos`` is None where there is none."""
 
-    def __init__(self, backend):
-        self._backend = backend
-        self.bos, self.eos = (backend.token_to_id(token) for token in (BOS, EOS))
+    def __init__(self, backend, bos: str | None = BOS, eos: str = EOS):
+        self._backend, self._names = backend, (bos, eos)
+        self.bos, self.eos = (backend.token_to_id(token) if token else None for token in (bos, eos))
         self.vocab_size = backend.get_vocab_size()
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -33,29 +34,63 @@ class Tokenizer:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
     def save(self, path: str | Path) -> None:
+        """Writes tokenizer.json, and beside it tokenizer_config.json with the names of the special tokens."""
         Path(path).write_text(self._backend.to_str())
+        names = dict(zip(("bos_token", "eos_token"), self._names))
+        Path(path).with_name("tokenizer_config.json").write_text(json.dumps(names, indent=2))
 
     def __reduce__(self):  # worker processes get the tokenizer's text
-        return _from_text, (self._backend.to_str(),)
+        return _from_text, (self._backend.to_str(), *self._names)
 
 
-def _from_text(text: str) -> Tokenizer:
+def _from_text(text: str, bos: str | None, eos: str) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
 
-    return Tokenizer(Backend.from_str(text))
+    return Tokenizer(Backend.from_str(text), bos, eos)
+
+
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load(path: str | Path) -> Tokenizer:
-    """The tokenizer saved at ``path``; TokenizerError if the file is missing or broken."""
+    """The tokenizer of a tokenizer.json, or of a Hugging Face folder.
+
+    tokenizer_config.json beside it names the special tokens, <s> and </s> without one. A folder with SentencePiece's
+    tokenizer.model alone is converted by transformers. Raises TokenizerError if the file is missing or broken."""
     path = Path(path)
-    if not path.is_file():
+    folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
+    if not file.is_file() and path.is_dir() and any((path / name).is_file() for name in FILES):
+        return _convert(path)
+    if not file.is_file():
         raise TokenizerError(
-            f"tokenizer file {path} is missing; the checkpoints beside it were trained with it: restore it from a copy"
+            f"tokenizer file {file} is missing; the checkpoints beside it were trained with it: restore it from a copy"
         )
     try:
-        return _from_text(path.read_text())
+        config = folder / "tokenizer_config.json"
+        names = json.loads(config.read_text()) if config.is_file() else {}
+        return _from_text(file.read_text(), _token(names, "bos_token", BOS), _token(names, "eos_token", EOS))
     except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(f"tokenizer file {path} cannot be read: {error}") from error
+        raise TokenizerError(f"tokenizer file {file} cannot be read: {error}") from error
+
+
+def _token(names: dict, key: str, default: str) -> str | None:
+    """A special token of tokenizer_config.json: a string, or an object with its content."""
+    value = names.get(key, default)
+    return value["content"] if isinstance(value, dict) else value
+
+
+def _convert(folder: Path) -> Tokenizer:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise TokenizerError(
+            f"{folder} holds no tokenizer.json; converting it needs: pip install transformers"
+        ) from error
+    try:
+        slow = AutoTokenizer.from_pretrained(folder)
+        return _from_text(slow.backend_tokenizer.to_str(), slow.bos_token, slow.eos_token)
+    except (ValueError, OSError, AttributeError, ImportError) as error:
+        raise TokenizerError(f"the tokenizer in {folder} cannot be converted: {error}") from error
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:

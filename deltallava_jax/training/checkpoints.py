@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 from deltallava_jax.config import ModelConfig
 from deltallava_jax.models import vlm
 from deltallava_jax.models.layers import Params
-from deltallava_jax.models.names import flatten
+from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.training.optimizer import join
 from deltallava_jax.training.step import TrainState
 
@@ -47,12 +47,23 @@ class Checkpoints:
         if step != self.latest():
             self._manager.save(step, args=items)
 
+    def save_params(self, params: Params) -> None:
+        """Saves parameters alone, as step 0, and returns when they are written: a model to start from."""
+        self._manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave({"trained": params, "frozen": {}})))
+        self.wait()
+
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, dict]:
         """The state of a step, in the shapes, dtypes and shardings of ``shapes``, and its record.
 
-        Raises CheckpointError if the checkpoint holds other parameters or cannot be read."""
+        Raises CheckpointError if the checkpoint holds other parameters, no optimizer, or cannot be read."""
         params = {"trained": shapes.trained, "frozen": shapes.frozen}
-        self._compare(step, self._saved_params(step), params)
+        saved = self._saved_params(step)
+        if not (self.path / str(step) / "optimizer").is_dir():
+            raise CheckpointError(
+                f"checkpoint {self.path / str(step)} holds parameters alone; train in another --workdir with "
+                f"--config.init_from={self.path.parent}"
+            )
+        self._compare(step, saved, params)
         items = self._restore(
             step,
             params=ocp.args.StandardRestore(params),
@@ -65,17 +76,31 @@ class Checkpoints:
             items["record"],
         )
 
-    def restore_params(self, step: int, cfg: ModelConfig) -> Params:
-        """The parameters of a step alone, in their saved dtypes, whole on the first device.
+    def restore_params(self, step: int, cfg: ModelConfig, like: Params | None = None) -> Params:
+        """The parameters of a step alone.
 
-        Raises CheckpointError as ``restore`` does."""
+        like: their dtypes and shardings; by default the saved dtypes, whole on the first device. Raises
+        CheckpointError as ``restore`` does."""
         saved = self._saved_params(step)
         expected = jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0)))
         self._compare(step, join(saved["trained"], saved["frozen"]), expected)
-        device = SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), saved)
+        flat, device = flatten(like or {}), SingleDeviceSharding(jax.devices()[0])
+
+        def wanted(path, leaf):
+            if path in flat:
+                return flat[path]
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
+        shapes = {
+            part: unflatten({path: wanted(path, leaf) for path, leaf in flatten(tree).items()})
+            for part, tree in saved.items()
+        }
         params = self._restore(step, params=ocp.args.StandardRestore(shapes))["params"]
         return join(params["trained"], params["frozen"])
+
+    def frozen_paths(self, step: int) -> list[str]:
+        """Names of the parameters that the training of this checkpoint keeps as they are."""
+        return list(flatten(self._saved_params(step)["frozen"]))
 
     def _restore(self, step: int, **items):
         try:

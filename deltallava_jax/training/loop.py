@@ -15,7 +15,7 @@ from deltallava_jax.data.packing import PackPlan
 from deltallava_jax.data.pipeline import Rows, elements
 from deltallava_jax.models.layers import Params
 from deltallava_jax.parallel.mesh import put_rows
-from deltallava_jax.training.checkpoints import Checkpoints
+from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
 from deltallava_jax.training.metrics import Metrics, NonFiniteLoss
 from deltallava_jax.training.step import TrainStep, init_state
 
@@ -34,7 +34,8 @@ def train(
     *,
     evaluate: Callable[[Params, Metrics, int], None] | None = None,
 ) -> bool:
-    """Trains up to ``steps`` from the workdir's newest checkpoint, or from the start. True when all steps are done.
+    """Trains up to ``steps`` from the workdir's newest checkpoint, or from the start: fresh parameters, or those of
+    ``init_from``. True when all steps are done.
 
     evaluate(params, metrics, step) is called every training.eval_every steps. SIGTERM: saves the current step and
     returns False. Raises NonFiniteLoss (nothing is saved after the last good step), TooManyFaults, CheckpointError."""
@@ -42,7 +43,8 @@ def train(
     checkpoints = Checkpoints(workdir, every.keep_checkpoints)
     latest = checkpoints.latest()
     if latest is None:
-        state, record = init_state(cfg, step.mesh, steps), {"faults": 0, "records": 0}
+        state = init_state(cfg, step.mesh, steps, _initial_params(cfg, step))
+        record = {"faults": 0, "records": 0}
     else:
         state, record = checkpoints.restore(latest, step.shapes)
     start = int(state.step)
@@ -83,6 +85,17 @@ def train(
         checkpoints.close()
         with contextlib.suppress(AttributeError):
             data.close()
+
+
+def _initial_params(cfg: Config, step: TrainStep) -> Params | None:
+    """The newest parameters of ``init_from``, in the dtypes and places of the train state; None without one."""
+    if not cfg.init_from:
+        return None
+    source = Checkpoints(cfg.init_from)
+    latest = source.latest()
+    if latest is None:
+        raise CheckpointError(f"config.init_from={cfg.init_from} holds no finished checkpoint")
+    return source.restore_params(latest, cfg.model, like=step.shapes.params)
 
 
 @contextlib.contextmanager

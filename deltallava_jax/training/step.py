@@ -42,14 +42,23 @@ def state_shapes(cfg: Config, mesh: Mesh, steps: int) -> TrainState:
     return jax.tree.map(place, shapes, rules.shardings(shapes, mesh))
 
 
-def init_state(cfg: Config, mesh: Mesh, steps: int) -> TrainState:
-    """A fresh train state from the config's seed, made on the devices where it belongs."""
+def init_state(cfg: Config, mesh: Mesh, steps: int, params: Params | None = None) -> TrainState:
+    """A train state at step 0, made on the devices where it belongs.
+
+    params: what to train, in the dtypes and places of ``state_shapes``; by default fresh from the config's seed."""
     placed = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(cfg, mesh, steps))
-    return jax.jit(lambda: _fresh_state(cfg, steps), out_shardings=placed)()
+    if params is None:
+        return jax.jit(lambda: _fresh_state(cfg, steps), out_shardings=placed)()
+    begin = jax.jit(lambda params: _state(cfg, steps, params), out_shardings=placed, donate_argnums=0)
+    return begin(params)
 
 
 def _fresh_state(cfg: Config, steps: int) -> TrainState:
-    trained, frozen = split(vlm.init_params(cfg.model, jax.random.key(cfg.seed)), cfg.optimizer.frozen)
+    return _state(cfg, steps, vlm.init_params(cfg.model, jax.random.key(cfg.seed)))
+
+
+def _state(cfg: Config, steps: int, params: Params) -> TrainState:
+    trained, frozen = split(params, cfg.optimizer.frozen)
     optimizer = make_optimizer(cfg.optimizer, steps).init(trained)
     return TrainState(jnp.int32(0), trained, frozen, optimizer)
 

@@ -1,0 +1,42 @@
+"""The command line: python -m deltallava_jax COMMAND --help
+
+Training and evaluation are train.py and eval.py."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from deltallava_jax import cli
+
+# command -> (module with add_arguments(parser) and main(options), one line of help)
+COMMANDS = {
+    "convert": ("deltallava_jax.convert.command", "checkpoints of Hugging Face, LLaVA and ours, into each other"),
+}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Options of one command, with ``main`` to run it. Only that command's module is imported."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deltallava_jax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, line) in COMMANDS.items():
+        asked = name in arguments[:1]
+        module = importlib.import_module(module) if asked else None
+        command = commands.add_parser(
+            name,
+            help=line,
+            description=module.__doc__ if asked else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if asked:
+            module.add_arguments(command)
+            command.set_defaults(main=module.main)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    options = parse(sys.argv[1:])
+    cli.run(lambda: options.main(options))

@@ -1,0 +1,82 @@
+"""Converts checkpoints. The source's format is detected.
+
+    python -m deltallava_jax convert llava-1.5-7b-hf runs/llava            # to a workdir: evaluate, train from it
+    python -m deltallava_jax convert runs/delta delta-hf --to hf           # for transformers
+    python -m deltallava_jax convert runs/delta delta-llava --to llava     # the original LLaVA layout
+    python -m deltallava_jax convert --vision clip-vit-large-patch14-336 --decoder vicuna-7b-v1.5 \\
+        --projector delta --scale-factor 2 runs/start                      # a new model: where stage 1 starts
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+FORMATS = ("orbax", "hf", "llava")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "paths", nargs="+", metavar="[SRC] DST", help="source and destination; no source when composing"
+    )
+    parser.add_argument("--to", choices=FORMATS, default="orbax", help="format of DST (default: orbax, a workdir)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all parameters; default: kept")
+    parser.add_argument("--vision", type=Path, help="folder of the tower: to compose, or that a LLaVA checkpoint names")
+    parser.add_argument("--decoder", type=Path, help="to compose: folder of the decoder")
+    parser.add_argument(
+        "--projector", help="to compose: a system with fresh parameters, or trained ones' file or folder"
+    )
+    parser.add_argument("--scale-factor", metavar="S", help="of the projector; several (2,4,8) make it elastic")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other setting of the projector",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of a fresh projector")
+
+
+def _settings(options: argparse.Namespace) -> dict:
+    """ProjectorConfig fields of --scale-factor and --set. Raises ConfigError."""
+    from deltallava_jax.config import ConfigError, parse_value
+
+    settings = {}
+    for text in options.set + ([f"scale_factor={options.scale_factor}"] if options.scale_factor else []):
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: expected KEY=VALUE")
+        settings[key] = parse_value(value)
+    return settings
+
+
+def main(options: argparse.Namespace) -> None:
+    from deltallava_jax.config import ConfigError
+    from deltallava_jax.convert.workdir import compose, open_model, write_workdir
+    from deltallava_jax.convert.write import new_folder, write_card, write_hf, write_llava
+
+    *sources, target = map(Path, options.paths)
+    settings = _settings(options)
+    if options.decoder or options.projector:
+        if sources or not (options.vision and options.decoder and options.projector):
+            raise ConfigError("composing takes --vision, --decoder and --projector, and one path, where the model goes")
+    elif len(sources) != 1:
+        raise ConfigError(f"convert takes a source and a destination, got {len(options.paths)} paths")
+    with new_folder(target) as folder:  # before anything is read: a target that is taken shows at once
+        if sources:
+            model = open_model(sources[0], dtype=options.dtype, vision=options.vision)
+            if settings:
+                model = model.with_projector(settings)
+        else:
+            model = compose(
+                options.vision, options.decoder, options.projector,
+                settings, dtype=options.dtype, seed=options.seed,
+            )  # fmt: skip
+        if options.to == "orbax":
+            write_workdir(model, folder, target.name)
+        else:
+            {"hf": write_hf, "llava": write_llava}[options.to](model, folder)
+            write_card(model, folder, target.name, sources[0] if sources else None)
+    parts = ", ".join(part for part in ("vision", "projector", "decoder") if getattr(model.cfg, part))
+    print(f"{target}: {model.size:,} parameters ({parts}), as {options.to}", file=sys.stderr)

@@ -1,0 +1,141 @@
+"""Workdirs, ours: what conversion writes for training and evaluation, and reads back for exports.
+
+Beside config.json, tokenizer.json and checkpoints/ a converted workdir has source/: the files that stood beside the
+original weights, origin.json (how they were laid out), extra.safetensors (tensors that the model has no use for)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+
+from deltallava_jax.config import Config, DataConfig, ModelConfig, ProjectorConfig, from_dict, to_dict, workdir_config
+from deltallava_jax.convert.read import Layout, Pretrained, read, read_json
+from deltallava_jax.convert.tensors import ConversionError, find
+from deltallava_jax.convert.write import write_extra
+from deltallava_jax.data import tokens
+from deltallava_jax.inference.model import Model
+from deltallava_jax.models import projectors
+from deltallava_jax.models.layers import Params
+from deltallava_jax.models.names import flatten, unflatten
+from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
+
+
+def is_workdir(path: Path) -> bool:
+    return (path / "checkpoints").is_dir()
+
+
+def open_model(path: Path, *, dtype: str | None = None, vision: Path | None = None) -> Pretrained:
+    """The model of a workdir, or of anything that ``read`` knows."""
+    if not is_workdir(path):
+        return read(path, dtype=dtype, vision=vision)
+    model = read_workdir(path)
+    if dtype is None:
+        return model
+    return dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf.astype(dtype), model.params))
+
+
+def load_model(path: Path, dtype: str | None = None) -> Model:
+    """A model ready to answer, with the tokenizer and template beside it."""
+    model = open_model(path, dtype=dtype)
+    folder = path if path.is_dir() else path.parent
+    tokenizer = tokens.load(folder) if any((folder / name).is_file() for name in tokens.FILES) else None
+    template = workdir_config(path).data.template if is_workdir(path) else "vicuna_v1"
+    return Model(model.cfg, model.params, tokenizer, template)
+
+
+def read_workdir(path: Path) -> Pretrained:
+    """The newest parameters of a workdir. What training kept frozen comes from the workdir it began with, where that
+    is still there, and so has every bit of the original."""
+    cfg = workdir_config(path)
+    checkpoints = Checkpoints(path)
+    step = checkpoints.latest()
+    if step is None:
+        raise CheckpointError(f"{path} holds no finished checkpoint; train first")
+    params = checkpoints.restore_params(step, cfg.model)
+    began = Path(cfg.init_from) if cfg.init_from and is_workdir(Path(cfg.init_from)) else None
+    source = next((folder / "source" for folder in (path, began) if folder and (folder / "source").is_dir()), None)
+    if began is not None and cfg.optimizer.frozen:
+        params = _with_frozen(params, read_workdir(began).params, checkpoints.frozen_paths(step))
+    layout = origin = None
+    hf, extra = {}, {}
+    kept = [path / "tokenizer.json"] if (path / "tokenizer.json").is_file() else []
+    if source is not None:
+        about = read_json(source / "origin.json")
+        layout = Layout(**about["layout"]) if about["layout"] else None
+        origin = from_dict(ModelConfig, about["model"])
+        kept = sorted(file for file in source.iterdir() if file.name not in ("origin.json", "extra.safetensors"))
+        hf = read_json(source / "config.json") if (source / "config.json").is_file() else {}
+        extra = find(source / "extra.safetensors") if (source / "extra.safetensors").is_file() else {}
+    return Pretrained(cfg.model, params, layout, origin, hf, kept, extra)
+
+
+def _with_frozen(params: Params, original: Params, frozen: list[str]) -> Params:
+    ours, theirs = flatten(params), flatten(original)
+    return unflatten({path: theirs[path] if path in frozen and path in theirs else leaf for path, leaf in ours.items()})
+
+
+def write_workdir(model: Pretrained, folder: Path, name: str) -> None:
+    """A workdir with the model as step 0: to evaluate, to export, or to train from (--config.init_from)."""
+    config = Config(name=name, model=model.cfg, data=DataConfig(template="vicuna_v1"))
+    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+    source = folder / "source"
+    source.mkdir()
+    for file in model.kept:
+        shutil.copy(file, source / file.name)
+    if model.hf and not (source / "config.json").exists():
+        (source / "config.json").write_text(json.dumps(model.hf, indent=2))
+    if model.cfg.decoder and any((source / name).exists() for name in tokens.FILES):
+        tokens.load(source).save(folder / "tokenizer.json")
+    about = {
+        "layout": dataclasses.asdict(model.layout) if model.layout else None,
+        "model": to_dict(model.origin or model.cfg),
+    }
+    (source / "origin.json").write_text(json.dumps(about, indent=2))
+    if model.extra:
+        write_extra(source / "extra.safetensors", model.extra)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save_params(model.params)
+    checkpoints.close()
+
+
+def compose(
+    vision: Path, decoder: Path, projector: str, settings: dict, *, dtype: str | None = None, seed: int = 0
+) -> Pretrained:
+    """A new model: the tower of one checkpoint, the decoder of another, and a projector.
+
+    projector: the name of a system, for fresh parameters, or a file or folder with trained ones. settings: fields of
+    ProjectorConfig, e.g. scale_factor. Raises ConversionError, ConfigError, WeightMismatch."""
+    trained = None
+    if projector not in projectors.SYSTEMS:
+        trained = open_model(Path(projector), dtype=dtype)
+        if trained.cfg.projector is None:
+            raise ConversionError(
+                f"--projector {projector} holds no projector; known systems: {', '.join(projectors.SYSTEMS)}"
+            )
+    tower, text = open_model(vision, dtype=dtype), open_model(decoder, dtype=dtype)
+    for part, model, path in (("vision", tower, vision), ("decoder", text, decoder)):
+        if getattr(model.cfg, part) is None:
+            raise ConversionError(f"--{part} {path} holds no {'tower' if part == 'vision' else part}")
+    v, d = tower.cfg.vision, text.cfg.decoder
+    fitted = dict(grid=v.grid, in_width=v.width, out_width=d.width)
+    if trained is None:
+        projector_cfg = from_dict(ProjectorConfig, {"name": projector} | fitted | settings, "projector.")
+        weights = projectors.init_params(projector_cfg, jax.random.key(seed))
+    else:
+        own = trained.cfg.projector
+        for key, value in fitted.items():
+            if key != "grid" and getattr(own, key) != value:
+                raise ConversionError(
+                    f"--projector {projector} has {key}={getattr(own, key)}, but the model needs {value}"
+                )
+        values = to_dict(own) | {"grid": v.grid} | settings
+        projector_cfg, weights = from_dict(ProjectorConfig, values, "projector."), trained.params["projector"]
+    params = {"vision": tower.params["vision"], "projector": weights, "decoder": text.params["decoder"]}
+    cfg = ModelConfig(v, projector_cfg, d, dtype=text.cfg.dtype)
+    kept = [file for file in text.kept if file.name not in ("config.json", "preprocessor_config.json")]
+    kept += [file for file in tower.kept if file.name == "preprocessor_config.json"]
+    return Pretrained(cfg, params, None, None, text.hf, kept)
