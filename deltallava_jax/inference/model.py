@@ -56,7 +56,7 @@ class Model:
         elif images:
             raise ConfigError("the model has no vision tower, so it cannot read images")
         else:
-            tokenized = _plain(prompt, self.tokenizer)
+            tokenized = plain_prompt(prompt, self.tokenizer)
         visual = self._visual(images, budget)
         length = -(-len(tokenized.ids) // LENGTH_STEP) * LENGTH_STEP
         ids = greedy(
@@ -73,7 +73,8 @@ class Model:
         return encode(self.params, self.cfg, pixels, budget=budget)
 
 
-def _plain(prompt: str, tokenizer: Tokenizer) -> Tokenized:
+def plain_prompt(prompt: str, tokenizer: Tokenizer) -> Tokenized:
+    """A text as it stands, BOS before it where the tokenizer has one: for a decoder alone."""
     ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(prompt)[0]
     nothing = np.zeros(len(ids), np.int32)
     return Tokenized(np.array(ids, np.int32), nothing.astype(bool), np.zeros(0, np.int32), nothing)

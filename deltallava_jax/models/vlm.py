@@ -53,7 +53,7 @@ def hidden_states(
     params: Params, cfg: ModelConfig, batch: Batch, *, budget: int | None = None, key: Array | None = None
 ) -> tuple[Float[Array, "B S d"], Layout]:
     """Final hidden states (normed) of every slot, and the layout of the slots."""
-    budget = projectors.check_budget(cfg.projector, budget)
+    budget = projectors.check_budget(cfg.projector, budget) if cfg.projector else 1
     B, I = batch.image_positions.shape
     if I:
         images = batch.images.reshape(B * I, *batch.images.shape[2:])

@@ -1,0 +1,179 @@
+"""Tiny Hugging Face models with random parameters, saved into folders, and what tests do with such folders."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import hf
+import ml_dtypes  # noqa: F401  safetensors asks numpy for bfloat16
+import numpy as np
+import torch
+import transformers as t
+from safetensors.numpy import load_file
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from deltallava_jax import __main__
+from deltallava_jax.data import tokens
+
+t.logging.set_verbosity_error()
+t.logging.disable_progress_bar()
+
+WIDTH, VOCAB, SIDE, IMAGE_TOKEN = 32, 320, 34, 319
+# 34 pixels leave a remainder of two, which the patch convolution cuts off: a grid of 4 x 4.
+TOWER = dict(
+    image_size=SIDE,
+    patch_size=8,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+)
+TEXT = dict(
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+)
+# Positions beyond 16 / low_freq_factor are stretched, so that rows of 40 tokens differ from plain rotary positions.
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=50.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+PLAIN_ROPE = dict(rope_type="default", rope_theta=50.0)
+
+
+def _llama(**changes):
+    return t.LlamaConfig(**{**TEXT, "rms_norm_eps": 1e-5, "num_key_value_heads": 2, **changes})
+
+
+def _qwen2(**changes):
+    rope = dict(rope_type="default", rope_theta=1e6)
+    return t.Qwen2Config(**{**TEXT, "rope_parameters": rope, "num_key_value_heads": 1, **changes})
+
+
+def _llava(text, **vision):
+    return t.LlavaForConditionalGeneration(
+        t.LlavaConfig(
+            vision_config=t.CLIPVisionConfig(**{**TOWER, **vision}),
+            text_config=text,
+            image_token_index=IMAGE_TOKEN,
+            image_seq_length=16,
+        )
+    )
+
+
+def _pair(model, config, **changes):
+    """CLIPModel or SiglipModel with a tiny text side."""
+    text = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    return model(config(vision_config=dict(TOWER), text_config=text, **changes))
+
+
+MODELS = {
+    "llama": lambda: t.LlamaForCausalLM(_llama(num_key_value_heads=4)),
+    "llama_grouped": lambda: t.LlamaForCausalLM(_llama(rope_parameters=PLAIN_ROPE, rms_norm_eps=1e-2)),
+    "llama3": lambda: t.LlamaForCausalLM(_llama(rope_parameters=LLAMA3_ROPE)),
+    "qwen2": lambda: t.Qwen2ForCausalLM(_qwen2(tie_word_embeddings=True)),
+    "clip": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**TOWER)),
+    "siglip": lambda: t.SiglipVisionModel(t.SiglipVisionConfig(**TOWER)),
+    "clip_pair": lambda: _pair(t.CLIPModel, t.CLIPConfig, projection_dim=32),
+    "siglip_pair": lambda: _pair(t.SiglipModel, t.SiglipConfig),
+    "llava": lambda: _llava(_llama(rope_parameters=PLAIN_ROPE)),
+    "llava_qwen2": lambda: _llava(_qwen2()),
+    # A tower of width 128 for the release's Delta projector, whose head width of 128 no tensor shows.
+    "llava_wide": lambda: _llava(_llama(), hidden_size=128),
+}
+DECODERS = ("llama", "llama_grouped", "llama3", "qwen2")
+TOWERS = ("clip", "clip_pair", "siglip", "siglip_pair")
+LLAVAS = ("llava", "llava_qwen2")
+
+TEXTS = ["What is in the picture? ", "A small red circle on a blue square.", "The shape is green, is it not?"] * 3
+
+
+@functools.cache
+def tokenizer() -> tokens.Tokenizer:
+    """300 tokens: fewer than the decoders have rows."""
+    return tokens.train(TEXTS, 300)
+
+
+@functools.cache
+def model(name: str):
+    """The model of that name, float32, its parameters redrawn; nobody changes it."""
+    torch.manual_seed(0)
+    made = MODELS[name]()
+    for part in (made.vision_model, made.text_model) if name.endswith("_pair") else (made,):
+        hf.randomise(part, seed=len(name))
+    return made.eval()
+
+
+def save(name: str, folder: Path, dtype: str = "float32") -> Path:
+    """The model as Hugging Face publishes such: weights, configs, tokenizer, image processor. Returns the folder."""
+    copy = MODELS[name]()
+    copy.load_state_dict(model(name).state_dict())
+    copy.to(getattr(torch, dtype)).save_pretrained(folder)
+    if name not in TOWERS:
+        tokenizer().save(folder / "tokenizer.json")
+    if name not in DECODERS:
+        size = {"shortest_edge": SIDE}
+        processor = CLIPImageProcessorPil(size=size, crop_size=SIDE)
+        if "siglip" in name:
+            processor = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+        processor.save_pretrained(folder)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder's safetensors files, by name."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(file))
+    assert found, f"no safetensors in {folder}"
+    return found
+
+
+def write_tensors(folder: Path, named: dict[str, np.ndarray]) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ascontiguousarray(value) for name, value in named.items()}, folder / "model.safetensors")
+
+
+def write_config(folder: Path, **values) -> None:
+    (folder / "config.json").write_text(json.dumps(values, indent=3))
+
+
+def renamed(named: dict, *pairs: tuple[str, str]) -> dict:
+    """The tensors with the first matching prefix of ``pairs`` (old, new) replaced; nothing may be left over."""
+
+    def rename(name):
+        return next(new + name.removeprefix(old) for old, new in pairs if name.startswith(old))
+
+    return {rename(name): value for name, value in named.items()}
+
+
+def assert_same_bits(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    """Equal names, dtypes, shapes and bytes."""
+    assert sorted(ours) == sorted(theirs)
+    for name, value in ours.items():
+        other = theirs[name]
+        assert (value.dtype, value.shape) == (other.dtype, other.shape), name
+        assert value.tobytes() == other.tobytes(), f"{name} has other bits"
+
+
+def copy_with(folder: Path, target: Path, named: dict[str, np.ndarray]) -> Path:
+    """A copy of a folder with other weights. Returns it."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "*.index.json"))
+    write_tensors(target, named)
+    return target
+
+
+def convert(*arguments) -> None:
+    """python -m deltallava_jax convert, in this process."""
+    options = __main__.parse(["convert", *map(str, arguments)])
+    options.main(options)

@@ -1,0 +1,32 @@
+"""What the conversion tests share: folders with tiny Hugging Face models, each written once a run.
+
+tests/models lies on the path for its helpers; the code that transformers copies from exported models goes to a folder
+of its own, removed at the end."""
+
+import functools
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+MODULES = tempfile.TemporaryDirectory(prefix="hf_modules_")  # removed when the process ends
+os.environ["HF_MODULES_CACHE"] = MODULES.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """saved(name, dtype): the folder of a model of checkpoints.MODELS; nobody writes into it."""
+    pytest.importorskip("torch")
+    import checkpoints
+
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    @functools.cache
+    def saved(name: str, dtype: str = "float32") -> Path:
+        return checkpoints.save(name, root / f"{name}_{dtype}", dtype)
+
+    return saved
