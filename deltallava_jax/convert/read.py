@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ KNOWN_TOWERS = {
     "clip-vit-base-patch32": "clip_b_32_224",
     "siglip-so400m-patch14-384": "siglip_so400m_14_384",
 }
+READERS = 4  # threads that read tensors of one parameter
 PROJECTOR_KEY = "deltallava_projector"  # the whole ProjectorConfig, in the config.json of our exports
 
 
@@ -294,20 +296,19 @@ def _load_array(entry: Entry, parts: list[Tensor], place: Sharding, dtype: str |
             return np.asarray(parts[0].read(index)).astype(kind, copy=False)
         layers = range(*index[0].indices(len(parts)))
         block = np.empty([len(range(*cut.indices(size))) for cut, size in zip(index, shape)], kind)
-        for row, layer in enumerate(layers):
-            block[row] = parts[layer].read(index[1:])
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(lambda row: parts[layers[row]].read_into(block[row], index[1:]), range(len(layers))))
         return block
 
     array = jax.make_array_from_callback(shape, _source_sharding(entry, place), share)
+    wanted = jnp.dtype(dtype) if dtype and jnp.issubdtype(kind, jnp.floating) else kind
+    return array if entry.kind == "same" and wanted == kind else to_ours(entry, wanted, place)(array)
+
+
+def to_ours(entry: Entry, dtype, place: Sharding) -> Callable[[jax.Array], jax.Array]:
+    """The compiled step from an entry's tensors, stacked where it is a stack, to our array at its place."""
     move = TRANSFORMS[entry.kind][0]
     move = jax.vmap(move) if entry.stacked else move
-    cast = jnp.dtype(dtype) if dtype and jnp.issubdtype(kind, jnp.floating) else kind
-    if entry.kind == "same" and cast == kind:
-        return array
-    return _moved(move, cast, place)(array)
-
-
-def _moved(move, dtype, place: Sharding):
     return jax.jit(lambda x: move(x).astype(dtype), out_shardings=place)
 
 

@@ -19,22 +19,40 @@ class ConversionError(ValueError):
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies. Each read opens the file anew, so nothing but what is asked for stays in memory."""
+    """Where a tensor lies; offset: its first byte in a safetensors file.
+
+    Each read opens the file anew, so nothing but what is asked for stays in memory."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    offset: int | None = None
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The tensor, or the part of it at ``index``. Raises ConversionError if the file cannot be read."""
-        if self.file.suffix != ".safetensors":
-            value = _numpy(_load_bin(self.file)[self.name])
-            return value[index] if index else value
-        with _safetensors(self.file) as file:
-            if not index:
-                return file.get_tensor(self.name)
-            return file.get_slice(self.name)[index]
+        cuts = [cut.indices(size)[:2] for cut, size in zip(index, self.shape)]
+        out = np.empty([stop - start for start, stop in cuts] + list(self.shape[len(cuts) :]), self.dtype)
+        self.read_into(out, index)
+        return out
+
+    def read_into(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
+        """The tensor, or the part of it at ``index``, into an array of that shape. Whole tensors of a safetensors
+        file go straight from the file to the array."""
+        if self.offset is None:
+            out[...] = _numpy(_load_bin(self.file)[self.name])[index]
+        elif out.shape != self.shape or out.dtype != self.dtype or not out.flags.c_contiguous:
+            with _safetensors(self.file) as file:
+                out[...] = file.get_slice(self.name)[index] if index else file.get_tensor(self.name)
+        else:
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
+                while done < len(view):
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise ConversionError(f"{self.file} is cut short: {self.name} ends beyond it")
+                    done += count
 
 
 def find(path: Path) -> dict[str, Tensor]:
@@ -78,12 +96,17 @@ def _tensors(file: Path) -> Iterator[Tensor]:
         for name, value in _load_bin(file).items():
             yield Tensor(file, name, tuple(value.shape), _numpy(value[..., :0] if value.ndim else value).dtype)
         return
-    with _safetensors(file) as opened:
-        for name in opened.keys():
-            part = opened.get_slice(name)
-            if part.get_dtype() not in DTYPES:
-                raise ConversionError(f"{file}: {name} is of type {part.get_dtype()}; known: {', '.join(DTYPES)}")
-            yield Tensor(file, name, tuple(part.get_shape()), np.dtype(DTYPES[part.get_dtype()]))
+    with _safetensors(file):  # the library checks that the header is sound and the file complete
+        pass
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    for name, about in header.items():
+        if about["dtype"] not in DTYPES:
+            raise ConversionError(f"{file}: {name} is of type {about['dtype']}; known: {', '.join(DTYPES)}")
+        dtype, offset = np.dtype(DTYPES[about["dtype"]]), 8 + length + about["data_offsets"][0]
+        yield Tensor(file, name, tuple(about["shape"]), dtype, offset)
 
 
 def _safetensors(file: Path):

@@ -83,8 +83,15 @@ def mlp_weights(prefix="", names=("0", "2"), width=64, seed=3) -> dict[str, np.n
 
 
 def random(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {name: 0.1 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    """Matrices by their fan-in, scales of norms around 1, everything else around 0: answers depend on the image."""
+    rng, state = np.random.default_rng(seed), {}
+    for name, shape in shapes.items():
+        value = rng.standard_normal(shape, np.float32)
+        if len(shape) > 1:
+            state[name] = value / np.float32(np.sqrt(np.prod(shape[1:])))
+        else:
+            state[name] = (1 if name.endswith("weight") else 0) + np.float32(0.1) * value
+    return state
 
 
 # ------------------------------------------------------------------ folders

@@ -1,5 +1,6 @@
 """Tiny Hugging Face models with random parameters, saved into folders, and what tests do with such folders."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -16,6 +17,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from deltallava_jax import __main__
 from deltallava_jax.data import tokens
+from deltallava_jax.data.conversation import Tokenized
+from deltallava_jax.inference.generate import prompt_batch
+from deltallava_jax.sequence import Batch
 
 t.logging.set_verbosity_error()
 t.logging.disable_progress_bar()
@@ -177,3 +181,50 @@ def convert(*arguments) -> None:
     """python -m deltallava_jax convert, in this process."""
     options = __main__.parse(["convert", *map(str, arguments)])
     options.main(options)
+
+
+# ------------------------------------------------------------------ rows of ids for both sides
+
+
+def rows_of(images: list[int], lengths: list[int], vocab: int = VOCAB - 1, seed: int = 0) -> list[Tokenized]:
+    """Random prompts: of each its length, with 0 in the place of each image, images after the first token."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for count, length in zip(images, lengths):
+        ids = rng.integers(3, vocab, length).astype(np.int32)
+        places = np.arange(1, 1 + 2 * count, 2, dtype=np.int32)
+        ids[places] = 0
+        rows.append(Tokenized(ids, np.zeros(length, bool), places, np.zeros(length, np.int32)))
+    return rows
+
+
+def pixels(count: int, seed: int = 1) -> np.ndarray:
+    """[count, SIDE, SIDE, 3] normalised pixels."""
+    return np.random.default_rng(seed).standard_normal((count, SIDE, SIDE, 3)).astype(np.float32)
+
+
+def torch_pixels(images: np.ndarray) -> torch.Tensor:
+    return torch.tensor(images.transpose(0, 3, 1, 2))
+
+
+def torch_rows(rows: list[Tokenized], opened: int = 1, left: bool = False, image_token: int = IMAGE_TOKEN) -> dict:
+    """input_ids and attention_mask of the rows, with ``opened`` image tokens for each image, padded on one side."""
+    ids = [[i for x in row.ids.tolist() for i in ([image_token] * opened if x == 0 else [x])] for row in rows]
+    length = max(map(len, ids))
+    pad = lambda row, value: (left * [value] * (length - len(row))) + row + (not left) * [value] * (length - len(row))
+    return {
+        "input_ids": torch.tensor([pad(row, 0) for row in ids]),
+        "attention_mask": torch.tensor([pad([1] * len(row), 0) for row in ids]),
+    }
+
+
+def our_batch(rows: list[Tokenized], images: np.ndarray) -> Batch:
+    """The rows with their images, which are given one after the other."""
+    batch = prompt_batch(rows, max(len(row.ids) for row in rows))
+    places = np.zeros((*batch.image_positions.shape, *images.shape[1:]), images.dtype)
+    start = 0
+    for row, prompt in enumerate(rows):
+        count = len(prompt.image_positions)
+        places[row, :count] = images[start : start + count]
+        start += count
+    return dataclasses.replace(batch, images=places)
