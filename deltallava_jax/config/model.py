@@ -72,10 +72,16 @@ class ProjectorConfig:
     mlp_width: int = 4096  # paper variant: hidden width of equation 11
     variant: str = "release"
     ablation: str = "none"
+    queries: int = 256  # mqt, resampler: learned queries
+    tokens: tuple[int, ...] = ()  # mqt: tokens an image, one drawn each step; empty: 256, 144, 64, 36, 16, 4, 2, 1
+    text_width: int = 0  # quecc: width of the question's hidden state; 0: out_width
+    depth: int = 0  # honeybee: blocks or layers; 0: as published, 3 and 6
+    closing: bool = False  # resampler: Qwen-VL's LayerNorm and output matrix behind it
 
     def __post_init__(self):
         require_at_least(1, "projector", self, "grid", "in_width", "out_width", "level_count", "rank", "mlp_width")
-        require_at_least(1, "projector", self, "head_dim", "block_head_dim", "window", "reduction")
+        require_at_least(1, "projector", self, "head_dim", "block_head_dim", "window", "reduction", "queries")
+        require_at_least(0, "projector", self, "text_width", "depth")
         require(0 <= self.drop_path < 1, f"projector.drop_path={self.drop_path}; expected 0 to below 1")
         require(0 < self.mix_ratio < 1, f"projector.mix_ratio={self.mix_ratio}; expected between 0 and 1")
         for name, known in (("variant", ("release", "paper")), ("ablation", ABLATIONS)):
@@ -86,10 +92,11 @@ class ProjectorConfig:
             f"projector.levels has {len(self.levels)} entries; projector.level_count is {self.level_count}",
         )
         if self.name == "delta":
-            self._check_scale()
+            self.check_scale()
             self._check_delta()
 
-    def _check_scale(self):
+    def check_scale(self) -> None:
+        """ConfigError with the valid values unless every scale factor divides the grid."""
         divisors = [s for s in range(1, self.grid + 1) if self.grid % s == 0]
         valid = f"valid values: {', '.join(map(str, divisors))}"
         require(self.scale_factors != (), f"projector.scale_factor is empty; {valid}")

@@ -30,3 +30,15 @@ def saved(tmp_path_factory):
         return checkpoints.save(name, root / f"{name}_{dtype}", dtype)
 
     return saved
+
+
+@pytest.fixture(scope="session")
+def opened(saved):
+    """opened(name, dtype): the model of that folder as the converter reads it, read once; nobody changes it."""
+    from deltallava_jax.convert.read import Pretrained, read
+
+    @functools.cache
+    def opened(name: str, dtype: str = "float32") -> Pretrained:
+        return read(saved(name, dtype))
+
+    return opened

@@ -69,10 +69,10 @@ def decoder_logits(params, cfg, tokens, live):
 
 
 @pytest.fixture(scope="module", params=checkpoints.DECODERS)
-def text(request, saved, tmp_path_factory):
+def text(request, opened, tmp_path_factory):
     """(name, the model read, our result, theirs) of a decoder on rows of 40 and 23 tokens."""
     name = request.param
-    read_model = read(saved(name))
+    read_model = opened(name)
     inputs = checkpoints.torch_rows(checkpoints.rows_of([0, 0], [40, 23]))
     live = inputs["attention_mask"].numpy() == 1
     forward = lambda params: decoder_logits(params, read_model.cfg.decoder, inputs["input_ids"].numpy(), live)
@@ -81,10 +81,10 @@ def text(request, saved, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=checkpoints.LLAVAS)
-def llava(request, saved, tmp_path_factory):
+def llava(request, opened, tmp_path_factory):
     """(name, the model read, our result, theirs) on rows of one, two and no images."""
     name = request.param
-    read_model = read(saved(name))
+    read_model = opened(name)
     rows, images = checkpoints.rows_of([1, 2, 0], [12, 9, 20]), checkpoints.pixels(3)
     batch = checkpoints.our_batch(rows, images)
     live = np.asarray(layout(batch, None, TOKENS).segments) > 0
@@ -111,9 +111,9 @@ def test_decoder_gradients(text):
     assert_trees_close(mine.gradients, reference.gradients, atol=1e-4, rtol=1e-3)
 
 
-def test_llama3_rope_scaling_matters_at_this_length(saved):
+def test_llama3_rope_scaling_matters_at_this_length(opened):
     """The test's rows are long enough that plain rotary positions would give other logits."""
-    model = read(saved("llama3"))
+    model = opened("llama3")
     cfg = model.cfg.decoder
     assert cfg.rope_scaling is not None and cfg.rope_scaling.original_length == 16
     tokens, live = checkpoints.rows_of([0], [40])[0].ids[None], np.ones((1, 40), bool)
@@ -144,16 +144,16 @@ def their_tokens(name: str, inputs: dict) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen2"])
-def test_greedy_tokens_of_a_decoder(name, saved):
+def test_greedy_tokens_of_a_decoder(name, opened):
     """16 tokens after prompts of unequal length; with Llama 3's rope the positions pass the original context."""
-    model, rows = read(saved(name)), checkpoints.rows_of([0, 0], [14, 5])
+    model, rows = opened(name), checkpoints.rows_of([0, 0], [14, 5])
     nothing = np.zeros((0, 1, checkpoints.WIDTH), np.float32)
     mine = greedy(model.params, model.cfg, prompt_batch(rows, 14), nothing, max_new_tokens=16, eos=-1)
     assert np.asarray(mine).tolist() == their_tokens(name, checkpoints.torch_rows(rows, left=True))
 
 
-def test_greedy_tokens_of_llava(saved):
-    model, images = read(saved("llava")), checkpoints.pixels(2)
+def test_greedy_tokens_of_llava(opened):
+    model, images = opened("llava"), checkpoints.pixels(2)
     rows = checkpoints.rows_of([1, 1], [12, 6])
     visual = encode(model.params, model.cfg, images, budget=TOKENS)
     mine = greedy(model.params, model.cfg, prompt_batch(rows, 12), visual, max_new_tokens=16, eos=-1)
@@ -162,9 +162,9 @@ def test_greedy_tokens_of_llava(saved):
 
 
 @pytest.mark.parametrize("name", checkpoints.TOWERS)
-def test_hidden_states_of_a_tower(name, saved):
+def test_hidden_states_of_a_tower(name, opened):
     """Every hidden state, CLS included, and the final norm."""
-    read_model, images = read(saved(name)), checkpoints.pixels(2)
+    read_model, images = opened(name), checkpoints.pixels(2)
     assert read_model.cfg.projector is None and read_model.cfg.decoder is None
     model = checkpoints.model(name)
     model = model.vision_model if name.endswith("_pair") else model
@@ -190,10 +190,10 @@ def test_hidden_states_of_a_tower(name, saved):
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_pixels_are_normalised_as_preprocessor_config_says(name, saved):
+def test_pixels_are_normalised_as_preprocessor_config_says(name, saved, opened):
     from transformers import AutoImageProcessor
 
-    cfg = read(saved(name)).cfg.vision
+    cfg = opened(name).cfg.vision
     image = np.random.default_rng(2).integers(0, 256, (checkpoints.SIDE, checkpoints.SIDE, 3), dtype=np.uint8)
     processor = AutoImageProcessor.from_pretrained(saved(name))
     reference = processor(image, return_tensors="np", input_data_format="channels_last")["pixel_values"]

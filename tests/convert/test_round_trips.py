@@ -17,15 +17,14 @@ from checkpoints import assert_same_bits, convert, copy_with, renamed, tensors, 
 from rows import random_params  # noqa: E402
 
 from deltallava_jax.config import ProjectorConfig  # noqa: E402
-from deltallava_jax.convert.read import read  # noqa: E402
+from deltallava_jax.convert.read import Pretrained, read  # noqa: E402
 from deltallava_jax.convert.workdir import compose, open_model, read_workdir, write_workdir  # noqa: E402
-from deltallava_jax.convert.write import write_hf  # noqa: E402
+from deltallava_jax.convert.write import write_hf, write_llava  # noqa: E402
 from deltallava_jax.models import projectors  # noqa: E402
 from deltallava_jax.models.names import flatten  # noqa: E402
 
 COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
               "generation_config.json")  # fmt: skip
-HF, HF_TOWER = ("language_model.", "multi_modal_projector.", "vision_tower."), "vision_tower."
 
 
 def assert_same_folder(ours, theirs):
@@ -35,6 +34,13 @@ def assert_same_folder(ours, theirs):
     assert "config.json" in kept
     for name in kept:
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+def folders(parent, *names):
+    """New empty folders."""
+    for name in names:
+        (parent / name).mkdir()
+    return [parent / name for name in names]
 
 
 def assert_same_params(ours: dict, theirs: dict):
@@ -55,35 +61,31 @@ def test_the_models_cover_the_families(saved):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_hugging_face_through_a_workdir(name, dtype, saved, tmp_path):
-    source = saved(name, dtype)
-    convert(source, tmp_path / "work")
+def test_hugging_face_directly_and_through_a_workdir(name, dtype, saved, opened, tmp_path):
+    source, work, direct, back = saved(name, dtype), *folders(tmp_path, "work", "direct", "back")
+    write_hf(opened(name, dtype), direct)
+    assert_same_folder(direct, source)
+    assert {str(value.dtype) for value in tensors(direct).values()} == {dtype}
+    write_workdir(opened(name, dtype), work, name)
+    write_hf(read_workdir(work), back)
+    assert_same_folder(back, source)
+
+
+@pytest.mark.parametrize("dtype, bits", [("float16", np.uint16), ("bfloat16", np.uint16), ("float32", np.uint32)])
+def test_special_values_keep_their_bits(dtype, bits, saved, tmp_path):
+    """Negative zero, subnormals, infinities and NaN. (A NaN's payload may get lost where XLA does not optimise.)"""
+    source = saved("llama", dtype)
+    sign = 1 << (8 * bits().itemsize - 1)
+    kind = tensors(source)["lm_head.weight"].dtype
+    infinity, nan = (np.array(value, np.float32).astype(kind).view(bits) for value in (np.inf, np.nan))
+    special = np.array([sign, 1, sign + 1, infinity, sign + infinity, nan], bits)
+    changed = {name: value.copy() for name, value in tensors(source).items()}
+    for value in changed.values():
+        value.reshape(-1).view(bits)[: len(special)] = special
+    copy_with(source, tmp_path / "source", changed)
+    convert(tmp_path / "source", tmp_path / "work")
     convert(tmp_path / "work", tmp_path / "back", "--to", "hf")
-    assert_same_folder(tmp_path / "back", source)
-    assert {str(leaf.dtype) for leaf in tensors(tmp_path / "back").values()} == {dtype}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_hugging_face_directly(name, saved, tmp_path):
-    source = saved(name, "bfloat16")
-    convert(source, tmp_path / "back", "--to", "hf")
-    assert_same_folder(tmp_path / "back", source)
-
-
-def test_special_values_keep_their_bits(saved, tmp_path):
-    """Negative zero, the smallest subnormal, infinity and a NaN with a payload, in half precisions and float32."""
-    for dtype, bits in (("float16", np.uint16), ("bfloat16", np.uint16), ("float32", np.uint32)):
-        source, target = saved("llama", dtype), tmp_path / dtype
-        sign = 1 << (8 * bits().itemsize - 1)
-        infinity = np.array(np.inf, np.float32).astype(tensors(source)["lm_head.weight"].dtype).view(bits)
-        special = np.array([sign, 1, sign + 1, infinity, infinity + 3, sign + infinity], bits)
-        changed = {name: value.copy() for name, value in tensors(source).items()}
-        for value in changed.values():
-            value.reshape(-1).view(bits)[: len(special)] = special
-        copy_with(source, target / "source", changed)
-        convert(target / "source", target / "work")
-        convert(target / "work", target / "back", "--to", "hf")
-        assert_same_bits(tensors(target / "back"), changed)
+    assert_same_bits(tensors(tmp_path / "back"), changed)
 
 
 @pytest.mark.parametrize("name, alone", [("clip_pair", "CLIPVisionModel"), ("siglip_pair", "SiglipVisionModel")])
@@ -121,15 +123,19 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_of_hugging_face_llava(layout, saved, tmp_path):
+def test_every_layout_of_hugging_face_llava(layout, saved, opened, tmp_path):
     """The same parameters, and the names come back as they were."""
     source = saved("llava", "float16")
-    named = renamed(tensors(source), *LAYOUTS[layout])
-    other = copy_with(source, tmp_path / "source", named)
-    assert_same_params(read(other).params, read(source).params)
-    convert(other, tmp_path / "work")
-    convert(tmp_path / "work", tmp_path / "back", "--to", "hf")
-    assert_same_folder(tmp_path / "back", other)
+    other = copy_with(source, tmp_path / "source", renamed(tensors(source), *LAYOUTS[layout]))
+    model = read(other)
+    assert_same_params(model.params, opened("llava", "float16").params)
+    if layout == "current":  # the layout is kept in a workdir, too
+        (work,) = folders(tmp_path, "work")
+        write_workdir(model, work, "work")
+        model = read_workdir(work)
+    (back,) = folders(tmp_path, "back")
+    write_hf(model, back)
+    assert_same_folder(back, other)
 
 
 def save_bin(folder, named: dict, shards: int, name: str = "pytorch_model"):
@@ -154,19 +160,21 @@ def torch_tensor(value: np.ndarray):
 @pytest.mark.parametrize(
     "name, dtype, shards", [("llama", "bfloat16", 3), ("llava", "float16", 4), ("clip", "float32", 1)]
 )
-def test_pytorch_files_are_read_like_safetensors(name, dtype, shards, saved, tmp_path):
+def test_pytorch_files_are_read_like_safetensors(name, dtype, shards, saved, opened, tmp_path):
     source = saved(name, dtype)
     shutil.copytree(source, tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors"))
     save_bin(tmp_path / "bin", tensors(source), shards)
-    assert_same_params(read(tmp_path / "bin").params, read(source).params)
-    convert(tmp_path / "bin", tmp_path / "back", "--to", "hf")
-    assert_same_folder(tmp_path / "back", source)
+    model = read(tmp_path / "bin")
+    assert_same_params(model.params, opened(name, dtype).params)
+    (back,) = folders(tmp_path, "back")
+    write_hf(model, back)
+    assert_same_folder(back, source)
 
 
-def test_shards_of_safetensors(saved, tmp_path):
+def test_shards_of_safetensors(saved, opened, tmp_path):
     """A small shard size: several files of at most that size, and an index that transformers and we load."""
     source, shard_bytes = saved("llava", "float16"), 20_000
-    write_hf(read(source), tmp_path, shard_bytes=shard_bytes)
+    write_hf(opened("llava", "float16"), tmp_path, shard_bytes=shard_bytes)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 3 and sorted(set(index["weight_map"].values())) == [file.name for file in files]
@@ -180,7 +188,7 @@ def test_shards_of_safetensors(saved, tmp_path):
         assert sum(value.nbytes for value in held.values()) <= shard_bytes or len(held) == 1
         assert all(index["weight_map"][name] == file.name for name in held)
     assert_same_folder(tmp_path, source)
-    assert_same_params(read(tmp_path).params, read(source).params)
+    assert_same_params(read(tmp_path).params, opened("llava", "float16").params)
     ours = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16).state_dict()
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float16).state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -195,6 +203,7 @@ TO_LLAVA = (
     ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
     ("vision_tower.", "model.vision_tower.vision_tower.vision_model."),
 )
+FROM_EXPORT = (("vision_tower.vision_model.", "model.vision_tower.vision_tower.vision_model."),)
 
 
 def llava_folder(source, folder, *, tower: bool = True, projector: dict | None = None, **settings):
@@ -245,25 +254,25 @@ def write_tower_config(source, folder):
 def tower_folder(source, folder):
     """The tower of a LLaVA folder as a CLIPVisionModel."""
     write_tower_config(source, folder)
-    own = {name: value for name, value in tensors(source).items() if name.startswith(HF_TOWER)}
-    write_tensors(folder, renamed(own, (HF_TOWER, "vision_model.")))
+    own = {name: value for name, value in tensors(source).items() if name.startswith("vision_tower.")}
+    write_tensors(folder, renamed(own, ("vision_tower.", "vision_model.")))
     return folder
 
 
 @pytest.mark.parametrize("name, dtype", [("llava", "float16"), ("llava", "float32"), ("llava_qwen2", "bfloat16")])
-def test_llava_layout_through_a_workdir(name, dtype, saved, tmp_path):
+def test_llava_layout_through_a_workdir(name, dtype, saved, opened, tmp_path):
     source = llava_folder(saved(name, dtype), tmp_path / "llava")
-    assert_same_params(read(source).params, read(saved(name, dtype)).params)
     convert(source, tmp_path / "work")
+    assert_same_params(read_workdir(tmp_path / "work").params, opened(name, dtype).params)
     convert(tmp_path / "work", tmp_path / "back", "--to", "llava")
     assert_same_folder(tmp_path / "back", source)
 
 
-def test_an_exported_llava_folder_holds_what_it_names(saved, tmp_path):
+def test_an_exported_llava_folder_holds_what_it_names(saved, opened, tmp_path):
     """mm_vision_tower names a folder beside the weights: without it the export could not be read again."""
     source = llava_folder(saved("llava", "float16"), tmp_path / "llava")
     convert(source, tmp_path / "back", "--to", "llava")
-    assert_same_params(read(tmp_path / "back").params, read(source).params)
+    assert_same_params(read(tmp_path / "back").params, opened("llava", "float16").params)
 
 
 def test_llava_layout_to_hugging_face_and_back(saved, tmp_path):
@@ -272,8 +281,8 @@ def test_llava_layout_to_hugging_face_and_back(saved, tmp_path):
     convert(source, tmp_path / "work")
     convert(tmp_path / "work", tmp_path / "hf", "--to", "hf")
     convert(tmp_path / "hf", tmp_path / "again", "--to", "llava")
-    read_again = read(tmp_path / "again")
-    assert_same_params(read_again.params, read(tmp_path / "hf").params)
+    ours, theirs = tensors(tmp_path / "again"), renamed(tensors(tmp_path / "hf"), *FROM_EXPORT, *TO_LLAVA)
+    assert_same_bits(ours, theirs)
     model = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
     original = checkpoints.model("llava")
     rows, images = checkpoints.rows_of([1], [12], vocab=250), checkpoints.torch_pixels(checkpoints.pixels(1))
@@ -284,16 +293,15 @@ def test_llava_layout_to_hugging_face_and_back(saved, tmp_path):
     np.testing.assert_allclose(mine[..., : checkpoints.VOCAB], reference, atol=1e-5)
 
 
-def test_llava_layout_without_the_tower(saved, tmp_path):
+def test_llava_layout_without_the_tower(saved, opened, tmp_path):
     """As stage 2 saves it with a frozen tower: the tower comes from --vision, and the export has no tower either."""
     whole = saved("llava", "float16")
     source = llava_folder(whole, tmp_path / "llava", tower=False)
     tower = tower_folder(whole, tmp_path / "clip")
-    model = read(source, vision=tower)
-    assert model.cfg.whole
-    assert_same_params(model.params, read(whole).params)
     convert(source, tmp_path / "work", "--vision", tower)
-    assert_same_params(read_workdir(tmp_path / "work").params, read(whole).params)
+    model = read_workdir(tmp_path / "work")
+    assert model.cfg.whole
+    assert_same_params(model.params, opened("llava", "float16").params)
     convert(tmp_path / "work", tmp_path / "back", "--to", "llava")
     assert_same_folder(tmp_path / "back", source)
 
@@ -308,7 +316,7 @@ def delta_tensors(cfg: ProjectorConfig, dtype) -> dict[str, np.ndarray]:
 
 def delta_config(**changes) -> ProjectorConfig:
     """The release's projector for the wide tower; its head widths of 128 and 32 are in no tensor's shape."""
-    values = dict(grid=4, in_width=128, out_width=checkpoints.WIDTH, rank=4, scale_factor=2)
+    values = dict(grid=4, in_width=128, embed_width=128, out_width=checkpoints.WIDTH, rank=4, scale_factor=2)
     return ProjectorConfig(**values | changes)
 
 
@@ -328,28 +336,36 @@ def test_delta_llava_release_layout(saved, tmp_path):
     assert_same_folder(tmp_path / "back", source)
 
 
-@pytest.mark.parametrize("variant", ["release", "paper"])
-@pytest.mark.parametrize("ablation", ["none", "no_emhsa", "no_delta", "no_tb"])
-def test_our_llava_exports_of_delta_models_say_all_settings(variant, ablation, saved, tmp_path):
-    """Those that no tensor shows (window, head widths, several scale factors) are in config.json."""
+def delta_model(opened, variant: str, ablation: str) -> Pretrained:
+    """An elastic Delta model with settings that no tensor shows: window, head widths, scale factors."""
     window = 2 if variant == "paper" else 1
     cfg = delta_config(
         variant=variant, ablation=ablation, window=window, scale_factor=(1, 2), head_dim=32, block_head_dim=16,
         mlp_width=24,
     )  # fmt: skip
-    model = open_model(saved("llava_wide", "float16"))
+    model = opened("llava_wide", "float16")
     params = model.params | {"projector": random_params(projectors.init_params, cfg)}
-    model = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, projector=cfg), params=params)
-    (tmp_path / "work").mkdir()
-    write_workdir(model, tmp_path / "work", "delta")
-    convert(tmp_path / "work", tmp_path / "llava", "--to", "llava")
-    back = read(tmp_path / "llava")
-    assert back.cfg.projector == cfg and back.cfg.vision == model.cfg.vision
-    assert_same_params(back.params, params)
+    return dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, projector=cfg), params=params)
+
+
+@pytest.mark.parametrize("variant, ablation", [("release", "no_tb"), ("paper", "none")])
+@pytest.mark.parametrize("write", [write_hf, write_llava])
+def test_our_exports_of_delta_models_are_read_and_written_again(write, variant, ablation, opened, tmp_path):
+    """All settings of the projector are in config.json; the second export is the first one."""
+    model = delta_model(opened, variant, ablation)
+    first, second = folders(tmp_path, "first", "second")
+    write(model, first)
+    back = read(first)
+    assert back.cfg.projector == model.cfg.projector and back.cfg.vision == model.cfg.vision
+    for part in ("vision", "projector"):
+        assert_same_params(back.params[part], model.params[part])
+    write(back, second)
+    assert_same_folder(second, first)
+    assert sorted(file.name for file in second.iterdir()) == sorted(file.name for file in first.iterdir())
 
 
 @pytest.mark.parametrize("system", ["mlp", "delta"])
-def test_stage_1_projector_file(system, saved, tmp_path):
+def test_stage_1_projector_file(system, saved, opened, tmp_path):
     """mm_projector.bin, names with model.mm_projector. before them: read alone, and composed with tower and decoder."""
     if system == "delta":
         named = delta_tensors(delta_config(), ml_dtypes.bfloat16)
@@ -366,22 +382,35 @@ def test_stage_1_projector_file(system, saved, tmp_path):
         assert_same_bits(projectors.to_torch(alone.params["projector"], alone.cfg.projector), named)
 
     tower = tower_folder(saved("llava_wide", "float16"), tmp_path / "clip")
-    model = compose(tower, saved("llama_grouped", "float16"), str(stage1 / "mm_projector.bin"), {})
+    settings = {"scale_factor": (1, 2)} if system == "delta" else {}
+    model = compose(tower, saved("llama_grouped", "float16"), str(stage1 / "mm_projector.bin"), settings)
     assert model.cfg.whole and model.cfg.projector.grid == 4
     assert_same_bits(projectors.to_torch(model.params["projector"], model.cfg.projector), named)
-    assert_same_params(model.params["vision"], read(tower).params["vision"])
-    assert_same_params(model.params["decoder"], read(saved("llama_grouped", "float16")).params["decoder"])
+    assert_same_params(model.params["vision"], opened("llava_wide", "float16").params["vision"])
+    assert_same_params(model.params["decoder"], opened("llama_grouped", "float16").params["decoder"])
     if system == "delta":
-        assert model.cfg.projector.scale_factor == 2
-        elastic = compose(tower, saved("llama"), str(stage1), {"scale_factor": (1, 2)})
-        assert projectors.budgets(elastic.cfg.projector) == (16, 4)
-    convert("--vision", tower, "--decoder", saved("llama_grouped", "float16"), "--projector", stage1, tmp_path / "work")
-    assert_same_params(read_workdir(tmp_path / "work").params, model.params)
+        assert projectors.budgets(model.cfg.projector) == (16, 4)
 
 
-def test_dtype_casts_every_parameter(saved, tmp_path):
-    """--dtype, also where the projector is fresh."""
-    convert(saved("llava"), tmp_path / "half", "--dtype", "float16", "--to", "hf")
-    assert {str(value.dtype) for value in tensors(tmp_path / "half").values()} == {"float16"}
+def test_composing_by_command(saved, opened, tmp_path):
+    """A projector by name, with settings; what is written is what is read."""
+    arguments = ("--projector", "delta", "--scale-factor", "2,4", "--set", "head_dim=16", "--set", "block_head_dim=8")
+    parts = ("--vision", saved("clip", "float16"), "--decoder", saved("llama_grouped", "float16"))
+    convert(*parts, *arguments, tmp_path / "work")
+    model = read_workdir(tmp_path / "work")
+    assert projectors.budgets(model.cfg.projector) == (4, 1) and model.cfg.projector.head_dim == 16
+    assert_same_params(model.params["vision"], opened("clip", "float16").params["vision"])
+    assert_same_params(model.params["decoder"], opened("llama_grouped", "float16").params["decoder"])
+    assert (tmp_path / "work" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtype_casts_every_parameter(dtype, saved):
+    model = open_model(saved("qwen2"), dtype=dtype)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)} == {dtype}
+
+
+def test_dtype_casts_a_fresh_projector(saved):
+    """--dtype is "of all parameters"."""
     model = compose(saved("clip"), saved("llama"), "mlp", {}, dtype="bfloat16")
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)} == {"bfloat16"}

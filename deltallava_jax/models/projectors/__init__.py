@@ -20,12 +20,26 @@ from jaxtyping import Array, Float
 from deltallava_jax.config import ConfigError, ProjectorConfig
 from deltallava_jax.models import layers, names
 from deltallava_jax.models.projectors.delta import Delta
+from deltallava_jax.models.projectors.honeybee_c import HoneybeeC
+from deltallava_jax.models.projectors.honeybee_d import HoneybeeD
+from deltallava_jax.models.projectors.m3 import M3
 from deltallava_jax.models.projectors.mlp import Mlp
+from deltallava_jax.models.projectors.mqt import Mqt
+from deltallava_jax.models.projectors.quecc import Quecc
+from deltallava_jax.models.projectors.resampler import Resampler
+from deltallava_jax.models.projectors.token_packer import TokenPacker
 from deltallava_jax.models.vision import Needs, VisionFeatures
 
 SYSTEMS = {
     "delta": Delta,
     "mlp": Mlp,
+    "token_packer": TokenPacker,
+    "m3": M3,
+    "mqt": Mqt,
+    "quecc": Quecc,
+    "resampler": Resampler,
+    "honeybee_c": HoneybeeC,
+    "honeybee_d": HoneybeeD,
 }
 
 

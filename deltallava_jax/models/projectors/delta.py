@@ -30,10 +30,10 @@ from deltallava_jax.models.layers import (
     xavier_uniform,
 )
 from deltallava_jax.models.names import Entry, linear, norm
-from deltallava_jax.models.vision import Needs, VisionFeatures
+from deltallava_jax.models.projectors import common
+from deltallava_jax.models.vision import VisionFeatures
 
-LEVELS = (12, 16, 22, 23)  # of CLIP-L's 24 layers
-BLOCK_EPS, PROJECTION_EPS = 1e-5, 1e-6
+BLOCK_EPS = 1e-5
 
 
 class DeltaProjection(nnx.Module):
@@ -44,7 +44,7 @@ class DeltaProjection(nnx.Module):
         self.base = nnx.Param(trunc_normal(cfg.initializer_range)(rngs.params(), (in_width, cfg.width)))
         self.U = nnx.Param(xavier_uniform(rngs.params(), (in_width, cfg.rank))) if low_rank else None
         self.V = nnx.Param(xavier_uniform(rngs.params(), (cfg.rank, cfg.width))) if low_rank else None
-        self.norm = LayerNorm(cfg.width, eps=PROJECTION_EPS) if cfg.variant == "release" else None
+        self.norm = LayerNorm(cfg.width, eps=common.EPS) if cfg.variant == "release" else None
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... E"]:
         y = x @ self.base[...].astype(x.dtype)
@@ -137,22 +137,6 @@ class Block(nnx.Module):
             return x + drop_path(self.down(jax.nn.relu(self.up(x))), self.rates[2], keys[2])
 
 
-class LocalAttention(nnx.Module):
-    """The release's local chunk attention: torch MultiheadAttention of each query with its own s x s patches."""
-
-    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
-        self.inputs = Linear(cfg.width, 3 * cfg.width, kernel_init=xavier_uniform, rngs=rngs)  # q, k, v packed
-        self.o = Linear(cfg.width, cfg.width, kernel_init=trunc_normal(cfg.initializer_range), rngs=rngs)
-        self.head_dim = cfg.head_dim
-
-    def __call__(self, q, k, v):
-        kernels = jnp.split(self.inputs.kernel[...].astype(q.dtype), 3, axis=1)
-        biases = jnp.split(self.inputs.bias[...].astype(q.dtype), 3)
-        split = lambda t: rearrange(t, "n h w (a d) -> n h w a d", d=self.head_dim)
-        q, k, v = (split(x @ kernel + bias) for x, kernel, bias in zip((q, k, v), kernels, biases))
-        return self.o(rearrange(windowed_attention(q, k, v), "n h w a d -> n h w (a d)"))
-
-
 class Refine(nnx.Module):
     """The paper's refinement of the queries (section 4.1): MHCA, then EMHSA, both residual."""
 
@@ -175,21 +159,20 @@ class Delta(nnx.Module):
         self.block = Block(cfg, rngs=rngs) if cfg.ablation != "no_tb" else None
         make = lambda a, b: Linear(a, b, kernel_init=trunc_normal(cfg.initializer_range), rngs=rngs)
         if cfg.variant == "release":
-            self.attention = LocalAttention(cfg, rngs=rngs)
+            self.attention = common.LocalAttention(cfg.width, cfg, rngs=rngs)
             self.up, self.down = make(cfg.width, cfg.out_width), make(cfg.out_width, cfg.out_width)
         else:
             self.refine = Refine(cfg, rngs=rngs)
             self.head = make(cfg.width, cfg.out_width)
-            self.norm = LayerNorm(cfg.out_width, eps=PROJECTION_EPS)
+            self.norm = LayerNorm(cfg.out_width, eps=common.EPS)
             self.up, self.down = make(cfg.out_width, cfg.mlp_width), make(cfg.mlp_width, cfg.out_width)
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
         side = round(budget**0.5)
-        unflatten = lambda x: rearrange(x, "n (h w) c -> n h w c", h=self.cfg.grid)
         with jax.named_scope("resize"):
-            q = resize_grid(unflatten(features.last), side, "bilinear")
+            q = resize_grid(common.as_grid(features.last, self.cfg.grid), side, "bilinear")
         with jax.named_scope("keys_values"):
-            levels = unflatten(features.levels)
+            levels = common.as_grid(features.levels, self.cfg.grid)
             k, v = self.k(levels), self.v(levels)
         forward = self._release if self.cfg.variant == "release" else self._paper
         return rearrange(forward(q, k, v, key), "n h w d -> n (h w) d")
@@ -226,16 +209,8 @@ class Delta(nnx.Module):
         table = jnp.asarray(sincos_table(grid, width).reshape(1, grid, grid, width))
         return resize_grid(table, side, "bicubic").astype(q.dtype)
 
-    @staticmethod
-    def budgets(cfg: ProjectorConfig) -> tuple[int, ...]:
-        return tuple(sorted({(cfg.grid // s) ** 2 for s in cfg.scale_factors}, reverse=True))
-
-    @staticmethod
-    def needs(cfg: ProjectorConfig, layers: int) -> Needs:
-        last = layers + 1 + cfg.select_layer
-        # The release's layers at the same relative depths, halves rounded up, none beyond the query features' layer.
-        levels = cfg.levels or tuple(min(int(layers * level / 24 + 0.5), last) for level in LEVELS[-cfg.level_count :])
-        return Needs(last=last, levels=levels)
+    budgets = staticmethod(common.scale_budgets)
+    needs = staticmethod(common.multi_level)
 
     @staticmethod
     def name_table(cfg: ProjectorConfig) -> list[Entry]:
@@ -250,9 +225,7 @@ class Delta(nnx.Module):
             table += _block_names(cfg)
         if cfg.variant == "release":
             table += [
-                Entry("clip_attn.in_proj_weight", "attention/inputs/kernel", "linear"),
-                Entry("clip_attn.in_proj_bias", "attention/inputs/bias"),
-                *linear("clip_attn.out_proj", "attention/o"),
+                *common.attention_names("clip_attn", "attention"),
                 *linear("mlp.0", "up"),
                 *linear("mlp.2", "down"),
             ]

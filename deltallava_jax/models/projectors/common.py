@@ -1,0 +1,92 @@
+"""What several systems share: torch's packed attention, budgets by scale factor, the tower's layers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.kernels.windowed_attention import windowed_attention
+from deltallava_jax.models.layers import Linear, attention, resize_grid, sincos_table, trunc_normal, xavier_uniform
+from deltallava_jax.models.names import Entry, linear
+from deltallava_jax.models.vision import Needs
+
+LEVELS = (12, 16, 22, 23)  # of CLIP-L's 24 layers: the release's multi-level features
+EPS = 1e-6  # of most projectors' LayerNorms
+
+
+class PackedAttention(nnx.Module):
+    """torch's MultiheadAttention: one packed matrix for the queries', keys' and values' inputs, an output matrix."""
+
+    def __init__(self, width: int, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+        self.inputs = Linear(width, 3 * width, kernel_init=xavier_uniform, rngs=rngs)
+        self.o = Linear(width, width, kernel_init=trunc_normal(cfg.initializer_range), rngs=rngs)
+        self.head_dim = cfg.head_dim
+
+    def heads(self, q, k, v):
+        """Each [..., C] through its third of the packed matrix, split into heads."""
+        kernels = jnp.split(self.inputs.kernel[...].astype(q.dtype), 3, axis=1)
+        biases = jnp.split(self.inputs.bias[...].astype(q.dtype), 3)
+        split = lambda t: rearrange(t, "... (a d) -> ... a d", d=self.head_dim)
+        return tuple(split(x @ kernel + bias) for x, kernel, bias in zip((q, k, v), kernels, biases))
+
+    def __call__(self, q: Float[Array, "n Q C"], k: Float[Array, "n K C"], v: Float[Array, "n K C"]):
+        return self.o(rearrange(attention(*self.heads(q, k, v)), "n q a d -> n q (a d)"))
+
+
+class LocalAttention(PackedAttention):
+    """The same over grids, each query with the s x s patches of its own cell."""
+
+    def __call__(self, q: Float[Array, "n Q Q C"], k: Float[Array, "n g g C"], v: Float[Array, "n g g C"]):
+        return self.o(rearrange(windowed_attention(*self.heads(q, k, v)), "n h w a d -> n h w (a d)"))
+
+
+def attention_names(torch: str, path: str) -> list[Entry]:
+    """Names of a torch MultiheadAttention."""
+    inputs = [
+        Entry(f"{torch}.in_proj_weight", f"{path}/inputs/kernel", "linear"),
+        Entry(f"{torch}.in_proj_bias", f"{path}/inputs/bias"),
+    ]
+    return inputs + linear(f"{torch}.out_proj", f"{path}/o")
+
+
+def scale_budgets(cfg: ProjectorConfig) -> tuple[int, ...]:
+    """(grid / s)^2 for each scale factor s, largest first. Raises ConfigError where s does not divide the grid."""
+    cfg.check_scale()
+    return tuple(sorted({(cfg.grid // s) ** 2 for s in cfg.scale_factors}, reverse=True))
+
+
+def last_layer(cfg: ProjectorConfig, layers: int) -> int:
+    """The hidden state of the query features in a tower of that many layers."""
+    return layers + 1 + cfg.select_layer
+
+
+def multi_level(cfg: ProjectorConfig, layers: int) -> Needs:
+    """The last features and several layers: the release's relative depths, halves rounded up, none beyond the last."""
+    last = last_layer(cfg, layers)
+    levels = cfg.levels or tuple(min(int(layers * level / 24 + 0.5), last) for level in LEVELS[-cfg.level_count :])
+    return Needs(last=last, levels=levels)
+
+
+def as_grid(x: Float[Array, "n N C"], grid: int) -> Float[Array, "n g g C"]:
+    return rearrange(x, "n (h w) c -> n h w c", h=grid)
+
+
+def pool_grid(x: Float[Array, "n g g C"], side: int) -> Float[Array, "n s s C"]:
+    """Averages of equal cells."""
+    return rearrange(x, "n (h p) (w q) c -> n h w (p q) c", h=side, w=side).mean(3)
+
+
+def half_table(side: int, width: int) -> jax.Array:
+    """The sine-cosine table as published checkpoints hold it: rounded to half precision, kept in float32."""
+    return jnp.asarray(sincos_table(side, width)).astype(jnp.float16).astype(jnp.float32)
+
+
+def resize_table(table: Float[Array, "S2 C"], grid: int) -> Float[Array, "N C"]:
+    """A square table of positions for a grid of another side (torch's bicubic)."""
+    side = round(table.shape[0] ** 0.5)
+    resized = resize_grid(table.reshape(1, side, side, -1).astype(jnp.float32), grid, "bicubic")
+    return resized.reshape(grid * grid, -1)
