@@ -78,11 +78,17 @@ def _write_whole_hf(model: Pretrained, folder: Path, shard_bytes: int) -> None:
             tokenizer.save(str(folder / "tokenizer.json"))
         _write_processor(model, folder, plain)
     if not plain:
-        name = f"modeling_{cfg.projector.name}llava.py"
-        if not (TORCH_MODULES / name).is_file():
-            raise ConversionError(f"--to hf: there is no PyTorch code for the {cfg.projector.name} projector yet")
-        for file in TORCH_MODULES.glob(f"*_{cfg.projector.name}llava.py"):
+        for file in (*TORCH_MODULES.glob("*_deltallava.py"), TORCH_MODULES / "projector_parts.py"):
             shutil.copy(file, folder)
+        shutil.copy(projector_code(cfg.projector.name), folder / "projector.py")
+
+
+def projector_code(name: str) -> Path:
+    """The PyTorch code of a projector. Raises ConversionError if there is none."""
+    file = TORCH_MODULES / f"projector_{name}.py"
+    if not file.is_file():
+        raise ConversionError(f"--to hf: there is no PyTorch code for the {name} projector")
+    return file
 
 
 def write_llava(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -167,15 +173,14 @@ def _llava_config(model: Pretrained, image_token: int, plain: bool) -> dict:
     from deltallava_jax.models import projectors
 
     needs = projectors.needs(cfg.projector, cfg.vision.layers)
-    code = f"{cfg.projector.name}llava"
     return config | {
         PROJECTOR_KEY: to_dict(cfg.projector),
         "select": {"last": needs.last, "levels": list(needs.levels), "drop_cls": cfg.vision.family == "clip"},
         "budgets": list(projectors.budgets(cfg.projector)),
         "auto_map": {
-            "AutoConfig": f"configuration_{code}.DeltaLlavaConfig",
-            "AutoModel": f"modeling_{code}.DeltaLlavaForConditionalGeneration",
-            "AutoModelForImageTextToText": f"modeling_{code}.DeltaLlavaForConditionalGeneration",
+            "AutoConfig": "configuration_deltallava.DeltaLlavaConfig",
+            "AutoModel": "modeling_deltallava.DeltaLlavaForConditionalGeneration",
+            "AutoModelForImageTextToText": "modeling_deltallava.DeltaLlavaForConditionalGeneration",
         },
     }
 
@@ -242,7 +247,7 @@ def _write_processor(model: Pretrained, folder: Path, plain: bool) -> None:
         "num_additional_image_tokens": 1 if vision.family == "clip" else 0,
     }
     if not plain:
-        code = f"processing_{model.cfg.projector.name}llava.DeltaLlavaProcessor"
+        code = "processing_deltallava.DeltaLlavaProcessor"
         processor = {"processor_class": "DeltaLlavaProcessor", "auto_map": {"AutoProcessor": code}}
     if not (folder / "preprocessor_config.json").exists():
         _write_json(folder / "preprocessor_config.json", pixels)
@@ -268,7 +273,7 @@ def write_card(model: Pretrained, folder: Path, name: str, source: Path | None) 
         "Exported by deltallava_jax.", "",
         "| Part | |", "|---|---|", *parts, f"| parameters | {model.size:,} |", "",
     ]  # fmt: skip
-    if (folder / f"modeling_{cfg.projector.name if cfg.projector else ''}llava.py").is_file():
+    if (folder / "modeling_deltallava.py").is_file():
         from deltallava_jax.models import projectors
 
         budgets = ", ".join(map(str, projectors.budgets(cfg.projector)))
