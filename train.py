@@ -84,8 +84,8 @@ def main(cfg: Config, workdir: Path) -> None:
     rows = Rows(source, tokenizer, cfg.data, cfg.model.vision.image_size)
     lengths, images = rows.lengths()
     plan = PackPlan(
-        lengths, images, budgets=budgets, rows=cfg.data.rows, row_length=cfg.data.row_length,
-        images_per_row=cfg.data.images_per_row, seed=cfg.seed,
+        lengths, images, budgets=budgets[:1] if cfg.training.every_budget else budgets,
+        rows=cfg.data.rows, row_length=cfg.data.row_length, images_per_row=cfg.data.images_per_row, seed=cfg.seed,
     )  # fmt: skip
     steps = cfg.training.steps or plan.steps_for(cfg.training.epochs)
 

@@ -75,12 +75,15 @@ class ProjectorConfig:
     queries: int = 256  # mqt, resampler: learned queries
     tokens: tuple[int, ...] = ()  # mqt: tokens an image, one drawn each step; empty: 256, 144, 64, 36, 16, 4, 2, 1
     text_width: int = 0  # quecc: width of the question's hidden state; 0: out_width
+    question_length: int = 64  # quecc: tokens of a question that are read, at most
     depth: int = 0  # honeybee: blocks or layers; 0: as published, 3 and 6
     closing: bool = False  # resampler: Qwen-VL's LayerNorm and output matrix behind it
 
     def __post_init__(self):
         require_at_least(1, "projector", self, "grid", "in_width", "out_width", "level_count", "rank", "mlp_width")
-        require_at_least(1, "projector", self, "head_dim", "block_head_dim", "window", "reduction", "queries")
+        require_at_least(
+            1, "projector", self, "head_dim", "block_head_dim", "window", "reduction", "queries", "question_length"
+        )
         require_at_least(0, "projector", self, "text_width", "depth")
         require(0 <= self.drop_path < 1, f"projector.drop_path={self.drop_path}; expected 0 to below 1")
         require(0 < self.mix_ratio < 1, f"projector.mix_ratio={self.mix_ratio}; expected between 0 and 1")

@@ -70,6 +70,7 @@ class TrainingConfig:
     eval_every: int = 0
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    every_budget: bool = False  # an elastic model: each step averages the loss of all budgets, not one that is drawn
 
     def __post_init__(self):
         require_at_least(0, "training", self, "steps", "log_every", "eval_every", "checkpoint_every")

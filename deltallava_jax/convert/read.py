@@ -125,6 +125,25 @@ def read(
     return Pretrained(cfg, params, layout, cfg, hf, kept, extra)
 
 
+def read_projector(path: Path, dtype: str | None = None) -> Pretrained:
+    """The projector alone of any checkpoint that holds one, whatever else is in it. Raises as ``read`` does."""
+    if not path.exists():
+        raise ConversionError(f"{path} does not exist")
+    tensors = find(path)
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    found = _layout(tensors)
+    if found.projector is None:
+        raise ConversionError(f"{path} holds no projector; known systems: {', '.join(projectors.SYSTEMS)}")
+    layout = Layout(projector=found.projector, hf_projector=found.hf_projector)
+    cfg = ModelConfig(
+        None, _projector_config(read_json(file) if file.is_file() else {}, layout, tensors, None, 0), None
+    )
+    names = {entry.torch for entry in layout.table(cfg)}
+    own = {name: tensor for name, tensor in tensors.items() if name in names}
+    params, _ = _load(cfg, layout, own, dtype, None, False)
+    return Pretrained(cfg, params, layout, cfg)
+
+
 def read_json(path: Path) -> dict:
     """A JSON object; ConversionError if the file is missing or is none."""
     try:
@@ -151,7 +170,7 @@ def _layout(tensors: dict[str, Tensor]) -> Layout:
         return next((name.removesuffix(ending) for name in tensors if name.endswith(ending)), None)
 
     projector = None
-    for marker in ("multi_modal_projector.", "mm_projector."):
+    for marker in ("multi_modal_projector.", "mm_projector.", *projectors.PREFIXES):
         found = next((name for name in tensors if marker in name), None)
         if found is not None:
             projector = found[: found.index(marker) + len(marker)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from deltallava_jax.config import Config, DataConfig, ModelConfig, ProjectorConfig, from_dict, to_dict, workdir_config
-from deltallava_jax.convert.read import Layout, Pretrained, read, read_json
+from deltallava_jax.convert.read import Layout, Pretrained, read, read_json, read_projector
 from deltallava_jax.convert.tensors import ConversionError, find
 from deltallava_jax.convert.write import write_extra
 from deltallava_jax.data import tokens
@@ -111,7 +111,8 @@ def compose(
     ProjectorConfig, e.g. scale_factor. Raises ConversionError, ConfigError, WeightMismatch."""
     trained = None
     if projector not in projectors.SYSTEMS:
-        trained = open_model(Path(projector), dtype=dtype)
+        path = Path(projector)
+        trained = open_model(path, dtype=dtype) if is_workdir(path) else read_projector(path, dtype)
         if trained.cfg.projector is None:
             raise ConversionError(
                 f"--projector {projector} holds no projector; known systems: {', '.join(projectors.SYSTEMS)}"

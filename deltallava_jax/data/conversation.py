@@ -45,14 +45,16 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Tokenized:
-    """ids [T] with id 0 at each image's placeholder; loss_mask [T]; image_positions [images]; rounds [T].
+    """ids [T] with id 0 at each image's placeholder; loss_mask [T]; image_positions [images]; rounds [T]; questions.
 
+    questions: [images, 2], start and end in ids of the question of each image's round, from after its newline.
     rounds: 0 for the system text and the images at the front, then 1, 2, ... for the question and answer pairs."""
 
     ids: np.ndarray
     loss_mask: np.ndarray
     image_positions: np.ndarray
     rounds: np.ndarray
+    questions: np.ndarray
 
 
 def rounds(conversation: list[dict]) -> list[tuple[str, str | None]]:
@@ -74,32 +76,46 @@ def tokenize(pairs: list[tuple[str, str | None]], template: Template, tokenizer:
     """Token ids of a whole conversation, BOS first; each answer and its ``end`` are supervised.
 
     A final answer of None leaves the prompt open for generation."""
-    text, spans, starts = template.system, [], []
+    text, spans, starts, asked = template.system, [], [], []
     for question, answer in pairs:
-        shared = 0  # characters of the first round up to the end of its image marker and newline
+        shared, before = 0, len(text) + template.user.index("{}")
+        begin = question.rfind(IMAGE) + len(IMAGE) if IMAGE in question else 0  # of the question's own words
+        begin += question[begin:].startswith("\n")
         if not starts and IMAGE in question:
-            shared = template.user.index("{}") + question.rfind(IMAGE) + len(IMAGE)
-            shared += question[question.rfind(IMAGE) + len(IMAGE) :].startswith("\n")
+            shared = before + begin - len(text)
         starts.append(len(text) + shared)
+        asked += [(before + begin, before + len(question))] * question.count(IMAGE)
         text += template.user.format(question) + template.assistant
         if answer is None:
             break
         spans.append((len(text), len(text) + len(f" {answer}{template.end}")))
         text += f" {answer}{template.end}"
     ids = [] if tokenizer.bos is None else [tokenizer.bos]
-    mask, of_round, positions, start = [False] * len(ids), [0] * len(ids), [], 0
+    mask, of_round, places = [False] * len(ids), [0] * len(ids), [(-1, -1)] * len(ids)
+    positions, start = [], 0
     for index, piece in enumerate(text.split(IMAGE)):
         if index:
             positions.append(len(ids))
             ids.append(0)
             mask.append(False)
+            places.append((-1, -1))
             of_round.append(bisect.bisect(starts, start))
             start += len(IMAGE)
         piece_ids, offsets = tokenizer.encode(piece)
         ids += piece_ids
-        mask += [any(a < start + end and start + begin < b for a, b in spans) for begin, end in offsets]
+        places += [(start + begin, start + end) for begin, end in offsets]
+        mask += [any(_overlap(place, span) for span in spans) for place in places[len(mask) :]]
         of_round += [bisect.bisect(starts, start + begin) for begin, _ in offsets]
         start += len(piece)
+    questions = np.zeros((len(asked), 2), np.int32)
+    for image, span in enumerate(asked):
+        inside = [index for index, place in enumerate(places) if _overlap(place, span)]
+        questions[image] = (inside[0], inside[-1] + 1) if inside else 0
     return Tokenized(
-        np.array(ids, np.int32), np.array(mask, bool), np.array(positions, np.int32), np.array(of_round, np.int32)
-    )
+        np.array(ids, np.int32), np.array(mask, bool), np.array(positions, np.int32), np.array(of_round, np.int32),
+        questions,
+    )  # fmt: skip
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    return a[0] < b[1] and b[0] < a[1]

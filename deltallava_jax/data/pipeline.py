@@ -68,6 +68,7 @@ class Rows:
             segments=np.zeros((B, text), np.int32),
             image_positions=np.full((B, images), text, np.int32),
             images=np.zeros((B, images, size, size, 3), np.uint8),
+            questions=np.zeros((B, images, 2), np.int32),
             branches=np.zeros((B, text), np.int32) if self.cfg.independent_rounds else None,
         )
         faults = []
@@ -90,8 +91,9 @@ class Rows:
                 batch.segments[row, start:end] = segment
                 if batch.branches is not None:
                     batch.branches[row, start:end] = tokenized.rounds[: end - start]
-                for position, image in zip(tokenized.image_positions, pixels):
+                for position, question, image in zip(tokenized.image_positions, tokenized.questions, pixels):
                     batch.image_positions[row, placed] = start + position
+                    batch.questions[row, placed] = np.minimum(start + question, end)
                     batch.images[row, placed] = image
                     placed += 1
                 start = end

@@ -39,7 +39,11 @@ def evaluate(
     questions = easy_vqa.questions("test")
     if limit and limit < len(questions):
         questions = [questions[i] for i in np.linspace(0, len(questions) - 1, limit).astype(int)]
-    visual = _encode(params, cfg, sorted({q.image for q in questions}), budget, blind)
+    images = sorted({q.image for q in questions})
+    pixels = _pixels(cfg, images, blind)
+    place = {image: index for index, image in enumerate(images)}
+    asks = projectors.reads_question(cfg.model.projector)
+    visual = None if asks else _encode(params, cfg, pixels, budget)
     template = TEMPLATES[cfg.data.template]
     prompts = [tokenize([(f"{IMAGE}\n{q.question}", None)], template, tokenizer) for q in questions]
     length = max(len(prompt.ids) for prompt in prompts)
@@ -48,10 +52,10 @@ def evaluate(
     for start in tqdm(range(0, len(questions), size), "answering", unit="batch", disable=not progress, leave=False):
         # The last batch is filled up by repeating its last question: one shape, one compile.
         chosen = [min(start + i, len(questions) - 1) for i in range(size)]
+        batch, shown = prompt_batch([prompts[i] for i in chosen], length), [place[questions[i].image] for i in chosen]
         tokens = greedy(
-            params, cfg.model,
-            prompt_batch([prompts[i] for i in chosen], length),
-            np.stack([visual[questions[i].image] for i in chosen]),
+            params, cfg.model, batch,
+            encode(params, cfg.model, pixels[shown], batch, budget=budget) if asks else visual[shown],
             max_new_tokens=cfg.evaluation.max_new_tokens, eos=tokenizer.eos,
         )  # fmt: skip
         answers += [tokenizer.decode(row) for row in np.asarray(tokens)]
@@ -69,14 +73,16 @@ def evaluate(
     }
 
 
-def _encode(params: Params, cfg: Config, images: list[int], budget: int, blind: bool) -> dict[int, np.ndarray]:
-    """Visual tokens [V, d] of each image, or of noise."""
+def _pixels(cfg: Config, images: list[int], blind: bool) -> np.ndarray:
+    """Pixels [n, H, W, 3] of the images, or noise."""
     size = cfg.model.vision.image_size
     if blind:
-        pixels = np.random.default_rng(cfg.seed).integers(0, 256, (len(images), size, size, 3)).astype(np.uint8)
-    else:
-        pixels = np.stack([load_image(easy_vqa.image_path("test", image), size) for image in images])
-    padded = np.pad(pixels, ((0, -len(images) % IMAGE_BATCH), (0, 0), (0, 0), (0, 0)))
+        return np.random.default_rng(cfg.seed).integers(0, 256, (len(images), size, size, 3)).astype(np.uint8)
+    return np.stack([load_image(easy_vqa.image_path("test", image), size) for image in images])
+
+
+def _encode(params: Params, cfg: Config, pixels: np.ndarray, budget: int) -> np.ndarray:
+    """Visual tokens [n, V, d] of all images, a batch at a time."""
+    padded = np.pad(pixels, ((0, -len(pixels) % IMAGE_BATCH), (0, 0), (0, 0), (0, 0)))
     batches = padded.reshape(-1, IMAGE_BATCH, *padded.shape[1:])
-    tokens = np.concatenate([np.asarray(encode(params, cfg.model, batch, budget=budget)) for batch in batches])
-    return dict(zip(images, tokens))
+    return np.concatenate([np.asarray(encode(params, cfg.model, batch, budget=budget)) for batch in batches])

@@ -17,9 +17,12 @@ from deltallava_jax.sequence import Batch, layout, text_layout
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "budget"))
-def encode(params: Params, cfg: ModelConfig, images: UInt8[Array, "n H W 3"], *, budget: int) -> Float[Array, "n V d"]:
-    """Visual tokens of images, compiled once for each (n, budget)."""
-    return vlm.visual_tokens(params, cfg, images, budget=budget)
+def encode(
+    params: Params, cfg: ModelConfig, images: UInt8[Array, "n H W 3"], prompts: Batch | None = None, *, budget: int
+) -> Float[Array, "n V d"]:
+    """Visual tokens of images, compiled once for each (n, budget). prompts: for systems that read the question, the
+    rows whose image places the images fill, row by row."""
+    return vlm.visual_tokens(params, cfg, images, prompts, budget=budget)
 
 
 def prompt_batch(prompts: list[Tokenized], length: int) -> Batch:
@@ -34,6 +37,7 @@ def prompt_batch(prompts: list[Tokenized], length: int) -> Batch:
         segments=np.zeros((rows, length), np.int32),
         image_positions=np.full((rows, images), length, np.int32),
         images=np.zeros((rows, images, 0, 0, 3), np.uint8),
+        questions=np.zeros((rows, images, 2), np.int32),
     )
     for row, prompt in enumerate(prompts):
         count = len(prompt.ids)
@@ -42,6 +46,7 @@ def prompt_batch(prompts: list[Tokenized], length: int) -> Batch:
         batch.tokens[row, :count] = prompt.ids
         batch.segments[row, :count] = 1
         batch.image_positions[row, : len(prompt.image_positions)] = prompt.image_positions
+        batch.questions[row, : len(prompt.questions)] = prompt.questions
     return batch
 
 

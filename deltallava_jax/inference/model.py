@@ -16,6 +16,7 @@ from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.inference.generate import encode, greedy, prompt_batch
 from deltallava_jax.models import projectors
 from deltallava_jax.models.layers import Params
+from deltallava_jax.sequence import Batch
 
 LENGTH_STEP = 64  # prompts are padded to a multiple, so that few lengths are compiled
 
@@ -57,24 +58,26 @@ class Model:
             raise ConfigError("the model has no vision tower, so it cannot read images")
         else:
             tokenized = plain_prompt(prompt, self.tokenizer)
-        visual = self._visual(images, budget)
         length = -(-len(tokenized.ids) // LENGTH_STEP) * LENGTH_STEP
+        prompt = prompt_batch([tokenized], length)
         ids = greedy(
-            self.params, self.cfg, prompt_batch([tokenized], length), visual,
+            self.params, self.cfg, prompt, self._visual(images, prompt, budget),
             max_new_tokens=max_new_tokens, eos=self.tokenizer.eos,
         )  # fmt: skip
         return self.tokenizer.decode(np.asarray(ids)[0])
 
-    def _visual(self, images: list, budget: int | None):
+    def _visual(self, images: list, prompt: Batch, budget: int | None):
         if not images:
             return np.zeros((0, 1, self.cfg.decoder.width), self.cfg.dtype)
         budget = projectors.check_budget(self.cfg.projector, budget)
         pixels = np.stack([load_image(image, self.cfg.vision.image_size) for image in images])
-        return encode(self.params, self.cfg, pixels, budget=budget)
+        return encode(self.params, self.cfg, pixels, prompt, budget=budget)
 
 
 def plain_prompt(prompt: str, tokenizer: Tokenizer) -> Tokenized:
     """A text as it stands, BOS before it where the tokenizer has one: for a decoder alone."""
     ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(prompt)[0]
     nothing = np.zeros(len(ids), np.int32)
-    return Tokenized(np.array(ids, np.int32), nothing.astype(bool), np.zeros(0, np.int32), nothing)
+    return Tokenized(
+        np.array(ids, np.int32), nothing.astype(bool), np.zeros(0, np.int32), nothing, np.zeros((0, 2), np.int32)
+    )

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, UInt8
 from deltallava_jax.config import ModelConfig
 from deltallava_jax.models import decoder, projectors, vision
 from deltallava_jax.models.layers import Params
-from deltallava_jax.sequence import Batch, Layout, layout
+from deltallava_jax.sequence import Batch, Layout, layout, text_layout
 
 
 def init_params(cfg: ModelConfig, key: Array) -> Params:
@@ -26,14 +26,44 @@ def visual_tokens(
     params: Params,
     cfg: ModelConfig,
     images: UInt8[Array, "n H W 3"],
+    batch: Batch | None = None,
     *,
     budget: int | None = None,
     key: Array | None = None,
 ) -> Float[Array, "n V d"]:
-    """Images -> V visual tokens each (the projector's largest budget by default), in the compute dtype."""
+    """Images -> V visual tokens each (the projector's largest budget by default), in the compute dtype.
+
+    batch: the rows whose image places the images fill, for systems that read each image's question."""
+    text = None
+    if projectors.reads_question(cfg.projector):
+        if batch is None or batch.questions is None:
+            raise ValueError(
+                f"{cfg.projector.name} reads each image's question: the batch with its questions is needed"
+            )
+        text = question_states(params, cfg, batch)
     needs = projectors.needs(cfg.projector, cfg.vision.layers)
     features = vision.encode(params["vision"], cfg.vision, images, needs, dtype=cfg.dtype, remat=cfg.remat)
-    return projectors.project(params["projector"], cfg.projector, features, budget=budget, key=key)
+    return projectors.project(params["projector"], cfg.projector, features, text, budget=budget, key=key)
+
+
+def question_states(params: Params, cfg: ModelConfig, batch: Batch) -> Float[Array, "n d"]:
+    """The last hidden state of each image place's question, read by the decoder on its own, without gradient.
+
+    Of a question longer than ``question_length`` the end is read; zeros where there is none."""
+    weights, Q = jax.lax.stop_gradient(params["decoder"]), cfg.projector.question_length
+    start, end = batch.questions.reshape(-1, 2).T
+    start = jnp.maximum(start, end - Q)
+    places = start[:, None] + jnp.arange(Q)
+    live = places < end[:, None]
+    tokens = jnp.repeat(batch.tokens, batch.questions.shape[1], axis=0)
+    tokens = jnp.take_along_axis(tokens, jnp.minimum(places, tokens.shape[1] - 1), axis=1)
+    rows = text_layout(jnp.broadcast_to(jnp.arange(Q), places.shape), live.astype(jnp.int32))
+    with jax.named_scope("question"):
+        hidden = decoder.embed(weights, cfg.decoder, tokens, cfg.dtype)
+        hidden, _ = decoder.run(weights, cfg.decoder, hidden, rows)
+        last = jnp.take_along_axis(hidden, jnp.maximum(end - start - 1, 0)[:, None, None], axis=1)[:, 0]
+        states = decoder.finish(weights, cfg.decoder, last)
+    return jax.lax.stop_gradient(jnp.where((end > start)[:, None], states, 0))
 
 
 def merge(
@@ -57,7 +87,7 @@ def hidden_states(
     B, I = batch.image_positions.shape
     if I:
         images = batch.images.reshape(B * I, *batch.images.shape[2:])
-        visual = visual_tokens(params, cfg, images, budget=budget, key=key)
+        visual = visual_tokens(params, cfg, images, batch, budget=budget, key=key)
     else:
         visual = jnp.zeros((0, budget, cfg.decoder.width), cfg.dtype)
     rows = layout(batch, None, budget)

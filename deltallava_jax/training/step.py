@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from deltallava_jax.config import Config
-from deltallava_jax.models import vlm
+from deltallava_jax.models import projectors, vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.parallel import rules
 from deltallava_jax.parallel.mesh import ROWS
@@ -68,13 +68,16 @@ def gradients(
 ) -> tuple[Array, Array, Params]:
     """(mean loss, supervised tokens, gradients of the mean loss) of a batch.
 
+    With ``training.every_budget`` the loss is the mean over all of the projector's budgets.
     The batch is taken in ``optimizer.accumulation`` microbatches: summed losses and gradients are added up and divided
     once by the supervised tokens of the whole batch, so that the result does not depend on the number of parts."""
     parts = cfg.optimizer.accumulation
+    budgets = projectors.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
 
     def part_loss(trained, part, key):
-        total, count = vlm.loss_sum(join(trained, frozen), cfg.model, part, key, budget=budget)
-        return total, count
+        params = join(trained, frozen)
+        sums = [vlm.loss_sum(params, cfg.model, part, key, budget=each) for each in budgets]
+        return sum(total for total, _ in sums) / len(sums), sums[0][1]
 
     value_and_grad = jax.value_and_grad(part_loss, has_aux=True)
     if parts == 1:
@@ -103,6 +106,7 @@ def batch_shapes(cfg: Config, mesh: Mesh, text: int, images: int) -> Batch:
         segments=place(jnp.int32, text),
         image_positions=place(jnp.int32, images),
         images=place(jnp.uint8, images, size, size, 3),
+        questions=place(jnp.int32, images, 2),
         branches=place(jnp.int32, text) if cfg.data.independent_rounds else None,
     )
 

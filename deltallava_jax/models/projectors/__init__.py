@@ -5,6 +5,8 @@ A system is an NNX class ``System(cfg, *, rngs)`` with
     budgets(cfg)                            the tokens an image it can make, largest first
     needs(cfg, layers)                      what it asks of a tower of that many layers
     name_table(cfg)                         its torch names
+    reads_question                          True for one that wants text
+    prefix                                  of its tensors in published checkpoints, where it is not mm_projector.
     infer(shapes)                           its settings from {torch name: shape}, None if the tensors are not its own
 """
 
@@ -41,6 +43,8 @@ SYSTEMS = {
     "honeybee_c": HoneybeeC,
     "honeybee_d": HoneybeeD,
 }
+# Where published checkpoints keep a projector that is not LLaVA's mm_projector; the longer names first.
+PREFIXES = sorted({kind.prefix for kind in SYSTEMS.values() if hasattr(kind, "prefix")}, key=len, reverse=True)
 
 
 def system(cfg: ProjectorConfig) -> type:
@@ -74,6 +78,11 @@ def check_budget(cfg: ProjectorConfig, budget: int | None) -> int:
 def needs(cfg: ProjectorConfig, layers: int) -> Needs:
     """What the projector asks of a tower with that many layers."""
     return system(cfg).needs(cfg, layers)
+
+
+def reads_question(cfg: ProjectorConfig) -> bool:
+    """Whether the projector wants the hidden state of each image's question."""
+    return getattr(system(cfg), "reads_question", False)
 
 
 def project(

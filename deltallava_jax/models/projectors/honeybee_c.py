@@ -48,6 +48,8 @@ class Bottleneck(nnx.Module):
 
 
 class HoneybeeC(nnx.Module):
+    prefix = "abstractor."
+
     def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
         self.position = nnx.Param(normal(cfg.initializer_range)(rngs.params(), (1, cfg.grid**2, cfg.in_width)))
         for stage, block, in_width in _blocks(cfg):

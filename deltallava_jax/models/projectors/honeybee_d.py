@@ -79,6 +79,8 @@ def _directions(key, shape) -> np.ndarray:
 
 
 class HoneybeeD(nnx.Module):
+    prefix = "abstractor."
+
     def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
         side = cfg.grid // cfg.scale_factors[0]
         init = normal(cfg.initializer_range)

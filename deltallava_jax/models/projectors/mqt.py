@@ -20,6 +20,8 @@ TOKENS = (256, 144, 64, 36, 16, 4, 2, 1)
 
 
 class Mqt(nnx.Module):
+    prefix = "query_abstractor."
+
     def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
         width = cfg.width
         self.queries = nnx.Param(trunc_normal(cfg.initializer_range)(rngs.params(), (cfg.queries, width)))

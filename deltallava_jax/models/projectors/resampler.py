@@ -17,6 +17,8 @@ from deltallava_jax.models.vision import Needs, VisionFeatures
 
 
 class Resampler(nnx.Module):
+    prefix = "transformer.visual."
+
     def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
         width, init = cfg.out_width, trunc_normal(cfg.initializer_range)
         self.queries = nnx.Param(init(rngs.params(), (cfg.queries, width)))
