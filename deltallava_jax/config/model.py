@@ -73,7 +73,9 @@ class ProjectorConfig:
     variant: str = "release"
     ablation: str = "none"
     queries: int = 256  # mqt, resampler: learned queries
-    tokens: tuple[int, ...] = ()  # mqt: tokens an image, one drawn each step; empty: 256, 144, 64, 36, 16, 4, 2, 1
+    tokens: tuple[int, ...] = ()  # mqt, fastervlm: the budgets; prumerge: (the most,); empty: as published
+    keep_ratio: float = 0.125  # prumerge: share of the patches kept; 0: by outliers of each image
+    reproduce_duplicates: bool = False  # prumerge_plus: the original's doubled and lost positions
     text_width: int = 0  # quecc: width of the question's hidden state; 0: out_width
     question_length: int = 64  # quecc: tokens of a question that are read, at most
     depth: int = 0  # honeybee: blocks or layers; 0: as published, 3 and 6
@@ -86,6 +88,7 @@ class ProjectorConfig:
         )
         require_at_least(0, "projector", self, "text_width", "depth")
         require(0 <= self.drop_path < 1, f"projector.drop_path={self.drop_path}; expected 0 to below 1")
+        require(0 <= self.keep_ratio < 1, f"projector.keep_ratio={self.keep_ratio}; expected 0 to below 1")
         require(0 < self.mix_ratio < 1, f"projector.mix_ratio={self.mix_ratio}; expected between 0 and 1")
         for name, known in (("variant", ("release", "paper")), ("ablation", ABLATIONS)):
             value = getattr(self, name)

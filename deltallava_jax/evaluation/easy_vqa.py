@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -43,7 +44,7 @@ def evaluate(
     pixels = _pixels(cfg, images, blind)
     place = {image: index for index, image in enumerate(images)}
     asks = projectors.reads_question(cfg.model.projector)
-    visual = None if asks else _encode(params, cfg, pixels, budget)
+    visual, valid = (None, None) if asks else _encode(params, cfg, pixels, budget)
     template = TEMPLATES[cfg.data.template]
     prompts = [tokenize([(f"{IMAGE}\n{q.question}", None)], template, tokenizer) for q in questions]
     length = max(len(prompt.ids) for prompt in prompts)
@@ -55,7 +56,11 @@ def evaluate(
         batch, shown = prompt_batch([prompts[i] for i in chosen], length), [place[questions[i].image] for i in chosen]
         tokens = greedy(
             params, cfg.model, batch,
-            encode(params, cfg.model, pixels[shown], batch, budget=budget) if asks else visual[shown],
+            *(
+                encode(params, cfg.model, pixels[shown], batch, budget=budget)
+                if asks
+                else (visual[shown], None if valid is None else valid[shown])
+            ),
             max_new_tokens=cfg.evaluation.max_new_tokens, eos=tokenizer.eos,
         )  # fmt: skip
         answers += [tokenizer.decode(row) for row in np.asarray(tokens)]
@@ -81,8 +86,9 @@ def _pixels(cfg: Config, images: list[int], blind: bool) -> np.ndarray:
     return np.stack([load_image(easy_vqa.image_path("test", image), size) for image in images])
 
 
-def _encode(params: Params, cfg: Config, pixels: np.ndarray, budget: int) -> np.ndarray:
-    """Visual tokens [n, V, d] of all images, a batch at a time."""
+def _encode(params: Params, cfg: Config, pixels: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """(visual tokens [n, V, d], which of them are there) of all images, a batch at a time."""
     padded = np.pad(pixels, ((0, -len(pixels) % IMAGE_BATCH), (0, 0), (0, 0), (0, 0)))
     batches = padded.reshape(-1, IMAGE_BATCH, *padded.shape[1:])
-    return np.concatenate([np.asarray(encode(params, cfg.model, batch, budget=budget)) for batch in batches])
+    parts = [encode(params, cfg.model, batch, budget=budget) for batch in batches]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from deltallava_jax.config import ModelConfig
 from deltallava_jax.data.conversation import Tokenized
@@ -19,9 +19,10 @@ from deltallava_jax.sequence import Batch, layout, text_layout
 @functools.partial(jax.jit, static_argnames=("cfg", "budget"))
 def encode(
     params: Params, cfg: ModelConfig, images: UInt8[Array, "n H W 3"], prompts: Batch | None = None, *, budget: int
-) -> Float[Array, "n V d"]:
-    """Visual tokens of images, compiled once for each (n, budget). prompts: for systems that read the question, the
-    rows whose image places the images fill, row by row."""
+) -> tuple[Float[Array, "n V d"], Bool[Array, "n V"] | None]:
+    """Visual tokens of images and which of them are there (None: all), compiled once for each (n, budget).
+
+    prompts: for systems that read the question, the rows whose image places the images fill, row by row."""
     return vlm.visual_tokens(params, cfg, images, prompts, budget=budget)
 
 
@@ -56,15 +57,17 @@ def greedy(
     cfg: ModelConfig,
     prompts: Batch,
     visual: Float[Array, "n V d"],
+    valid: Bool[Array, "n V"] | None = None,
     *,
     max_new_tokens: int,
     eos: int,
 ) -> Int[Array, "B max_new_tokens"]:
     """The most likely next tokens of each prompt, up to and including ``eos``; 0 after it.
 
-    visual: V tokens of each image place, row by row (n = B * I). Stops when every row has ended."""
-    B = prompts.tokens.shape[0]
-    rows = layout(prompts, None, visual.shape[1])
+    visual, valid: of each image place, row by row (n = B * I), as ``encode`` gives them. Stops when every row has
+    ended."""
+    B, I = prompts.image_positions.shape
+    rows = layout(prompts, None if valid is None else valid.reshape(B, I, -1), visual.shape[1])
     hidden = vlm.merge(params, cfg, prompts, rows, visual)
     S = hidden.shape[1]
     weights, shape = params["decoder"], cfg.decoder

@@ -61,14 +61,14 @@ class Model:
         length = -(-len(tokenized.ids) // LENGTH_STEP) * LENGTH_STEP
         prompt = prompt_batch([tokenized], length)
         ids = greedy(
-            self.params, self.cfg, prompt, self._visual(images, prompt, budget),
+            self.params, self.cfg, prompt, *self._visual(images, prompt, budget),
             max_new_tokens=max_new_tokens, eos=self.tokenizer.eos,
         )  # fmt: skip
         return self.tokenizer.decode(np.asarray(ids)[0])
 
     def _visual(self, images: list, prompt: Batch, budget: int | None):
         if not images:
-            return np.zeros((0, 1, self.cfg.decoder.width), self.cfg.dtype)
+            return np.zeros((0, 1, self.cfg.decoder.width), self.cfg.dtype), None
         budget = projectors.check_budget(self.cfg.projector, budget)
         pixels = np.stack([load_image(image, self.cfg.vision.image_size) for image in images])
         return encode(self.params, self.cfg, pixels, prompt, budget=budget)

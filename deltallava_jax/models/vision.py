@@ -10,7 +10,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from deltallava_jax.config import VisionConfig
+from deltallava_jax.config import ConfigError, VisionConfig
 from deltallava_jax.models.layers import (
     REMAT,
     LayerNorm,
@@ -173,6 +173,8 @@ def encode(
     """Runs the tower no further than ``needs`` and returns just what it names.
 
     images: uint8 pixels, or floats already normalised."""
+    if needs.cls_attention and cfg.family != "clip":
+        raise ConfigError(f"the projector reads the CLS token's attention; a {cfg.family} tower has no CLS token")
     pixels = normalize(images, cfg) if images.dtype == jnp.uint8 else images
     hidden = embed(params, cfg, pixels.astype(dtype))
     skip = 1 if cfg.family == "clip" else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from deltallava_jax.config import ModelConfig
 from deltallava_jax.models import decoder, projectors, vision
@@ -30,8 +30,9 @@ def visual_tokens(
     *,
     budget: int | None = None,
     key: Array | None = None,
-) -> Float[Array, "n V d"]:
-    """Images -> V visual tokens each (the projector's largest budget by default), in the compute dtype.
+) -> tuple[Float[Array, "n V d"], Bool[Array, "n V"] | None]:
+    """Images -> V visual tokens each (the projector's largest budget by default), in the compute dtype, and which of
+    them are there (None: all).
 
     batch: the rows whose image places the images fill, for systems that read each image's question."""
     text = None
@@ -43,7 +44,7 @@ def visual_tokens(
         text = question_states(params, cfg, batch)
     needs = projectors.needs(cfg.projector, cfg.vision.layers)
     features = vision.encode(params["vision"], cfg.vision, images, needs, dtype=cfg.dtype, remat=cfg.remat)
-    return projectors.project(params["projector"], cfg.projector, features, text, budget=budget, key=key)
+    return projectors.project_valid(params["projector"], cfg.projector, features, text, budget=budget, key=key)
 
 
 def question_states(params: Params, cfg: ModelConfig, batch: Batch) -> Float[Array, "n d"]:
@@ -87,10 +88,10 @@ def hidden_states(
     B, I = batch.image_positions.shape
     if I:
         images = batch.images.reshape(B * I, *batch.images.shape[2:])
-        visual = visual_tokens(params, cfg, images, batch, budget=budget, key=key)
+        visual, valid = visual_tokens(params, cfg, images, batch, budget=budget, key=key)
     else:
-        visual = jnp.zeros((0, budget, cfg.decoder.width), cfg.dtype)
-    rows = layout(batch, None, budget)
+        visual, valid = jnp.zeros((0, budget, cfg.decoder.width), cfg.dtype), None
+    rows = layout(batch, None if valid is None else valid.reshape(B, I, budget), budget)
     hidden = merge(params, cfg, batch, rows, visual)
     hidden, _ = decoder.run(params["decoder"], cfg.decoder, hidden, rows, remat=cfg.remat)
     return decoder.finish(params["decoder"], cfg.decoder, hidden), rows

@@ -25,6 +25,7 @@ t.logging.set_verbosity_error()
 t.logging.disable_progress_bar()
 
 WIDTH, VOCAB, SIDE, IMAGE_TOKEN = 32, 320, 34, 319
+FULL = 300  # tokens of the tokenizer: a decoder with so many rows has none for the image token
 # 34 pixels leave a remainder of two, which the patch convolution cuts off: a grid of 4 x 4.
 TOWER = dict(
     image_size=SIDE,
@@ -81,10 +82,10 @@ def _pair(model, config, **changes):
 
 
 MODELS = {
-    "llama": lambda: t.LlamaForCausalLM(_llama(num_key_value_heads=4)),
+    "llama": lambda: t.LlamaForCausalLM(_llama(num_key_value_heads=4, vocab_size=FULL)),
     "llama_grouped": lambda: t.LlamaForCausalLM(_llama(rope_parameters=PLAIN_ROPE, rms_norm_eps=1e-2)),
     "llama3": lambda: t.LlamaForCausalLM(_llama(rope_parameters=LLAMA3_ROPE)),
-    "qwen2": lambda: t.Qwen2ForCausalLM(_qwen2(tie_word_embeddings=True)),
+    "qwen2": lambda: t.Qwen2ForCausalLM(_qwen2(tie_word_embeddings=True, vocab_size=FULL)),
     "clip": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**TOWER)),
     "siglip": lambda: t.SiglipVisionModel(t.SiglipVisionConfig(**TOWER)),
     "clip_pair": lambda: _pair(t.CLIPModel, t.CLIPConfig, projection_dim=32),
@@ -103,8 +104,9 @@ TEXTS = ["What is in the picture? ", "A small red circle on a blue square.", "Th
 
 @functools.cache
 def tokenizer() -> tokens.Tokenizer:
-    """300 tokens: fewer than the decoders have rows."""
-    return tokens.train(TEXTS, 300)
+    made = tokens.train(TEXTS, FULL)
+    assert made.vocab_size == FULL
+    return made
 
 
 @functools.cache
@@ -186,7 +188,7 @@ def convert(*arguments) -> None:
 # ------------------------------------------------------------------ rows of ids for both sides
 
 
-def rows_of(images: list[int], lengths: list[int], vocab: int = VOCAB - 1, seed: int = 0) -> list[Tokenized]:
+def rows_of(images: list[int], lengths: list[int], vocab: int = FULL, seed: int = 0) -> list[Tokenized]:
     """Random prompts: of each its length, with 0 in the place of each image, images after the first token."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -194,7 +196,8 @@ def rows_of(images: list[int], lengths: list[int], vocab: int = VOCAB - 1, seed:
         ids = rng.integers(3, vocab, length).astype(np.int32)
         places = np.arange(1, 1 + 2 * count, 2, dtype=np.int32)
         ids[places] = 0
-        rows.append(Tokenized(ids, np.zeros(length, bool), places, np.zeros(length, np.int32)))
+        nothing = np.zeros(length, np.int32)
+        rows.append(Tokenized(ids, nothing.astype(bool), places, nothing, np.zeros((count, 2), np.int32)))
     return rows
 
 

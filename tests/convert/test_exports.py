@@ -1,8 +1,8 @@
 """Our models in transformers: what write_hf writes gives the same logits and the same text there as here."""
 
 import dataclasses
+import functools
 import json
-import os
 import subprocess
 import sys
 
@@ -15,8 +15,7 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 
 import checkpoints  # noqa: E402
-import ml_dtypes  # noqa: E402
-from checkpoints import SIDE, our_batch, pixels, rows_of, tensors, torch_pixels, torch_rows  # noqa: E402
+from checkpoints import SIDE, assert_same_bits, our_batch, pixels, rows_of, tensors, torch_pixels, torch_rows  # noqa: E402
 from rows import random_params  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
@@ -34,7 +33,7 @@ from deltallava_jax.data.conversation import TEMPLATES, tokenize  # noqa: E402
 from deltallava_jax.inference.generate import encode, greedy, prompt_batch  # noqa: E402
 from deltallava_jax.inference.model import Model  # noqa: E402
 from deltallava_jax.models import projectors, vlm  # noqa: E402
-from deltallava_jax.models.names import flatten, unflatten  # noqa: E402
+from deltallava_jax.models.names import flatten  # noqa: E402
 from deltallava_jax.sequence import layout  # noqa: E402
 from deltallava_jax.training.checkpoints import Checkpoints  # noqa: E402
 from deltallava_jax.training.optimizer import split  # noqa: E402
@@ -47,6 +46,7 @@ DELTA = dict(scale_factor=(1, 2, 4), head_dim=16, block_head_dim=8, rank=4, mlp_
 def composed(saved):
     """composed(tower, decoder, projector, dtype, **settings): a new model, its projector far from its start."""
 
+    @functools.cache
     def composed(tower: str, decoder: str, projector: str, dtype: str = "float32", **settings) -> Pretrained:
         model = compose(saved(tower, dtype), saved(decoder, dtype), projector, settings)
         drawn = random_params(projectors.init_params, model.cfg.projector)
@@ -62,6 +62,25 @@ def exported(model: Pretrained, folder):
     return folder
 
 
+def loaded(folder, dtype: str = "float32"):
+    """What transformers loads from an export: every tensor found and used."""
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True, dtype=getattr(torch, dtype), output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
+
+
+def assert_close(mine, reference, dtype: str = "float32"):
+    """Logits or visual tokens; in bfloat16 the typical difference is taken, relative to the typical value."""
+    reference = reference.float().numpy()[..., : mine.shape[-1]]
+    assert mine.shape == reference.shape and reference.std() > 0.1
+    if dtype == "float32":
+        np.testing.assert_allclose(mine, reference, atol=1e-4)
+    else:
+        assert np.std(mine - reference) < 2e-2 * np.std(reference)
+
+
 def our_logits(model: Pretrained, rows, images, budget: int) -> np.ndarray:
     """[live slots, vocab], row after row."""
     batch = our_batch(rows, images)
@@ -70,7 +89,7 @@ def our_logits(model: Pretrained, rows, images, budget: int) -> np.ndarray:
 
 
 def our_tokens(model: Pretrained, rows, images, budget: int, count: int = 8) -> list[list[int]]:
-    visual = encode(model.params, model.cfg, images, budget=budget)
+    visual, _ = encode(model.params, model.cfg, images, budget=budget)
     prompts = prompt_batch(rows, max(len(row.ids) for row in rows))
     return np.asarray(greedy(model.params, model.cfg, prompts, visual, max_new_tokens=count, eos=-1)).tolist()
 
@@ -80,7 +99,7 @@ def our_tokens(model: Pretrained, rows, images, budget: int, count: int = 8) -> 
 
 @pytest.mark.parametrize(
     "tower, decoder, dtype",
-    [("clip", "llama_grouped", "float32"), ("siglip", "qwen2", "float32"), ("clip_pair", "llama3", "bfloat16")],
+    [("clip", "llama", "float32"), ("siglip", "qwen2", "float32"), ("clip_pair", "llama3", "bfloat16")],
 )
 def test_an_mlp_model_is_a_llava(tower, decoder, dtype, composed, tmp_path):
     """No code of ours is needed; logits of rows with one image, two and none."""
@@ -89,96 +108,89 @@ def test_an_mlp_model_is_a_llava(tower, decoder, dtype, composed, tmp_path):
     assert not list(folder.glob("*.py"))
     config = AutoConfig.from_pretrained(folder)
     assert config.model_type == "llava" and config.text_config.vocab_size > config.image_token_index
-    theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
+    theirs = loaded(folder, dtype)
+    assert isinstance(theirs, LlavaForConditionalGeneration)
     assert {str(value.dtype) for value in tensors(folder).values()} == {dtype}
     rows, images = rows_of([1, 2, 0], [12, 9, 20]), pixels(3)
-    mine = our_logits(model, rows, images, 16)
     inputs = torch_rows(rows, 16, image_token=config.image_token_index)
     with torch.no_grad():
         reference = theirs(**inputs, pixel_values=torch_pixels(images).to(theirs.dtype)).logits
-    reference = reference[inputs["attention_mask"].bool()].float().numpy()[:, : mine.shape[1]]
-    assert reference.std() > 0.3
-    if dtype == "float32":
-        np.testing.assert_allclose(mine, reference, atol=1e-4)
-    else:
-        assert np.abs(mine - reference).max() < 2e-2 * np.abs(reference).max()
-
-
-def test_loading_reports_no_missing_or_unexpected_tensors(composed, tmp_path):
-    """With SigLIP, whose pooling head the model has no use for."""
-    for tower in ("clip", "siglip"):
-        for name, settings in (("mlp", {}), ("delta", DELTA)):
-            folder = exported(composed(tower, "llama", name, **settings), tmp_path / f"{tower}_{name}")
-            _, info = AutoModelForImageTextToText.from_pretrained(
-                folder, trust_remote_code=True, output_loading_info=True
-            )
-            assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_close(our_logits(model, rows, images, 16), reference[inputs["attention_mask"].bool()], dtype)
 
 
 # ------------------------------------------------------------------ Delta models: their PyTorch code comes along
 
 DELTA_CASES = {
-    "release": ("clip", "llama_grouped", {}),
-    "release_no_emhsa": ("clip", "llama_grouped", dict(ablation="no_emhsa", scale_factor=2)),
-    "release_no_delta": ("clip", "llama_grouped", dict(ablation="no_delta", scale_factor=2)),
-    "release_no_tb": ("clip", "llama_grouped", dict(ablation="no_tb", scale_factor=2)),
-    "release_siglip": ("siglip", "qwen2", dict(scale_factor=(2, 4), reduction=1, select_layer=-1, levels=(0, 3, 1, 2))),
+    "release": ("clip", "llama", {}),
     "paper": ("clip", "llama_grouped", dict(variant="paper", window=2, scale_factor=(1, 2))),
-    "paper_wide": ("clip", "qwen2", dict(variant="paper", embed_width=64, reduction=2, scale_factor=2)),
-    "paper_no_emhsa": ("clip", "llama_grouped", dict(variant="paper", ablation="no_emhsa", scale_factor=2)),
-    "paper_no_delta": ("clip", "llama_grouped", dict(variant="paper", ablation="no_delta", scale_factor=2)),
-    "paper_no_tb": ("clip", "llama_grouped", dict(variant="paper", ablation="no_tb", scale_factor=2)),
+    "siglip": ("siglip", "llama3", dict(scale_factor=2, select_layer=-1, levels=(0, 3, 1, 2))),
+    "no_emhsa": ("clip", "llama_grouped", dict(ablation="no_emhsa", scale_factor=2)),
+    "no_delta": ("clip", "llama_grouped", dict(ablation="no_delta", scale_factor=2)),
+    "no_tb": ("clip", "llama_grouped", dict(ablation="no_tb", scale_factor=2)),
+    "paper_wide": ("clip", "llama_grouped", dict(variant="paper", embed_width=64, reduction=2, scale_factor=2)),
 }
-WHOLE = ("release", "release_siglip", "paper")  # tested down to the logits; the others down to the visual tokens
 
 
-@pytest.fixture(scope="module", params=DELTA_CASES)
+@pytest.fixture(scope="module")
 def delta(request, composed, tmp_path_factory):
-    """(name, our model, theirs loaded from the export)."""
+    """(our model, theirs loaded from the export) of one of DELTA_CASES."""
     tower, decoder, settings = DELTA_CASES[request.param]
     model = composed(tower, decoder, "delta", **DELTA | settings)
-    folder = exported(model, tmp_path_factory.mktemp("delta") / request.param)
-    theirs = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-    return request.param, model, theirs.eval()
+    return model, loaded(exported(model, tmp_path_factory.mktemp("delta") / request.param))
 
 
+@pytest.mark.parametrize("delta", DELTA_CASES, indirect=True)
 def test_visual_tokens_of_every_budget(delta):
-    _, model, theirs = delta
-    images = pixels(2)
-    for budget in projectors.budgets(model.cfg.projector):
-        mine = encode(model.params, model.cfg, images, budget=budget)
+    model, theirs = delta
+    budgets, images = projectors.budgets(model.cfg.projector), pixels(2)
+    for budget in budgets:
         with torch.no_grad():
             reference = theirs.get_image_features(torch_pixels(images), budget)
-        assert reference.std() > 0.1 and reference.shape == (2, budget, checkpoints.WIDTH)
-        np.testing.assert_allclose(mine, reference, atol=1e-4)
+        assert_close(np.asarray(encode(model.params, model.cfg, images, budget=budget)[0]), reference)
     with torch.no_grad():  # the largest budget is the default
-        default = theirs.get_image_features(torch_pixels(images))
-    assert default.shape[1] == max(projectors.budgets(model.cfg.projector))
+        assert theirs.get_image_features(torch_pixels(images)).shape == (2, max(budgets), checkpoints.WIDTH)
 
 
-def test_logits_of_every_budget(delta):
+@pytest.mark.parametrize("delta", ["release"], indirect=True)
+def test_other_budgets_are_refused(delta):
+    _, theirs = delta
+    with pytest.raises(ValueError, match="budget 9; .* 16, 4, 1 tokens an image"):
+        theirs.get_image_features(torch_pixels(pixels(1)), 9)
+
+
+@pytest.mark.parametrize("delta, budget", [("release", 4), ("paper", 16), ("siglip", 4)], indirect=["delta"])
+def test_logits(delta, budget):
     """Rows with one image, two and none."""
-    name, model, theirs = delta
-    if name not in WHOLE:
-        pytest.skip("covered by its visual tokens")
+    model, theirs = delta
     rows, images = rows_of([1, 2, 0], [12, 9, 20]), pixels(3)
     inputs = torch_rows(rows, image_token=theirs.config.image_token_index)
-    labels = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], -100)
-    for budget in projectors.budgets(model.cfg.projector):
-        mine = our_logits(model, rows, images, budget)
-        with torch.no_grad():
-            out = theirs(**inputs, pixel_values=torch_pixels(images), budget=budget, labels=labels)
-        length = [len(row.ids) + len(row.image_positions) * (budget - 1) for row in rows]
-        assert out.logits.shape[1] == max(length) and torch.isfinite(out.loss)
-        reference = np.concatenate([logits[:n] for logits, n in zip(out.logits.numpy(), length)])
-        np.testing.assert_allclose(mine, reference[:, : mine.shape[1]], atol=1e-4)
+    with torch.no_grad():
+        logits = theirs(**inputs, pixel_values=torch_pixels(images), budget=budget).logits
+    lengths = [len(row.ids) + len(row.image_positions) * (budget - 1) for row in rows]
+    assert logits.shape[1] == max(lengths)
+    reference = torch.cat([row[:length] for row, length in zip(logits, lengths)])
+    assert_close(our_logits(model, rows, images, budget), reference)
 
 
+@pytest.mark.parametrize("delta", ["siglip"], indirect=True)
+def test_loss(delta):
+    """Labels stand at the text tokens; visual slots and padding do not count."""
+    model, theirs = delta
+    rows, images = rows_of([1, 1], [12, 9]), pixels(2)
+    inputs = torch_rows(rows, image_token=theirs.config.image_token_index)
+    supervised = inputs["attention_mask"].bool() & (torch.arange(12) >= 5)
+    labels = torch.where(supervised, inputs["input_ids"], -100)
+    with torch.no_grad():
+        reference = theirs(**inputs, pixel_values=torch_pixels(images), labels=labels, budget=4).loss
+    batch = dataclasses.replace(our_batch(rows, images), loss_mask=supervised.numpy())
+    mine = jax.jit(lambda params: vlm.loss(params, model.cfg, batch, None, train=False, budget=4))(model.params)
+    np.testing.assert_allclose(mine, reference, atol=1e-4)
+
+
+@pytest.mark.parametrize("delta", ["release", "paper", "siglip"], indirect=True)
 def test_greedy_tokens_of_every_budget(delta):
     """8 tokens after prompts of unequal length, padded on the left; alone each prompt gives the same."""
-    name, model, theirs = delta
-    if name not in WHOLE:
-        pytest.skip("covered by its visual tokens")
+    model, theirs = delta
     rows, images = rows_of([1, 1], [12, 6]), pixels(2)
     settings = dict(do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=None)
     token = theirs.config.image_token_index
@@ -186,16 +198,14 @@ def test_greedy_tokens_of_every_budget(delta):
         inputs = torch_rows(rows, left=True, image_token=token)
         both = theirs.generate(**inputs, pixel_values=torch_pixels(images), budget=budget, **settings).tolist()
         assert both == our_tokens(model, rows, images, budget)
-    for row, image, tokens in zip(rows, images, both):
-        inputs = torch_rows([row], image_token=token)
-        alone = theirs.generate(**inputs, pixel_values=torch_pixels(image[None]), budget=budget, **settings).tolist()
-        assert alone == [tokens]
+        for row, image, tokens in zip(rows, images, both):
+            inputs = torch_rows([row], image_token=token) | {"pixel_values": torch_pixels(image[None])}
+            assert theirs.generate(**inputs, budget=budget, **settings).tolist() == [tokens]
 
 
-def test_generation_without_images(delta):
-    name, model, theirs = delta
-    if name != "release":
-        pytest.skip("once is enough")
+@pytest.mark.parametrize("delta", ["release"], indirect=True)
+def test_greedy_tokens_without_images(delta):
+    model, theirs = delta
     rows = rows_of([0, 0], [9, 5])
     inputs = torch_rows(rows, left=True)
     theirs = theirs.generate(**inputs, do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=None)
@@ -204,10 +214,17 @@ def test_generation_without_images(delta):
     assert np.asarray(mine).tolist() == theirs.tolist()
 
 
-def test_budgets_it_cannot_make_are_refused(delta):
-    _, _, theirs = delta
-    with pytest.raises(ValueError, match="budget 9; a 4x4 grid gives 16, 4, 1 tokens"):
-        theirs.get_image_features(torch_pixels(pixels(1)), 9)
+def test_a_decoder_with_a_tied_head(composed, tmp_path):
+    """Qwen2: the output matrix is the embedding, also in transformers and with the row of the image token."""
+    model = composed("clip", "qwen2", "delta", **DELTA | dict(scale_factor=2))
+    folder = exported(model, tmp_path / "tied")
+    assert not any("lm_head" in name for name in tensors(folder))
+    theirs = loaded(folder)
+    rows, images = rows_of([1], [12]), pixels(1)
+    inputs = torch_rows(rows, image_token=theirs.config.image_token_index)
+    with torch.no_grad():
+        reference = theirs(**inputs, pixel_values=torch_pixels(images)).logits[0]
+    assert_close(our_logits(model, rows, images, 4), reference)
 
 
 @pytest.fixture(scope="module")
@@ -231,25 +248,24 @@ def test_every_auto_class_loads_it(delta_folder):
 
 
 def test_saved_by_transformers_and_loaded_again(delta_folder, tmp_path):
+    """As after finetuning there."""
     _, folder = delta_folder
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    model = loaded(folder)
     model.save_pretrained(tmp_path / "again")
-    again = AutoModel.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    again = loaded(tmp_path / "again")
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_half_precision(composed, tmp_path):
-    """A bfloat16 Delta model: logits within the precision."""
+def test_bfloat16(composed, tmp_path):
+    """Parameters and compute in bfloat16 on both sides."""
     model = composed("clip", "llama_grouped", "delta", "bfloat16", **DELTA)
-    folder = exported(model, tmp_path / "half")
-    theirs = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+    theirs = loaded(exported(model, tmp_path / "half"), "bfloat16")
     rows, images = rows_of([1], [12]), pixels(1)
-    mine = our_logits(model, rows, images, 4)
     inputs = torch_rows(rows, image_token=theirs.config.image_token_index)
     with torch.no_grad():
-        reference = theirs(**inputs, pixel_values=torch_pixels(images), budget=4).logits[0].float().numpy()
-    assert np.abs(mine - reference[:, : mine.shape[1]]).max() < 2e-2 * np.abs(reference).max()
+        reference = theirs(**inputs, pixel_values=torch_pixels(images), budget=4).logits[0]
+    assert_close(our_logits(model, rows, images, 4), reference, "bfloat16")
 
 
 # ------------------------------------------------------------------ text and pictures, end to end
@@ -298,7 +314,7 @@ def test_processor_of_an_mlp_export(composed, pictures, tmp_path):
     processor = AutoProcessor.from_pretrained(folder)
     assert type(processor).__name__ == "LlavaProcessor"
     assert_processor_agrees(processor, model, AutoConfig.from_pretrained(folder), pictures, 16)
-    theirs = LlavaForConditionalGeneration.from_pretrained(folder)
+    theirs = loaded(folder)
     inputs = processor(images=pictures[0], text=vicuna(PROMPT), return_tensors="pt")
     out = theirs.generate(**inputs, do_sample=False, max_new_tokens=8, pad_token_id=0)
     text = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -309,8 +325,7 @@ def test_text_for_pictures_in_a_padded_batch(delta_folder, pictures):
     """Prompts of unequal length, padded by the tokenizer, give the text that our model gives for each."""
     model, folder = delta_folder
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    theirs = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-    ours = ready(model)
+    theirs, ours = loaded(folder), ready(model)
     expected = [
         ours.generate(picture, question, budget=4, max_new_tokens=8)
         for picture, question in zip(pictures, (PROMPT, LONGER))
@@ -348,9 +363,10 @@ from transformers import AutoModel, AutoProcessor
 model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)
 AutoProcessor.from_pretrained({str(folder)!r}, trust_remote_code=True)
 assert type(model).__name__ == "DeltaLlavaForConditionalGeneration"
-assert not any(name.split(".")[0] in ("jax", "flax", "deltallava_jax") and module for name, module in sys.modules.items())
+ours = [name for name, module in sys.modules.items() if module and name.split(".")[0] in ("jax", "flax", "jaxlib")]
+assert not ours, ours
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ})
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -359,35 +375,32 @@ assert not any(name.split(".")[0] in ("jax", "flax", "deltallava_jax") and modul
 
 def test_a_tower_kept_frozen_is_exported_as_it_was(composed, tmp_path):
     """Training held it in bfloat16; the export has the bits of the float16 checkpoint that training began with."""
-    model = composed("clip", "llama_grouped", "delta", "float16", **DELTA)
+    model = composed("clip", "llama_grouped", "mlp", "float16")
     start, work = tmp_path / "start", tmp_path / "work"
     start.mkdir()
     work.mkdir()
     write_workdir(model, start, "start")
-    frozen = ("vision/", "decoder/embed")
-    cfg = Config(name="work", init_from=str(start), model=model.cfg, optimizer=OptimizerConfig(frozen=frozen))
+    cfg = Config(name="work", init_from=str(start), model=model.cfg, optimizer=OptimizerConfig(frozen=("vision/",)))
     (work / "config.json").write_text(json.dumps(to_dict(cfg)))
-    moved = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * 1.01, model.params)
-    trained, kept = split(moved | {"vision": model.params["vision"]}, frozen)
-    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(jnp.bfloat16)}
+    trained = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32) + 0.125, model.params)
+    trained, _ = split(trained, ("vision/",))
+    _, frozen = split(model.params, ("vision/",))
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
     saver = Checkpoints(work)
-    saver.save(3, TrainState(jnp.int32(3), trained, kept, {}), {})
+    saver.save(3, TrainState(jnp.int32(3), trained, frozen, {}), {})
     saver.wait()
     saver.close()
 
     back = read_workdir(work)
-    ours, original = flatten(back.params), flatten(model.params)
-    for path, leaf in ours.items():
-        if path.startswith(frozen):
-            assert leaf.dtype == jnp.float16
-            assert np.asarray(leaf).tobytes() == np.asarray(original[path]).tobytes(), path
-        else:
-            np.testing.assert_array_equal(leaf, flatten(trained)[path], err_msg=path)
-    assert unflatten(ours).keys() == model.params.keys()
+    assert_same_bits(arrays(back.params["vision"]), arrays(model.params["vision"]))
+    for part in ("projector", "decoder"):
+        assert_same_bits(arrays(back.params[part]), arrays(trained[part]))
     named, source = tensors(exported(back, tmp_path / "hf")), tensors(exported(model, tmp_path / "source"))
     assert named.keys() == source.keys()
-    for name, value in named.items():
-        if name.startswith("vision_tower."):
-            assert value.dtype == np.float16 and value.tobytes() == source[name].tobytes(), name
-    assert named["multi_modal_projector.q_proj_1.U"].dtype == np.float32
-    assert ml_dtypes.bfloat16 not in {value.dtype for value in named.values()}
+    tower = lambda state: {name: value for name, value in state.items() if name.startswith("vision_tower.")}
+    assert_same_bits(tower(named), tower(source))
+    assert named["language_model.model.norm.weight"].dtype == np.float32
+
+
+def arrays(tree: dict) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}

@@ -34,7 +34,8 @@ def prompt(ids: np.ndarray) -> Tokenized:
     at = int(np.flatnonzero(ids == IMAGE_TOKEN)[0])
     ids = np.delete(ids, np.arange(at + 1, at + V))
     ids[at] = 0
-    return Tokenized(ids, np.zeros(len(ids), bool), np.array([at], np.int32), np.zeros(len(ids), np.int32))
+    nothing = np.zeros(len(ids), np.int32)
+    return Tokenized(ids, nothing.astype(bool), np.array([at], np.int32), nothing, np.zeros((1, 2), np.int32))
 
 
 def test_logits_and_greedy_tokens(golden_model):
@@ -46,7 +47,7 @@ def test_logits_and_greedy_tokens(golden_model):
 
     prompts = [prompt(stored["gen0_prompt"]), prompt(stored["gen1_prompt"])]
     images = golden.inputs("pixel_values", (2, 3, 56, 56)).transpose(0, 2, 3, 1)
-    visual = encode(model.params, model.cfg, images, budget=V)
+    visual, _ = encode(model.params, model.cfg, images, budget=V)
     length = max(len(one.ids) for one in prompts)
     mine = greedy(model.params, model.cfg, prompt_batch(prompts, length), visual, max_new_tokens=16, eos=-1)
     assert np.asarray(mine).tolist() == [stored["gen0_tokens"].tolist(), stored["gen1_tokens"].tolist()]

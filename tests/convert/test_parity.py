@@ -32,8 +32,8 @@ class Result:
     gradients: dict
 
 
-def weights(count: int) -> np.ndarray:
-    return np.random.default_rng(9).standard_normal((count, checkpoints.VOCAB)).astype(np.float32) / 16
+def weights(shape: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(9).standard_normal(shape).astype(np.float32) / 16
 
 
 def theirs(name: str, folder, inputs: dict) -> Result:
@@ -41,7 +41,7 @@ def theirs(name: str, folder, inputs: dict) -> Result:
     model = checkpoints.MODELS[name]()
     model.load_state_dict(checkpoints.model(name).state_dict())
     logits = model.eval()(**inputs).logits[inputs["attention_mask"].bool()]
-    (logits * torch.tensor(weights(len(logits)))).sum().backward()
+    (logits * torch.tensor(weights(tuple(logits.shape)))).sum().backward()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -51,8 +51,8 @@ def theirs(name: str, folder, inputs: dict) -> Result:
 
 def ours(params: dict, forward, live: np.ndarray) -> Result:
     """forward(params) -> [B, S, vocab]; live [B, S]."""
-    weight = np.zeros((*live.shape, checkpoints.VOCAB), np.float32)
-    weight[live] = weights(live.sum())
+    weight = np.zeros(jax.eval_shape(forward, params).shape, np.float32)
+    weight[live] = weights(weight[live].shape)
 
     def loss(params):
         logits = forward(params)
@@ -155,7 +155,7 @@ def test_greedy_tokens_of_a_decoder(name, opened):
 def test_greedy_tokens_of_llava(opened):
     model, images = opened("llava"), checkpoints.pixels(2)
     rows = checkpoints.rows_of([1, 1], [12, 6])
-    visual = encode(model.params, model.cfg, images, budget=TOKENS)
+    visual, _ = encode(model.params, model.cfg, images, budget=TOKENS)
     mine = greedy(model.params, model.cfg, prompt_batch(rows, 12), visual, max_new_tokens=16, eos=-1)
     inputs = checkpoints.torch_rows(rows, TOKENS, left=True) | {"pixel_values": checkpoints.torch_pixels(images)}
     assert np.asarray(mine).tolist() == their_tokens("llava", inputs)

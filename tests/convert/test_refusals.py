@@ -435,7 +435,7 @@ def test_weights_that_are_no_projector(parts, tmp_path, target):
 
 
 def test_a_projector_by_a_name_that_is_neither_a_system_nor_a_file(parts, target):
-    assert_says(refused(target, *parts, "--projector", "detla"), "detla", "known systems: delta, mlp")
+    assert_says(refused(target, *parts, "--projector", "detla"), "detla", "known systems: delta")
 
 
 def test_a_folder_that_is_not_the_part_it_is_given_as(parts, target):
@@ -443,7 +443,9 @@ def test_a_folder_that_is_not_the_part_it_is_given_as(parts, target):
     new = "--projector", "delta"
     assert_says(refused(target, "--vision", decoder, "--decoder", decoder, *new), f"--vision {decoder} holds no tower")
     assert_says(refused(target, "--vision", tower, "--decoder", tower, *new), f"--decoder {tower} holds no decoder")
-    assert_says(refused(target, *parts, "--projector", decoder), f"--projector {decoder} holds no projector", "delta")
+    assert_says(
+        refused(target, *parts, "--projector", decoder), f"{decoder} holds no projector", "known systems: delta"
+    )
 
 
 def test_composing_takes_all_three_parts_and_no_source(parts, target):
@@ -462,11 +464,40 @@ def test_settings_of_a_projector_that_is_not_there(tmp_path, target):
     assert_says(refused(target, "--scale-factor", "2", source), "no projector", "scale_factor")
 
 
+@pytest.fixture(scope="module")
+def delta(parts, tmp_path_factory) -> Path:
+    """A workdir with a Delta projector of rank 16."""
+    folder = tmp_path_factory.mktemp("delta") / "model"
+    convert(*parts, "--projector", "delta", "--set", "initializer_range=0.1", folder)
+    return folder
+
+
 @pytest.mark.parametrize("settings", [["name=delta", "head_dim=16"], ["out_width=8"]])
 def test_settings_that_the_weights_of_the_projector_do_not_fit(tmp_path, target, settings):
     """What is written must load again."""
     options = [word for setting in settings for word in ("--set", setting)]
     assert_says(refused(target, *options, llava_hf(tmp_path / "llava"), lines=None), "projector")
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+def test_a_rank_that_the_weights_of_the_projector_do_not_have(delta, target, to):
+    assert_says(refused(target, "--set", "rank=4", "--to", to, delta, lines=None), "projector", "(64, 16)", "(64, 4)")
+
+
+def test_a_rank_that_a_trained_projector_does_not_have(delta, parts, target):
+    message = refused(target, *parts, "--set", "rank=4", "--projector", delta, lines=None)
+    assert_says(message, "projector", "(64, 16)", "(64, 4)")
+
+
+@pytest.mark.parametrize("make", [llama, llava_hf])
+def test_a_tower_for_a_model_that_names_none(tmp_path, target, make):
+    """--vision is for checkpoints that only name their tower; of others it would be ignored, or no model at all."""
+    message = refused(target, "--vision", clip(tmp_path / "clip"), make(tmp_path / "source"))
+    assert_says(message, "--vision")
+
+
+def test_a_tower_for_a_workdir(delta, tmp_path, target):
+    assert_says(refused(target, "--vision", tmp_path / "nowhere", delta), "--vision")
 
 
 def test_formats_that_do_not_hold_a_part_alone(tmp_path, target):

@@ -285,7 +285,7 @@ def test_llava_layout_to_hugging_face_and_back(saved, tmp_path):
     assert_same_bits(ours, theirs)
     model = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
     original = checkpoints.model("llava")
-    rows, images = checkpoints.rows_of([1], [12], vocab=250), checkpoints.torch_pixels(checkpoints.pixels(1))
+    rows, images = checkpoints.rows_of([1], [12]), checkpoints.torch_pixels(checkpoints.pixels(1))
     with torch.no_grad():
         token = model.config.image_token_index
         mine = model(**checkpoints.torch_rows(rows, 16, image_token=token), pixel_values=images).logits

@@ -24,9 +24,8 @@ from deltallava_jax.convert.read import Pretrained
 from deltallava_jax.convert.tensors import ConversionError
 from deltallava_jax.convert.workdir import read_workdir, write_workdir
 from deltallava_jax.data import sources, tokens
-from deltallava_jax.data.conversation import TEMPLATES, BadSample, Tokenized, tokenize
-from deltallava_jax.data.images import load_image
-from deltallava_jax.inference.generate import encode, greedy, prompt_batch
+from deltallava_jax.data.conversation import TEMPLATES, BadSample, Template, tokenize
+from deltallava_jax.inference import model as inference
 from deltallava_jax.models import vlm
 from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel import mesh
@@ -119,14 +118,31 @@ def test_loading_what_is_not_there_or_no_model(tmp_path):
 # ------------------------------------------------------------------ generate
 
 
-def test_the_answer_is_that_of_the_prompt_in_the_models_template(models, pictures):
+@pytest.fixture
+def prompted(monkeypatch) -> list:
+    """The prompts, tokenized, that models are given."""
+    prompts, prompt_batch = [], inference.prompt_batch
+
+    def recorded(batch, length):
+        prompts.extend(batch)
+        return prompt_batch(batch, length)
+
+    monkeypatch.setattr(inference, "prompt_batch", recorded)
+    return prompts
+
+
+def assert_same_prompt(prompt, text: str, template: Template, tokenizer) -> None:
+    expected = tokenize([(text, None)], template, tokenizer)
+    np.testing.assert_array_equal(prompt.ids, expected.ids)
+    np.testing.assert_array_equal(prompt.image_positions, expected.image_positions)
+
+
+def test_the_prompt_is_the_images_and_the_text_in_the_models_template(models, pictures, prompted):
     model = models["workdir"]
-    text = f"<image>\n<image>\n{QUESTION}"
-    prompt = prompt_batch([tokenize([(text, None)], TEMPLATES["vicuna_v1"], model.tokenizer)], 192)
-    pixels = np.stack([load_image(file, 32) for file in pictures])
-    visual = encode(model.params, model.cfg, pixels, budget=16)
-    ids = greedy(model.params, model.cfg, prompt, visual, max_new_tokens=6, eos=model.tokenizer.eos)
-    assert ask(model, pictures) == model.tokenizer.decode(np.asarray(ids)[0])
+    ask(model, pictures)
+    (prompt,) = prompted
+    assert_same_prompt(prompt, f"<image>\n<image>\n{QUESTION}", TEMPLATES["vicuna_v1"], model.tokenizer)
+    assert len(prompt.image_positions) == 2 and prompt.ids[0] == model.tokenizer.bos
 
 
 def test_an_image_is_a_path_text_or_a_picture_alone_or_in_a_list(models, pictures):
@@ -154,15 +170,12 @@ def test_a_budget_is_the_largest_unless_it_is_named(models, pictures):
         ask(models["hf"], file, budget=4)
 
 
-def test_a_decoder_alone_continues_the_prompt_as_it_stands(models):
+def test_a_decoder_alone_continues_the_prompt_as_it_stands(models, prompted):
     model = models["llama"]
-    ids = np.array([model.tokenizer.bos, *model.tokenizer.encode(QUESTION)[0]])
-    nothing = np.zeros(len(ids), np.int32)
-    prompt = prompt_batch([Tokenized(ids, nothing.astype(bool), nothing[:0], nothing)], 64)
-    visual = np.zeros((0, 1, 32), np.float32)
-    answer = greedy(model.params, model.cfg, prompt, visual, max_new_tokens=6, eos=model.tokenizer.eos)
-    assert ask(model, None) == ask(model, []) == model.tokenizer.decode(np.asarray(answer)[0])
-    assert ask(model, None) != ask(model, None, "is there a circle?")
+    answer = ask(model, None)
+    (prompt,) = prompted
+    assert_same_prompt(prompt, QUESTION, Template(system="", user="{}", assistant=""), model.tokenizer)
+    assert answer == ask(model, []) != ask(model, None, "is there a circle?")
 
 
 def test_an_image_for_a_decoder_alone(models, pictures):

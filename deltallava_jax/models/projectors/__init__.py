@@ -1,7 +1,8 @@
 """Visual projectors: vision features -> V tokens of the decoder's width. A system is a file and a line here.
 
 A system is an NNX class ``System(cfg, *, rngs)`` with
-    __call__(features, text, budget, key)   [n, V, d]; key is None outside training
+    __call__(features, text, budget, key)   [n, V, d], or that and the valid mask [n, V] where the number of live tokens
+                                            varies; key is None outside training
     budgets(cfg)                            the tokens an image it can make, largest first
     needs(cfg, layers)                      what it asks of a tower of that many layers
     name_table(cfg)                         its torch names
@@ -17,7 +18,7 @@ import difflib
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from deltallava_jax.config import ConfigError, ProjectorConfig
 from deltallava_jax.models import layers, names
@@ -30,6 +31,8 @@ from deltallava_jax.models.projectors.mqt import Mqt
 from deltallava_jax.models.projectors.quecc import Quecc
 from deltallava_jax.models.projectors.resampler import Resampler
 from deltallava_jax.models.projectors.token_packer import TokenPacker
+from deltallava_jax.models.selection.fastervlm import FasterVlm
+from deltallava_jax.models.selection.prumerge import PruMerge, PruMergePlus
 from deltallava_jax.models.vision import Needs, VisionFeatures
 
 SYSTEMS = {
@@ -42,6 +45,9 @@ SYSTEMS = {
     "resampler": Resampler,
     "honeybee_c": HoneybeeC,
     "honeybee_d": HoneybeeD,
+    "prumerge": PruMerge,
+    "prumerge_plus": PruMergePlus,
+    "fastervlm": FasterVlm,
 }
 # Where published checkpoints keep a projector that is not LLaVA's mm_projector; the longer names first.
 PREFIXES = sorted({kind.prefix for kind in SYSTEMS.values() if hasattr(kind, "prefix")}, key=len, reverse=True)
@@ -99,6 +105,19 @@ def project(
     text: for systems that read the question, its hidden state. budget: V, static; the largest by default.
     key: a random key switches training behaviour (stochastic depth) on. Raises ConfigError for a budget that the
     system does not make, ValueError for features of another grid or width."""
+    return project_valid(params, cfg, features, text, budget=budget, key=key)[0]
+
+
+def project_valid(
+    params: layers.Params,
+    cfg: ProjectorConfig,
+    features: VisionFeatures,
+    text: Float[Array, "n d"] | None = None,
+    *,
+    budget: int | None = None,
+    key: Array | None = None,
+) -> tuple[Float[Array, "n V d"], Bool[Array, "n V"] | None]:
+    """``project``, and which of the tokens are there; None where all are."""
     budget = check_budget(cfg, budget)
     if features.grid != (cfg.grid, cfg.grid) or features.last.shape[-1] != cfg.in_width:
         raise ValueError(
@@ -106,7 +125,8 @@ def project(
             f"the projector expects ({cfg.grid}, {cfg.grid}) and {cfg.in_width}"
         )
     with jax.named_scope(f"projector_{cfg.name}"):
-        return layers.bind(system(cfg), cfg, params)(features, text, budget, key)
+        made = layers.bind(system(cfg), cfg, params)(features, text, budget, key)
+    return made if isinstance(made, tuple) else (made, None)
 
 
 def name_table(cfg: ProjectorConfig) -> list[names.Entry]:

@@ -18,9 +18,13 @@ class Mlp(nnx.Module):
         make = lambda width, init: Linear(width, cfg.out_width, kernel_init=init, bias_init=init, rngs=rngs)
         self.up = make(cfg.in_width, torch_default(cfg.in_width))
         self.down = make(cfg.out_width, torch_default(cfg.out_width))
+        self.cfg = cfg
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
-        return self.down(gelu(self.up(features.last)))
+        return self.project(features.last)
+
+    def project(self, x: Float[Array, "n V C"]) -> Float[Array, "n V d"]:
+        return self.down(gelu(self.up(x)))
 
     @staticmethod
     def budgets(cfg: ProjectorConfig) -> tuple[int, ...]:

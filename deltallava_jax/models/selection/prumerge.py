@@ -1,0 +1,121 @@
+"""PruMerge and PruMerge+ (42Shawn/LLaVA-PruMerge, clip_encoder.py): keep what the CLS token looks at, merge the rest.
+
+How many patches are kept: keep_ratio of them, or, with keep_ratio 0, as many as have outlying attention in this image,
+up to a cap (projector.tokens); what is below the cap is marked by the valid mask. The plus variant adds an even comb
+of positions. No weights of its own: any LLaVA-1.5 projector."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from deltallava_jax.config import ConfigError, ProjectorConfig
+from deltallava_jax.models.projectors import common
+from deltallava_jax.models.projectors.mlp import Mlp
+from deltallava_jax.models.vision import Needs, VisionFeatures
+
+NEIGHBOURS = 32
+
+
+def outliers(attention: Float[Array, "n N"]) -> Int[Array, " n"]:
+    """Patches of each image above the third quartile by more than 1.5 interquartile ranges."""
+    low, high = jnp.percentile(attention, jnp.array([25.0, 75.0]), axis=1)
+    return (attention > (high + 1.5 * (high - low))[:, None]).sum(1)
+
+
+def candidates(
+    attention: Float[Array, "n N"], ratio: float, *, plus: bool = False, duplicates: bool = False
+) -> tuple[Int[Array, "n N"], Int[Array, " n"]]:
+    """(positions, count): every position once, the ``count`` kept ones first, in the original's order.
+
+    By descending attention, then, with ``plus``, the comb's in reading order. ratio 0: adaptive. duplicates: as the
+    original with a fixed ratio does, comb positions that are kept already come twice, and as many of the smallest
+    positions vanish."""
+    n, N = attention.shape
+    by_attention = jnp.argsort(-attention, axis=1, stable=True)
+    rank = jnp.argsort(by_attention, axis=1)
+    count = jnp.full(n, int(N * ratio)) if ratio else outliers(attention)
+    key = jnp.where(rank < count[:, None], rank, 2 * N + jnp.arange(N))
+    if plus:
+        places = jnp.arange(N)
+        if ratio:
+            step = int(1 / ratio)
+            comb = jnp.broadcast_to((places >= step // 2) & ((places - step // 2) % step == 0), (n, N))
+        else:
+            step = jnp.maximum(N // jnp.maximum(count, 1) // 3, 1)  # the original fails where this is 0
+            comb = places % step[:, None] == 0
+        comb &= places < N - 1
+        if duplicates and ratio:
+            teeth = jnp.arange(step // 2, N - 1, step)
+            kept = jnp.concatenate(
+                [by_attention[:, : int(N * ratio)], jnp.broadcast_to(teeth, (n, len(teeth)))], axis=1
+            )
+            rest = jnp.sort(jnp.where((key < N) | comb, -1, places), axis=1)[:, kept.shape[1] :]
+            return jnp.concatenate([kept, rest], axis=1), jnp.full(n, kept.shape[1])
+        key = jnp.where(comb & (key >= N), N + places, key)
+    return jnp.argsort(key, axis=1), (key < 2 * N).sum(1)
+
+
+def merge(
+    features: Float[Array, "n N C"],
+    attention: Float[Array, "n N"],
+    keys: Float[Array, "n N K"],
+    positions: Int[Array, "n N"],
+    count: Int[Array, " n"],
+    cap: int,
+) -> tuple[Float[Array, "n M C"], Bool[Array, "n M"]]:
+    """(tokens, valid) with M = cap + 1: the first ``count`` positions, at most cap, and one token of all the others.
+
+    A kept token adds its 32 nearest by cosine of the keys, weighted by attention, not normalised."""
+    take = lambda x: jnp.take_along_axis(x, positions.reshape(*positions.shape, *(1,) * (x.ndim - 2)), axis=1)
+    x, weights, keys = take(features), take(attention), take(keys.astype(jnp.float32))
+    N, count = x.shape[1], jnp.minimum(count, cap)
+    keys /= jnp.linalg.norm(keys, axis=-1, keepdims=True)
+    likeness = jnp.einsum("nmk,njk->nmj", keys[:, :cap], keys)
+    likeness = jnp.where(jnp.eye(cap, N, dtype=bool), -jnp.inf, likeness)
+    nearest = jax.lax.top_k(likeness, min(NEIGHBOURS, N - 1))[1]
+    share = jnp.put_along_axis(jnp.zeros_like(likeness), nearest, 1.0, axis=-1, inplace=False)
+    share = (share * weights[:, None]).astype(x.dtype)
+    merged = x[:, :cap] + jnp.einsum("nmj,njc->nmc", share, x)
+    dropped = jnp.where(jnp.arange(N) >= count[:, None], weights, 0.0).astype(x.dtype)
+    rest = jnp.einsum("nj,njc->nc", dropped, x)[:, None]
+    valid = jnp.pad(jnp.arange(cap) < count[:, None], ((0, 0), (0, 1)), constant_values=True)
+    return jnp.concatenate([merged, rest], axis=1), valid
+
+
+class PruMerge(Mlp):
+    plus = False
+
+    def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None):
+        cfg, attention = self.cfg, features.cls_attention
+        positions, count = candidates(attention, cfg.keep_ratio, plus=self.plus, duplicates=cfg.reproduce_duplicates)
+        tokens, valid = merge(features.last, attention, features.keys, positions, count, budget - 1)
+        return self.project(tokens), valid
+
+    @classmethod
+    def budgets(cls, cfg: ProjectorConfig) -> tuple[int, ...]:
+        patches = cfg.grid**2
+        cap = cfg.tokens[0] - 1 if cfg.tokens else patches // 4
+        if cfg.keep_ratio:
+            step = int(1 / cfg.keep_ratio)
+            cap = int(patches * cfg.keep_ratio) + (len(range(step // 2, patches - 1, step)) if cls.plus else 0)
+        if not 1 <= cap < patches or len(cfg.tokens) > 1:
+            given = f"projector.tokens={cfg.tokens}, projector.keep_ratio={cfg.keep_ratio}"
+            raise ConfigError(f"{given}; {cfg.name} keeps 1 to {patches - 1} patches and makes one token of the rest")
+        return (cap + 1,)
+
+    @staticmethod
+    def needs(cfg: ProjectorConfig, layers: int) -> Needs:
+        last = common.last_layer(cfg, layers)
+        if last == layers:
+            raise ConfigError("projector.select_layer=-1; PruMerge reads queries and keys of the layer after it")
+        return Needs(last=last, cls_attention=(last + 1, "one_head"), keys=last + 1)
+
+    @staticmethod
+    def infer(shapes: dict[str, tuple[int, ...]]) -> dict | None:
+        return None  # its tensors are an MLP's: name it
+
+
+class PruMergePlus(PruMerge):
+    plus = True
