@@ -9,6 +9,7 @@ from deltallava_jax.config.checks import ConfigError
 from deltallava_jax.config.model import (
     ABLATIONS,
     DecoderConfig,
+    FastVConfig,
     ModelConfig,
     ProjectorConfig,
     RopeScaling,
@@ -33,6 +34,7 @@ __all__ = [
     "DataConfig",
     "DecoderConfig",
     "EvaluationConfig",
+    "FastVConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -198,6 +198,17 @@ class DecoderConfig:
         return self.width // self.heads
 
 
+@dataclass(frozen=True)
+class FastVConfig:
+    """FastV: before decoder layer ``layer``, ``keep`` visual tokens a prompt stay. Inference only."""
+
+    layer: int = 2
+    keep: int = 144
+
+    def __post_init__(self):
+        require_at_least(1, "fastv", self, "layer", "keep")
+
+
 REMAT_POLICIES = ("none", "dots", "full")
 
 
@@ -210,6 +221,7 @@ class ModelConfig:
     vision: VisionConfig | None = field(default_factory=VisionConfig)
     projector: ProjectorConfig | None = field(default_factory=ProjectorConfig)
     decoder: DecoderConfig | None = field(default_factory=DecoderConfig)
+    fastv: FastVConfig | None = None
     dtype: str = "bfloat16"
     remat: str = "none"
     loss_chunk: int = 512  # row positions whose logits exist at a time
@@ -231,6 +243,8 @@ class ModelConfig:
                 -v.layers <= p.select_layer <= -1,
                 f"projector.select_layer={p.select_layer}; expected -{v.layers} to -1 for {v.layers} layers",
             )
+        if d and self.fastv:
+            require(self.fastv.layer < d.layers, f"fastv.layer={self.fastv.layer}; the decoder has {d.layers} layers")
         if p and d:
             require(p.out_width == d.width, f"projector.out_width={p.out_width}, but decoder.width={d.width}")
 

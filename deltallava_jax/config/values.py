@@ -49,6 +49,8 @@ def override(config, assignments: dict[str, str]):
                 raise ConfigError(f"unknown config section {done + key!r}{nearest(key, sections)}")
             if isinstance(node[key], str):  # a preset set earlier in the same command
                 node[key] = to_dict(preset(sections[key], node[key]))
+            if node[key] is None:  # a part that is off by default
+                node[key] = {}
             require(isinstance(node[key], dict), f"config section {done + key!r} is {node[key]!r}")
             node, kind, done = node[key], sections[key], f"{done}{key}."
         hints = typing.get_type_hints(kind)

@@ -13,6 +13,7 @@ from deltallava_jax.config import ModelConfig
 from deltallava_jax.data.conversation import Tokenized
 from deltallava_jax.models import decoder, vlm
 from deltallava_jax.models.layers import Params
+from deltallava_jax.models.selection import fastv
 from deltallava_jax.sequence import Batch, layout, text_layout
 
 
@@ -69,13 +70,24 @@ def greedy(
     B, I = prompts.image_positions.shape
     rows = layout(prompts, None if valid is None else valid.reshape(B, I, -1), visual.shape[1])
     hidden = vlm.merge(params, cfg, prompts, rows, visual)
-    S = hidden.shape[1]
     weights, shape = params["decoder"], cfg.decoder
-    cache = decoder.init_cache(shape, B, S + max_new_tokens, hidden.dtype)
-    with jax.named_scope("prefill"):
-        hidden, cache = decoder.run(weights, shape, hidden, rows, cache=cache)
     live = rows.segments > 0
-    last = S - 1 - jnp.argmax(live[:, ::-1], axis=1)
+    S, slots = hidden.shape[1], (hidden.shape[1],)
+    stages = ((0, shape.layers),)
+    if cfg.fastv:
+        stages, kept = fastv.stages(shape, cfg.fastv), fastv.kept_slots(rows, prompts.tokens.shape[1], cfg.fastv)
+        slots = (S, S, kept)
+    caches = tuple(
+        decoder.init_cache(shape, B, count + max_new_tokens, hidden.dtype, layers=last - first)
+        for (first, last), count in zip(stages, slots)
+    )
+    with jax.named_scope("prefill"):
+        if cfg.fastv:
+            hidden, rows, caches = fastv.run(weights, shape, hidden, rows, cfg.fastv, slots[-1], caches)
+        else:
+            hidden, cache = decoder.run(weights, shape, hidden, rows, cache=caches[0])
+            caches = (cache,)
+    last = slots[-1] - 1 - jnp.argmax(rows.segments[:, ::-1] > 0, axis=1)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
 
     def choose(hidden: Float[Array, "B 1 d"]) -> Int[Array, " B"]:
@@ -86,16 +98,19 @@ def greedy(
         return (count < max_new_tokens) & ~done.all()
 
     def decode(carry):
-        count, done, token, out, cache = carry
+        count, done, token, out, caches = carry
         token = jnp.where(done, 0, token)
         out = out.at[:, count].set(token)
         done |= token == eos
         hidden = decoder.embed(weights, shape, token[:, None], cfg.dtype)
         slot = text_layout((live.sum(1) + count)[:, None].astype(jnp.int32), jnp.ones((B, 1), jnp.int32))
-        hidden, cache = decoder.run(weights, shape, hidden, slot, cache=cache)
-        return count + 1, done, choose(hidden), out, cache
+        written = []
+        for layers, cache in zip(stages, caches):
+            hidden, cache = decoder.run(weights, shape, hidden, slot, layers=layers, cache=cache)
+            written.append(cache)
+        return count + 1, done, choose(hidden), out, tuple(written)
 
     out = jnp.zeros((B, max_new_tokens), jnp.int32)
-    carry = (jnp.int32(0), jnp.zeros(B, bool), choose(hidden), out, cache)
+    carry = (jnp.int32(0), jnp.zeros(B, bool), choose(hidden), out, caches)
     with jax.named_scope("decode"):
         return jax.lax.while_loop(unfinished, decode, carry)[3]

@@ -129,9 +129,11 @@ def rotate(x: Float[Array, "B S H D"], rotary: tuple[Array, Array]) -> Float[Arr
 
 
 def visible(queries: Int[Array, "B Q"], keys: Int[Array, "B K"], start: int | Array = 0) -> Bool[Array, "B 1 Q K"]:
-    """Mask: a query at slot start + i sees the keys up to its own slot whose segment equals its own."""
+    """Mask: a query at slot start + i sees the keys up to its own slot whose segment equals its own.
+
+    start: of all rows, or [B, 1, 1] of each."""
     Q, K = queries.shape[1], keys.shape[1]
-    causal = jnp.arange(K)[None, :] <= (start + jnp.arange(Q))[:, None]
+    causal = jnp.arange(K)[None, :] <= start + jnp.arange(Q)[:, None]
     return ((queries[:, :, None] == keys[:, None, :]) & causal)[:, None]
 
 
@@ -180,6 +182,28 @@ def run(
     with scope:
         hidden, (k, v) = jax.lax.scan(cached_body, hidden, (stack, cache.k, cache.v))
     return hidden, Cache(k, v, segments, at + hidden.shape[1])
+
+
+def attention_row(
+    params: Params,
+    cfg: DecoderConfig,
+    hidden: Float[Array, "B S d"],
+    layout: Layout,
+    layer: int,
+    slot: Int[Array, " B"],
+) -> Float[Array, "B S"]:
+    """Attention of one slot a row in one layer, averaged over the heads; hidden: that layer's input."""
+    block = bind(Layer, cfg, jax.tree.map(lambda x: x[layer], params["layers"]))
+    rotary = rotary_angles(layout.positions, cfg)
+    y = block.attention_norm(hidden)
+    split = lambda t: rearrange(t, "b t (h d) -> b t h d", d=cfg.head_dim)
+    at = lambda x: jnp.take_along_axis(x, slot.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
+    q = rotate(split(block.q(at(y))), jax.tree.map(at, rotary))
+    k = rotate(split(block.k(y)), rotary)
+    q = rearrange(q, "b 1 (g r) d -> b g r d", g=cfg.kv_heads)
+    scores = jnp.einsum("bgrd,bsgd->bgrs", q, k, preferred_element_type=jnp.float32) * cfg.head_dim**-0.5
+    seen = visible(at(layout.segments), layout.segments, slot[:, None, None])
+    return jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).mean((1, 2))
 
 
 def finish(params: Params, cfg: DecoderConfig, hidden: Float[Array, "B Q d"]) -> Float[Array, "B Q d"]:
