@@ -3,6 +3,9 @@
 Prints a table and writes one JSON a task to WORKDIR/eval/, the last evaluation of the task; each budget and the blind
 control also keep a file of their own:
     python eval.py --workdir runs/easy_vqa --tasks easy_vqa --budgets 16,4 [--blind]
+Settings can be overridden, for methods that need no training of their own:
+    python eval.py --workdir runs/mlp --config.model.projector.name=fastervlm --budgets 16
+    python eval.py --workdir runs/mlp --config.model.fastv.keep=16
 """
 
 from __future__ import annotations
@@ -12,17 +15,23 @@ import json
 import sys
 from pathlib import Path
 
-from deltallava_jax.config import ConfigError, workdir_config
+from deltallava_jax import cli
+from deltallava_jax.config import ConfigError, override, workdir_config
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--workdir", required=True, type=Path, help="where train.py put its checkpoints")
     parser.add_argument("--tasks", default="", help="comma-separated; the data set that was trained on by default")
     parser.add_argument("--budgets", default="", help="visual tokens an image, comma-separated; all that were trained")
     parser.add_argument("--blind", action="store_true", help="noise instead of images: the control")
     parser.add_argument("--limit", type=int, default=0, help="only so many questions, spread evenly; 0: all")
-    return parser.parse_args(arguments)
+    parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
+    options, rest = parser.parse_known_args(arguments)
+    options.overrides = cli.overrides(rest, "eval.py")
+    return options
 
 
 def main(options: argparse.Namespace) -> None:
@@ -31,7 +40,7 @@ def main(options: argparse.Namespace) -> None:
     from deltallava_jax.models import projectors
     from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
 
-    cfg = workdir_config(options.workdir)
+    cfg = override(workdir_config(options.workdir), options.overrides)
     tasks = options.tasks.split(",") if options.tasks else [cfg.data.dataset]
     for task in tasks:
         if task not in TASKS:
@@ -58,7 +67,7 @@ def main(options: argparse.Namespace) -> None:
     for task in tasks:
         for budget in budgets:
             report = TASKS[task](params, cfg, tokenizer, budget=budget, blind=options.blind, limit=options.limit)
-            report["step"] = step
+            report |= {"step": step, "overrides": options.overrides}
             text = json.dumps(report, indent=2)
             for name in (task, f"{task}_{budget}{'_blind' if options.blind else ''}"):
                 (folder / f"{name}.json").write_text(text)
@@ -71,6 +80,4 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    from deltallava_jax.cli import run
-
-    run(lambda: main(parse()))
+    cli.run(lambda: main(parse()))

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from deltallava_jax import cli
 from deltallava_jax.config import Config, ConfigError, load_config, override, to_dict
 
 
@@ -25,17 +26,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, Path]:
     parser.add_argument("--workdir", required=True, type=Path, help="checkpoints, metrics and results go here")
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
     known, rest = parser.parse_known_args(arguments)
-    overrides = {}
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if not name.startswith("--config."):
-            raise ConfigError(f"unknown argument {name!r}; see python train.py --help")
-        if not equals:
-            if not rest:
-                raise ConfigError(f"{name} has no value")
-            value = rest.pop(0)
-        overrides[name.removeprefix("--config.")] = value
-    return override(load_config(known.config), overrides), known.workdir
+    return override(load_config(known.config), cli.overrides(rest, "train.py")), known.workdir
 
 
 def main(cfg: Config, workdir: Path) -> None:
@@ -113,6 +104,4 @@ def main(cfg: Config, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    from deltallava_jax.cli import run
-
-    run(lambda: main(*parse()))
+    cli.run(lambda: main(*parse()))

@@ -4,27 +4,32 @@ from deltallava_jax import config as c
 
 
 def get_config() -> c.Config:
+    # The paper's variant of the projector learns faster from scratch than the release's, which has no residual path.
+    return base("easy_vqa", dict(name="delta", variant="paper", scale_factor=2))
+
+
+def base(name: str, projector: dict, *, data: dict = {}, training: dict = {}) -> c.Config:
+    """The run with another projector and other settings of its sections: configs/systems/ are made of it."""
     # The pictures are mostly white: with these statistics the background is near zero.
     vision = c.preset(c.VisionConfig, "tiny", image_mean=(0.9, 0.9, 0.9), image_std=(0.5, 0.5, 0.5))
-    # The paper's variant of the projector learns faster from scratch than the release's, which has no residual path.
-    projector = dict(
-        name="delta", variant="paper", scale_factor=2, head_dim=32, mlp_width=256, select_layer=-1,
-        drop_path=0.0, initializer_range=0.08,
-    )  # fmt: skip
+    small = dict(head_dim=32, mlp_width=256, select_layer=-1, drop_path=0.0, initializer_range=0.08)
     return c.Config(
-        name="easy_vqa",
+        name=name,
         model=c.compose(
             vision,
             c.preset(c.DecoderConfig, "tiny"),
-            projector,
+            small | projector,
             dtype="float32",
             remat="full",  # on a CPU recomputing is faster than storing
         ),
         data=c.DataConfig(
-            dataset="easy_vqa", template="brief", independent_rounds=True, rows=4, row_length=256, images_per_row=2
-        ),
+            **dict(
+                dataset="easy_vqa", template="brief", independent_rounds=True, rows=4, row_length=256, images_per_row=2
+            )
+            | data,
+        ),  # fmt: skip
         # Colours are learned within an epoch at any rate, shapes only at a low one: at 1e-3 they stay at chance.
         optimizer=c.OptimizerConfig(lr=4e-4, final_lr_ratio=0.02, b2=0.99, weight_decay=0.05),
-        training=c.TrainingConfig(epochs=7, log_every=10, eval_every=500, checkpoint_every=250),
+        training=c.TrainingConfig(**dict(epochs=7, log_every=10, eval_every=500, checkpoint_every=250) | training),
         evaluation=c.EvaluationConfig(max_new_tokens=4),
     )

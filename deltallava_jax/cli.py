@@ -8,6 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+def overrides(rest: list[str], command: str) -> dict[str, str]:
+    """{dotted key: text} of --config.KEY=VALUE or --config.KEY VALUE arguments. Raises ConfigError for any other."""
+    from deltallava_jax.config import ConfigError
+
+    found, rest = {}, list(rest)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--config."):
+            raise ConfigError(f"unknown argument {name!r}; see python {command} --help")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"{name} has no value")
+            value = rest.pop(0)
+        found[name.removeprefix("--config.")] = value
+    return found
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a door's main with JAX's compiled programs kept between runs; exits 1 with a message on a known error."""
     import jax
