@@ -238,8 +238,8 @@ def report() -> str:
         "Made by `python benchmarks/easy_vqa.py --report` from the files in benchmarks/results/easy_vqa.",
         "All numbers are ours.",
         "", "## Systems on easy-VQA", "",
-        f"Trained from scratch for {results[0]['epochs']:g} epochs each, {results[0]['hardware']}. Accuracy on all 9,673",
-        "official test questions; with several seeds the mean and, in brackets, the range.",
+        f"Trained from scratch for {results[0]['epochs']:g} epochs each, {results[0]['hardware']}. Accuracy on all",
+        "9,673 official test questions; with several seeds the mean and, in brackets, the range.",
         "",
     ]  # fmt: skip
     columns = ["64", "16", "4", "1"]

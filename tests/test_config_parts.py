@@ -6,6 +6,7 @@ import json
 import pytest
 import tiny
 
+import train as door
 from deltallava_jax.config import (
     Config,
     ConfigError,
@@ -111,9 +112,10 @@ def test_a_part_that_is_something_else(value):
 
 
 @pytest.mark.parametrize("missing", PARTS[:-1])
-def test_a_model_that_is_not_whole_cannot_be_trained_and_says_so(missing):
+def test_a_model_that_is_not_whole_cannot_be_trained_and_says_so(tmp_path, missing):
     config = override(WHOLE, {f"model.{part}": "None" for part in missing})
-    assert_error(lambda: config.check_devices(1), "model", *missing)
+    assert_error(lambda: door.main(config, tmp_path / "run"), *missing)
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------ scaling of rotary positions

@@ -120,12 +120,16 @@ def model(name: str):
 
 
 def save(name: str, folder: Path, dtype: str = "float32") -> Path:
-    """The model as Hugging Face publishes such: weights, configs, tokenizer, image processor. Returns the folder."""
+    """The model as Hugging Face publishes such: weights, configs, tokenizer, image processor. Returns the folder.
+
+    Of the tokenizers Llama's begin with <s> and Qwen2's do not; that of "llama" is as we write our own."""
     copy = MODELS[name]()
     copy.load_state_dict(model(name).state_dict())
     copy.to(getattr(torch, dtype)).save_pretrained(folder)
     if name not in TOWERS:
         tokenizer().save(folder / "tokenizer.json")
+        if name != "llama":
+            publish_tokenizer(folder, bos=None if "qwen2" in name else "<s>")
     if name not in DECODERS:
         size = {"shortest_edge": SIDE}
         processor = CLIPImageProcessorPil(size=size, crop_size=SIDE)
@@ -133,6 +137,21 @@ def save(name: str, folder: Path, dtype: str = "float32") -> Path:
             processor = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
         processor.save_pretrained(folder)
     return folder
+
+
+def publish_tokenizer(folder: Path, bos: str | None) -> None:
+    """The folder's tokenizer as published ones are: <s> is added when text is encoded, a token for padding is named."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import ByteLevel, TemplateProcessing
+
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = ByteLevel(trim_offsets=False)
+    if bos is not None:
+        special = [(bos, backend.token_to_id(bos))]
+        backend.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=special)
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": bos, "eos_token": "</s>", "pad_token": "<pad>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from rows import random_params  # noqa: E402
 
 from deltallava_jax.config import ProjectorConfig  # noqa: E402
 from deltallava_jax.convert.read import Pretrained, read  # noqa: E402
-from deltallava_jax.convert.workdir import compose, open_model, read_workdir, write_workdir  # noqa: E402
+from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir  # noqa: E402
 from deltallava_jax.convert.write import write_hf, write_llava  # noqa: E402
 from deltallava_jax.models import projectors  # noqa: E402
 from deltallava_jax.models.names import flatten  # noqa: E402
@@ -390,24 +390,6 @@ def test_stage_1_projector_file(system, saved, opened, tmp_path):
     assert_same_params(model.params["decoder"], opened("llama_grouped", "float16").params["decoder"])
     if system == "delta":
         assert projectors.budgets(model.cfg.projector) == (16, 4)
-
-
-def test_composing_by_command(saved, opened, tmp_path):
-    """A projector by name, with settings; what is written is what is read."""
-    arguments = ("--projector", "delta", "--scale-factor", "2,4", "--set", "head_dim=16", "--set", "block_head_dim=8")
-    parts = ("--vision", saved("clip", "float16"), "--decoder", saved("llama_grouped", "float16"))
-    convert(*parts, *arguments, tmp_path / "work")
-    model = read_workdir(tmp_path / "work")
-    assert projectors.budgets(model.cfg.projector) == (4, 1) and model.cfg.projector.head_dim == 16
-    assert_same_params(model.params["vision"], opened("clip", "float16").params["vision"])
-    assert_same_params(model.params["decoder"], opened("llama_grouped", "float16").params["decoder"])
-    assert (tmp_path / "work" / "tokenizer.json").exists()
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_dtype_casts_every_parameter(dtype, saved):
-    model = open_model(saved("qwen2"), dtype=dtype)
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)} == {dtype}
 
 
 def test_dtype_casts_a_fresh_projector(saved):

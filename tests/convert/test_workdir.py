@@ -17,6 +17,7 @@ from broken import clip, convert, edit, llama, llava, llava_hf
 from PIL import Image
 
 import deltallava_jax
+import eval as evaluation_door
 import train as door
 from deltallava_jax.analysis import plan as analysis
 from deltallava_jax.config import ConfigError
@@ -212,6 +213,13 @@ def test_a_marker_in_the_prompt_is_no_image_that_is_missing(models, pictures, co
         assert "<image>" in str(error)
     else:
         assert count and answer == ask(model, images)
+
+
+@pytest.mark.parametrize("part", ["llama", "clip"])
+def test_eval_of_a_part_alone_is_refused_in_words(folders, tmp_path, part):
+    convert(folders[part], tmp_path / "part")
+    with pytest.raises(ConfigError, match="projector"):
+        evaluation_door.main(evaluation_door.parse(["--workdir", str(tmp_path / "part")]))
 
 
 # ------------------------------------------------------------------ imports

@@ -177,3 +177,15 @@ def test_a_turn_that_is_no_object():
 
 def test_half_a_surrogate_pair_does_not_stop_the_run(tokenizer):
     tokenize([("what?", "a \ud83d shape")], TEMPLATES["brief"], tokenizer)
+
+
+# ------------------------------------------------------------------ questions, for systems that read them
+
+
+@each_template
+def test_each_image_knows_its_question(template, tokenizer):
+    pairs = [(f"{IMAGE}\n{IMAGE}\nwhat color is the shape?", "blue"), (f"is there {IMAGE} a triangle?", "no")]
+    tokenized = tokenize(pairs, template, tokenizer)
+    asked = [tokenizer.decode(tokenized.ids[start:end]) for start, end in tokenized.questions]
+    assert asked == ["what color is the shape?"] * 2 + ["a triangle?"]
+    assert tokenize([("no image", "yes")], template, tokenizer).questions.shape == (0, 2)

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from deltallava_jax.config import ConfigError, MeshConfig, override
+from deltallava_jax.data.packing import PackPlan
 from deltallava_jax.data.pipeline import elements
 from deltallava_jax.models import vlm
 from deltallava_jax.models.names import flatten
@@ -132,3 +133,15 @@ def test_the_schedule_warms_up_and_decays():
     values = [float(rate(step)) for step in range(101)]
     assert values[0] == 0 and max(values) == values[10] == pytest.approx(1e-3)
     assert values[10:] == sorted(values[10:], reverse=True) and values[100] == pytest.approx(0, abs=1e-9)
+
+
+def test_every_budget_is_the_mean_over_the_budgets():
+    cfg = config(**{"model.projector.scale_factor": "(4,8)", "model.projector.drop_path": "0.0"})
+    rows, _, _ = run_of(cfg)
+    plan = PackPlan(*rows.lengths(), budgets=(4,), rows=8, row_length=cfg.data.row_length)
+    batch = next(elements(rows, plan, 0, 1, workers=0)).batch
+    params, _ = split(vlm.init_params(cfg.model, jax.random.key(1)), ())
+    both = override(cfg, {"training.every_budget": "True"})
+    mean = lambda cfg, budget: gradients(cfg, params, {}, batch, jax.random.key(0), budget)[0]
+    expected = (mean(cfg, 4) + mean(cfg, 1)) / 2
+    assert float(mean(both, 4)) == pytest.approx(float(expected), rel=1e-5)
