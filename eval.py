@@ -41,6 +41,7 @@ def main(options: argparse.Namespace) -> None:
     from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
 
     cfg = override(workdir_config(options.workdir), options.overrides)
+    cfg.model.require_whole("evaluation")
     tasks = options.tasks.split(",") if options.tasks else [cfg.data.dataset]
     for task in tasks:
         if task not in TASKS:

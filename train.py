@@ -44,6 +44,7 @@ def main(cfg: Config, workdir: Path) -> None:
     from deltallava_jax.training.step import TrainStep, batch_shapes
 
     began = time.monotonic()
+    cfg.model.require_whole("training")
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -56,8 +57,11 @@ def main(cfg: Config, workdir: Path) -> None:
     # ---------------------------------------------------------------- data
     source = training_source(cfg.data)
     tokenizer_file, config_file = workdir / "tokenizer.json", workdir / "config.json"
-    if Checkpoints(workdir).latest() is None:
+    latest = Checkpoints(workdir, create=True).latest()
+    if latest is None:
         if cfg.init_from:
+            if not (Path(cfg.init_from) / "checkpoints").is_dir():
+                raise ConfigError(f"config.init_from={cfg.init_from} holds no checkpoints; convert makes such a folder")
             tokenizer = tokens.load(Path(cfg.init_from) / "tokenizer.json")
         else:
             tokenizer = tokens.train(source.texts(), cfg.model.decoder.vocab_size)
@@ -104,4 +108,4 @@ def main(cfg: Config, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(*parse()))
+    cli.run(lambda: main(*parse()), "interrupted; the same command resumes from the newest checkpoint")

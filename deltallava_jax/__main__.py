@@ -34,7 +34,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if asked:
             module.add_arguments(command)
             command.set_defaults(main=module.main)
-    return parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "paths") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse ends a list of paths at the first option after it
+        options.paths += rest
+    return options
 
 
 if __name__ == "__main__":

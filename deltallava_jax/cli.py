@@ -25,8 +25,9 @@ def overrides(rest: list[str], command: str) -> dict[str, str]:
     return found
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a door's main with JAX's compiled programs kept between runs; exits 1 with a message on a known error."""
+def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
+    """Runs a door's main with JAX's compiled programs kept between runs; exits 1 with a message on a known error
+    and on Ctrl-C."""
     import jax
 
     from deltallava_jax.config import ConfigError
@@ -48,4 +49,4 @@ def run(main: Callable[[], None]) -> None:
     except known as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command resumes from the newest checkpoint")
+        sys.exit(interrupted)

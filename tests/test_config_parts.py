@@ -93,10 +93,14 @@ def test_parts_are_taken_away_and_given_on_the_command_line():
     assert given.model.vision == preset(VisionConfig, "tiny", layers=5)
 
 
-@pytest.mark.parametrize("path", ["model.vision.layers", "model.projector.rank", "model.vision.layres"])
-def test_a_setting_of_a_part_that_is_not_there_is_refused_by_the_parts_name(path):
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [("model.vision.layers", "vision"), ("model.projector.rank", "projector"), ("model.vision.layres", "model.vision")],
+)
+def test_a_setting_of_a_part_that_is_not_there_does_not_make_the_part(path, word):
+    """One setting of a tower is no tower: everything else about it would be a guess."""
     decoder = override(WHOLE, {"model.vision": "None", "model.projector": "None"})
-    assert_error(lambda: override(decoder, {path: "4"}), f"config section '{path.rsplit('.', 1)[0]}' is None")
+    assert_error(lambda: override(decoder, {path: "4"}), word)
 
 
 @pytest.mark.parametrize("section", ["data", "optimizer", "training", "mesh", "evaluation", "model"])
@@ -138,7 +142,7 @@ def test_rope_scaling_is_changed_by_field_and_taken_away_again():
 @pytest.mark.parametrize(
     ("config", "path", "text", "words"),
     [
-        (WHOLE, "rope_scaling.factor", "8", ["section 'model.decoder.rope_scaling' is None"]),
+        (WHOLE, "rope_scaling.factor", "8", ["model.decoder.rope_scaling"]),
         (SCALED, "rope_scaling.fctor", "8", ["model.decoder.rope_scaling.fctor", "did you mean 'factor'"]),
         (SCALED, "rope_scaling.factor", "many", ["model.decoder.rope_scaling.factor", "float", "'many'"]),
         (SCALED, "rope_scaling.original_length", "8.5", ["rope_scaling.original_length", "int", "8.5"]),

@@ -249,6 +249,14 @@ class ModelConfig:
             require(p.out_width == d.width, f"projector.out_width={p.out_width}, but decoder.width={d.width}")
 
     @property
+    def missing(self) -> list[str]:
+        """Names of the parts that are not there."""
+        return [part for part in ("vision", "projector", "decoder") if getattr(self, part) is None]
+
+    @property
     def whole(self) -> bool:
-        """Whether tower, projector and decoder are all there."""
-        return all((self.vision, self.projector, self.decoder))
+        return not self.missing
+
+    def require_whole(self, what: str) -> None:
+        """ConfigError naming the missing parts, unless tower, projector and decoder are all there."""
+        require(not self.missing, f"{what} needs a whole model; this one has no {', no '.join(self.missing)}")

@@ -33,6 +33,9 @@ def from_dict(kind: type, values: dict | str, where: str = ""):
         if key not in hints:
             raise ConfigError(f"unknown config key {path!r}{nearest(key, hints)}")
         arguments[key] = _typed(hints[key], value, path)
+    required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [f"{where}{name}" for name in required if name not in arguments]
+    require(not missing, f"config lacks {', '.join(missing)}")
     return kind(**arguments)
 
 
@@ -49,7 +52,7 @@ def override(config, assignments: dict[str, str]):
                 raise ConfigError(f"unknown config section {done + key!r}{nearest(key, sections)}")
             if isinstance(node[key], str):  # a preset set earlier in the same command
                 node[key] = to_dict(preset(sections[key], node[key]))
-            if node[key] is None:  # a part that is off by default
+            if node[key] is None and kind.__dataclass_fields__[key].default is None:  # a part that is off by default
                 node[key] = {}
             require(isinstance(node[key], dict), f"config section {done + key!r} is {node[key]!r}")
             node, kind, done = node[key], sections[key], f"{done}{key}."

@@ -21,6 +21,26 @@ def refuse(hf: dict, kind: str, **allowed: Any) -> None:
             raise ConversionError(f"{kind} option {key}={hf[key]!r} is not supported; expected {value!r}")
 
 
+class Values:
+    """The numbers of a config.json, with defaults; ConversionError naming the key of one that is none."""
+
+    def __init__(self, hf: dict, kind: str, defaults: dict | None = None):
+        self.hf, self.kind, self.defaults = hf, kind, defaults or {}
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number."""
+        value = self.hf.get(key, self.defaults.get(key, default))
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConversionError(f"{self.kind} option {key}={value!r}; expected a whole number")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        value = self.hf.get(key, self.defaults.get(key, default))
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ConversionError(f"{self.kind} option {key}={value!r}; expected a number")
+        return value
+
+
 class Llama:
     """Llama, Vicuna, SmolLM2; ``Qwen2`` adds biases."""
 
@@ -32,22 +52,22 @@ class Llama:
     @classmethod
     def to_ours(cls, hf: dict) -> DecoderConfig:
         refuse(hf, cls.model_type, **cls.fixed)
-        get = {**cls.defaults, **hf}.get
-        heads, width = get("num_attention_heads", 32), get("hidden_size")
-        refuse(hf, cls.model_type, head_dim=width // heads, quantization_config=None)
+        get = Values(hf, cls.model_type, cls.defaults)
+        heads, width = get.whole("num_attention_heads", 32), get.whole("hidden_size")
+        refuse(hf, cls.model_type, head_dim=width // max(heads, 1), quantization_config=None)
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         return DecoderConfig(
-            vocab_size=get("vocab_size"),
+            vocab_size=get.whole("vocab_size"),
             width=width,
-            layers=get("num_hidden_layers"),
+            layers=get.whole("num_hidden_layers"),
             heads=heads,
-            kv_heads=get("num_key_value_heads") or heads,
-            mlp_width=get("intermediate_size"),
-            rope_base=float(rope.get("rope_theta") or get("rope_theta") or 10000.0),
+            kv_heads=heads if hf.get("num_key_value_heads") is None else get.whole("num_key_value_heads"),
+            mlp_width=get.whole("intermediate_size"),
+            rope_base=float(rope.get("rope_theta") or get.real("rope_theta", 10000.0)),
             rope_scaling=_rope_scaling(rope, cls.model_type),
-            norm_eps=get("rms_norm_eps", 1e-6),
+            norm_eps=get.real("rms_norm_eps", 1e-6),
             qkv_bias=cls.qkv_bias,
-            tied_head=bool(get("tie_word_embeddings", False)),
+            tied_head=bool(hf.get("tie_word_embeddings", False)),
         )
 
     @classmethod
@@ -111,11 +131,12 @@ def _rope_scaling(rope: dict, kind: str) -> RopeScaling | None:
         return None
     if how != "llama3":
         raise ConversionError(f"{kind} option rope_type={how!r} is not supported; known: default, llama3")
+    get = Values(rope, f"{kind} rope")
     return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_length=int(rope["original_max_position_embeddings"]),
+        factor=float(get.real("factor")),
+        low_freq_factor=float(get.real("low_freq_factor")),
+        high_freq_factor=float(get.real("high_freq_factor")),
+        original_length=get.whole("original_max_position_embeddings"),
     )
 
 
@@ -131,16 +152,16 @@ class Clip:
     def to_ours(cls, hf: dict, preprocessor: dict | None = None) -> VisionConfig:
         """preprocessor: preprocessor_config.json, for the pixels' mean and standard deviation."""
         refuse(hf, cls.model_type, hidden_act=cls.activation, num_channels=3, quantization_config=None)
-        get, pixels = {**cls.defaults, **hf}.get, preprocessor or {}
+        get, pixels = Values(hf, cls.model_type, cls.defaults), preprocessor or {}
         return VisionConfig(
             family=cls.family,
-            image_size=get("image_size", 224),
-            patch_size=get("patch_size"),
-            width=get("hidden_size", 768),
-            layers=get("num_hidden_layers", 12),
-            heads=get("num_attention_heads", 12),
-            mlp_width=get("intermediate_size", 3072),
-            norm_eps=get("layer_norm_eps"),
+            image_size=get.whole("image_size", 224),
+            patch_size=get.whole("patch_size"),
+            width=get.whole("hidden_size", 768),
+            layers=get.whole("num_hidden_layers", 12),
+            heads=get.whole("num_attention_heads", 12),
+            mlp_width=get.whole("intermediate_size", 3072),
+            norm_eps=get.real("layer_norm_eps"),
             image_mean=tuple(pixels.get("image_mean") or cls.statistics[0]),
             image_std=tuple(pixels.get("image_std") or cls.statistics[1]),
         )

@@ -31,6 +31,7 @@ KNOWN_TOWERS = {
     "clip-vit-base-patch32": "clip_b_32_224",
     "siglip-so400m-patch14-384": "siglip_so400m_14_384",
 }
+PARTS = ("vision", "projector", "decoder", "head")
 READERS = 4  # threads that read tensors of one parameter
 PROJECTOR_KEY = "deltallava_projector"  # the whole ProjectorConfig, in the config.json of our exports
 
@@ -91,7 +92,15 @@ class Pretrained:
         if self.cfg.projector is None:
             raise ConfigError(f"the model has no projector to give {', '.join(settings)}")
         projector = from_dict(ProjectorConfig, to_dict(self.cfg.projector) | settings, "projector.")
+        fits(projector, self.params["projector"])
         return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, projector=projector))
+
+
+def fits(cfg: ProjectorConfig, params: Params) -> None:
+    """Raises WeightMismatch with both sides where parameters are not those of a projector's config."""
+    table = lambda tree: {f"projector/{path}": tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+    ours, theirs = table(jax.eval_shape(lambda: projectors.init_params(cfg, jax.random.key(0)))), table(params)
+    check([Entry(path, path) for path in ours], theirs, ours)
 
 
 def read(
@@ -113,10 +122,19 @@ def read(
     folder = path if path.is_dir() else path.parent
     hf = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     layout = _layout(tensors)
-    cfg = _config(path, hf, layout, tensors, vision)
+    if vision is not None and not vision.is_dir():
+        raise ConversionError(f"--vision {vision} does not exist")
+    if vision is not None and "mm_vision_tower" not in hf:
+        raise ConversionError(f"--vision is for checkpoints that name their tower and lack it; {path} names none")
+    if not hf and layout.projector != "":
+        raise ConversionError(f"{path} has no config.json, which says what model it is")
+    try:
+        cfg = _config(path, hf, layout, tensors, vision)
+    except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ConversionError(f"{folder / 'config.json'} holds a value that cannot be: {error!r}") from error
     tower = None
-    if vision is not None and layout.vision is None and layout.decoder is not None:
-        tower = read(vision, dtype=dtype, shard=shard, progress=progress)
+    if "mm_vision_tower" in hf and layout.vision is None and cfg.vision:
+        tower = read(_tower_folder(path, hf["mm_vision_tower"], vision), dtype=dtype, shard=shard, progress=progress)
     own = cfg if tower is None else dataclasses.replace(cfg, vision=None)
     params, extra = _load(own, layout, tensors, dtype, shard, progress)
     if tower is not None:
@@ -166,8 +184,8 @@ def _is_kept(file: Path) -> bool:
 def _layout(tensors: dict[str, Tensor]) -> Layout:
     """The prefixes, found by the names that every family has."""
 
-    def before(ending: str) -> str | None:
-        return next((name.removesuffix(ending) for name in tensors if name.endswith(ending)), None)
+    def before(*endings: str) -> str | None:
+        return next((name.removesuffix(end) for end in endings for name in tensors if name.endswith(end)), None)
 
     projector = None
     for marker in ("multi_modal_projector.", "mm_projector.", *projectors.PREFIXES):
@@ -176,11 +194,12 @@ def _layout(tensors: dict[str, Tensor]) -> Layout:
             projector = found[: found.index(marker) + len(marker)]
             break
     head = before("lm_head.weight")
-    decoder = before("embed_tokens.weight")
-    if projector is None and decoder is None and before("embeddings.patch_embedding.weight") is None:
+    decoder = before("embed_tokens.weight", "layers.0.input_layernorm.weight")
+    vision = before("embeddings.patch_embedding.weight", "post_layernorm.weight")
+    if projector is None and decoder is None and vision is None:
         projector = ""  # a projector's state dict alone
     return Layout(
-        vision=before("embeddings.patch_embedding.weight"),
+        vision=vision,
         projector=projector,
         decoder=decoder,
         head=head if head is not None else decoder,
@@ -190,7 +209,7 @@ def _layout(tensors: dict[str, Tensor]) -> Layout:
 
 def _config(path: Path, hf: dict, layout: Layout, tensors: dict[str, Tensor], vision: Path | None) -> ModelConfig:
     """The model's config: every value from config.json, the projector's also from its tensors' shapes."""
-    kind, preprocessor = hf.get("model_type"), _preprocessor(path)
+    kind, preprocessor = hf.get("model_type") or "", _preprocessor(path)
     dtype = "float32" if all(t.dtype == np.float32 for t in tensors.values()) else "bfloat16"
     model = functools.partial(ModelConfig, dtype=dtype)
     if kind in DECODERS and layout.projector is None:
@@ -198,9 +217,12 @@ def _config(path: Path, hf: dict, layout: Layout, tensors: dict[str, Tensor], vi
     if kind in TOWERS or kind in PAIRS:
         section = hf.get("vision_config", {}) if kind in PAIRS else hf
         return model(TOWERS[PAIRS.get(kind, kind)].to_ours(section, preprocessor), None, None)
-    if layout.decoder is None and layout.projector is not None:
+    alone = layout.projector is not None and layout.decoder is layout.vision is None
+    if alone and (layout.projector or not kind):
         return model(None, _projector_config(hf, layout, tensors, None, 0), None)
     if "text_config" in hf:
+        if not isinstance(hf["text_config"], dict):
+            raise ConversionError(f"{path}: text_config={hf['text_config']!r} in config.json; expected an object")
         text, tower = dict(hf["text_config"]), dict(hf.get("vision_config") or {})
         text.setdefault("tie_word_embeddings", hf.get("tie_word_embeddings", False))
         text_kind, tower_kind = text.get("model_type", "llama"), tower.get("model_type", "clip_vision_model")
@@ -221,13 +243,15 @@ def _config(path: Path, hf: dict, layout: Layout, tensors: dict[str, Tensor], vi
         vision_cfg = _named_tower(path, hf["mm_vision_tower"], layout, vision)
     else:
         raise _unknown(path, kind)
+    if layout.projector is None:
+        raise ConversionError(f"{path} holds no projector's weights (multi_modal_projector.* or mm_projector.*)")
     layer = layer if layer < 0 else layer - (vision_cfg.layers + 1)
     return model(vision_cfg, _projector_config(hf, layout, tensors, vision_cfg, layer), decoder_cfg)
 
 
 def _unknown(path: Path, kind: str | None) -> ConversionError:
     known = ", ".join([*DECODERS, *TOWERS, *PAIRS, "llava", "llava_llama"])
-    return ConversionError(f"{path} holds a model of type {kind!r}; known: {known}")
+    return ConversionError(f"{path} holds a model of model_type {kind!r}; known: {known}")
 
 
 def _preprocessor(path: Path) -> dict:
@@ -235,15 +259,23 @@ def _preprocessor(path: Path) -> dict:
     return read_json(file) if path.is_dir() and file.is_file() else {}
 
 
+def _tower_folder(path: Path, name: str, vision: Path | None) -> Path | None:
+    """The folder of the tower that the original layout names in mm_vision_tower, ``vision`` before any other."""
+    if not isinstance(name, str):
+        raise ConversionError(f"{path}: mm_vision_tower={name!r} in config.json; expected the tower's name")
+    folders = [vision] if vision else [path / name, Path(name)]
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+
 def _named_tower(path: Path, name: str, layout: Layout, vision: Path | None) -> VisionConfig:
-    """The tower that the original layout names in mm_vision_tower: a folder, or a published one."""
-    for folder in (vision, path / name, Path(name)):
-        if folder is not None and (folder / "config.json").is_file():
-            hf = read_json(folder / "config.json")
-            kind = PAIRS.get(hf.get("model_type"), hf.get("model_type"))
-            if kind not in TOWERS:
-                raise _unknown(folder, hf.get("model_type"))
-            return TOWERS[kind].to_ours(hf.get("vision_config", hf), _preprocessor(folder))
+    """The config of that tower: its folder's, or a published one's."""
+    folder = _tower_folder(path, name, vision)
+    if folder is not None:
+        hf = read_json(folder / "config.json")
+        kind = PAIRS.get(hf.get("model_type"), hf.get("model_type"))
+        if kind not in TOWERS:
+            raise _unknown(folder, hf.get("model_type"))
+        return TOWERS[kind].to_ours(hf.get("vision_config", hf), _preprocessor(folder))
     if layout.vision is None or name.split("/")[-1] not in KNOWN_TOWERS:
         raise ConversionError(f"{path} names the tower {name!r} but does not hold it; give its folder with --vision")
     return preset(VisionConfig, KNOWN_TOWERS[name.split("/")[-1]])
@@ -275,7 +307,7 @@ def _projector_config(
 
 def _load(cfg, layout, tensors, dtype, shard, progress) -> tuple[Params, dict[str, Tensor]]:
     """(parameters, tensors the model has no use for)."""
-    table = layout.table(cfg)
+    table = dataclasses.replace(layout, **{part: "" for part in PARTS if getattr(layout, part) is None}).table(cfg)
     shapes = {path: leaf.shape for path, leaf in flatten(jax.eval_shape(lambda: _init(cfg))).items()}
     extra = {name: tensor for name, tensor in tensors.items() if is_extra(name)}
     if cfg.decoder and cfg.decoder.tied_head:
@@ -306,36 +338,48 @@ def _is_text_tower(name: str) -> bool:
 
 def _load_array(entry: Entry, parts: list[Tensor], place: Sharding, dtype: str | None) -> jax.Array:
     """One parameter. The tensors go to the devices as they lie on disk, each device's share alone, and their axes are
-    moved there: moving them on the host takes longer than reading them."""
+    moved there: moving them on the host takes longer than reading them. A stack is filled layer by layer, so that
+    little more than the parameter itself is ever in memory."""
     kind = functools.reduce(np.promote_types, (part.dtype for part in parts))
-    shape = (len(parts), *parts[0].shape) if entry.stacked else parts[0].shape
-
-    def share(index: tuple[slice, ...]) -> np.ndarray:
-        if not entry.stacked:
-            return np.asarray(parts[0].read(index)).astype(kind, copy=False)
-        layers = range(*index[0].indices(len(parts)))
-        block = np.empty([len(range(*cut.indices(size))) for cut, size in zip(index, shape)], kind)
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(lambda row: parts[layers[row]].read_into(block[row], index[1:]), range(len(layers))))
-        return block
-
-    array = jax.make_array_from_callback(shape, _source_sharding(entry, place), share)
     wanted = jnp.dtype(dtype) if dtype and jnp.issubdtype(kind, jnp.floating) else kind
-    return array if entry.kind == "same" and wanted == kind else to_ours(entry, wanted, place)(array)
+    source, put = _source_sharding(entry, place), _putter(entry, wanted, place)
+
+    def array(part: Tensor, host: np.ndarray | None) -> jax.Array:
+        share = lambda index: part.read(index).astype(kind, copy=False) if host is None else host
+        return jax.make_array_from_callback(part.shape, source, share)
+
+    if not entry.stacked:
+        return to_ours(entry, wanted, place)(array(parts[0], None))
+    shape = (len(parts), *TRANSFORMS[entry.kind][0](np.broadcast_to(False, parts[0].shape)).shape)
+    stack = jax.jit(lambda: jnp.zeros(shape, wanted), out_shardings=place)()
+    whole = isinstance(source, SingleDeviceSharding)  # then the tensors can be read ahead
+    with ThreadPoolExecutor(READERS) as pool:
+        ahead = [pool.submit(part.read) for part in parts[:READERS]] if whole else []
+        for layer, part in enumerate(parts):
+            host = ahead.pop(0).result().astype(kind, copy=False) if whole else None
+            if whole and layer + READERS < len(parts):
+                ahead.append(pool.submit(parts[layer + READERS].read))
+            stack = put(stack, array(part, host), layer)
+    return stack
 
 
 def to_ours(entry: Entry, dtype, place: Sharding) -> Callable[[jax.Array], jax.Array]:
-    """The compiled step from an entry's tensors, stacked where it is a stack, to our array at its place."""
+    """The compiled step from a tensor to our array at its place."""
+    return jax.jit(lambda x: TRANSFORMS[entry.kind][0](x).astype(dtype), out_shardings=place)
+
+
+def _putter(entry: Entry, dtype, place: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    """The compiled step that puts a layer's tensor into its stack, whose memory is used again."""
     move = TRANSFORMS[entry.kind][0]
-    move = jax.vmap(move) if entry.stacked else move
-    return jax.jit(lambda x: move(x).astype(dtype), out_shardings=place)
+    put = lambda stack, x, layer: jax.lax.dynamic_update_index_in_dim(stack, move(x).astype(dtype), layer, 0)
+    return jax.jit(put, donate_argnums=0, out_shardings=place)
 
 
 def _source_sharding(entry: Entry, place: Sharding) -> Sharding:
-    """The place of a parameter with its torch axes; whole on every device where axes are more than swapped."""
-    if not isinstance(place, NamedSharding) or entry.kind == "same":
+    """The place of one tensor with its torch axes; whole on every device where axes are more than swapped."""
+    if not isinstance(place, NamedSharding):
         return place
-    spec = list(place.spec)
-    if entry.kind == "linear" and len(spec) >= 2:
-        return NamedSharding(place.mesh, P(*spec[:-2], spec[-1], spec[-2]))
-    return NamedSharding(place.mesh, P())
+    spec = list(place.spec)[int(entry.stacked) :]
+    if entry.kind == "linear" and len(spec) == 2:
+        return NamedSharding(place.mesh, P(spec[1], spec[0]))
+    return NamedSharding(place.mesh, P(*spec) if entry.kind == "same" else P())

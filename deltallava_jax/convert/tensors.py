@@ -73,8 +73,10 @@ def _files(path: Path) -> list[Path]:
         index = path / f"{name}.index.json"
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+                names = sorted({str(Path(name)) for name in json.loads(index.read_text())["weight_map"].values()})
+                if not names:
+                    raise ValueError("it names none")
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ConversionError(f"{index} is not an index of shards: {error!r}") from error
             missing = [name for name in names if not (path / name).is_file()]
             if missing:
@@ -94,6 +96,8 @@ def _files(path: Path) -> list[Path]:
 def _tensors(file: Path) -> Iterator[Tensor]:
     if file.suffix != ".safetensors":
         for name, value in _load_bin(file).items():
+            if str(value.dtype).removeprefix("torch.") not in DTYPES.values():
+                raise ConversionError(f"{file}: {name} is of type {value.dtype}; known: {', '.join(DTYPES.values())}")
             yield Tensor(file, name, tuple(value.shape), _numpy(value[..., :0] if value.ndim else value).dtype)
         return
     with _safetensors(file):  # the library checks that the header is sound and the file complete
@@ -130,11 +134,15 @@ def _load_bin(file: Path) -> dict:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ConversionError(f"{file} holds more than tensors and is refused (weights_only): {reason}") from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise ConversionError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        if any(words in str(error) for words in ("invalid load key", "truncated", "magic number", "ran out of")):
+            raise ConversionError(f"{file} cannot be read: it is cut short or no torch file") from error
+        raise ConversionError(f"{file} holds more than tensors and is refused: code may hide in it") from error
+    except (RuntimeError, OSError, EOFError, ValueError, IndexError) as error:
+        reason = (str(error).splitlines() or ["it is cut short"])[0]
+        raise ConversionError(f"{file} cannot be read: {reason}") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise ConversionError(f"{file} is no state dict of names and tensors")
     return state
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from deltallava_jax.config import Config, DataConfig, ModelConfig, ProjectorConfig, from_dict, to_dict, workdir_config
-from deltallava_jax.convert.read import Layout, Pretrained, read, read_json, read_projector
+from deltallava_jax.convert.read import Layout, Pretrained, fits, read, read_json, read_projector
 from deltallava_jax.convert.tensors import ConversionError, find
 from deltallava_jax.convert.write import write_extra
 from deltallava_jax.data import tokens
@@ -32,6 +32,8 @@ def open_model(path: Path, *, dtype: str | None = None, vision: Path | None = No
     """The model of a workdir, or of anything that ``read`` knows."""
     if not is_workdir(path):
         return read(path, dtype=dtype, vision=vision)
+    if vision is not None:
+        raise ConversionError(f"--vision is for checkpoints that name their tower and lack it; {path} is a workdir")
     model = read_workdir(path)
     if dtype is None:
         return model
@@ -88,8 +90,9 @@ def write_workdir(model: Pretrained, folder: Path, name: str) -> None:
         shutil.copy(file, source / file.name)
     if model.hf and not (source / "config.json").exists():
         (source / "config.json").write_text(json.dumps(model.hf, indent=2))
-    if model.cfg.decoder and any((source / name).exists() for name in tokens.FILES):
-        tokens.load(source).save(folder / "tokenizer.json")
+    tokenizer = next((file for file in model.kept if file.name in tokens.FILES), None)
+    if model.cfg.decoder and tokenizer is not None:
+        tokens.load(tokenizer.parent).save(folder / "tokenizer.json")
     about = {
         "layout": dataclasses.asdict(model.layout) if model.layout else None,
         "model": to_dict(model.origin or model.cfg),
@@ -97,7 +100,7 @@ def write_workdir(model: Pretrained, folder: Path, name: str) -> None:
     (source / "origin.json").write_text(json.dumps(about, indent=2))
     if model.extra:
         write_extra(source / "extra.safetensors", model.extra)
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(folder, create=True)
     checkpoints.save_params(model.params)
     checkpoints.close()
 
@@ -111,7 +114,9 @@ def compose(
     ProjectorConfig, e.g. scale_factor. Raises ConversionError, ConfigError, WeightMismatch."""
     trained = None
     if projector not in projectors.SYSTEMS:
-        path = Path(projector)
+        path, known = Path(projector), ", ".join(projectors.SYSTEMS)
+        if not path.exists():
+            raise ConversionError(f"--projector {projector} is neither a file nor a folder; known systems: {known}")
         trained = open_model(path, dtype=dtype) if is_workdir(path) else read_projector(path, dtype)
         if trained.cfg.projector is None:
             raise ConversionError(
@@ -135,6 +140,7 @@ def compose(
                 )
         values = to_dict(own) | {"grid": v.grid} | settings
         projector_cfg, weights = from_dict(ProjectorConfig, values, "projector."), trained.params["projector"]
+        fits(projector_cfg, weights)
     params = {"vision": tower.params["vision"], "projector": weights, "decoder": text.params["decoder"]}
     cfg = ModelConfig(v, projector_cfg, d, dtype=text.cfg.dtype)
     kept = [file for file in text.kept if file.name not in ("config.json", "preprocessor_config.json")]

@@ -396,7 +396,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises ConversionError if ``path`` exists and is not an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConversionError(f"{path} exists already; give a new folder, or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be made: {error}") from error
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}-unfinished-", dir=path.parent))
     try:
         yield work

@@ -46,13 +46,16 @@ class Model:
         images: a file, a PIL image, or a list of them. budget: visual tokens an image, the projector's largest by
         default. A decoder alone continues the prompt as it stands. Raises ConfigError for a budget the projector does
         not make or a model without the parts it takes, BadSample for an image that cannot be read."""
-        if self.tokenizer is None:
-            raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
         if self.cfg.decoder is None:
             raise ConfigError("the model has no decoder, so it cannot answer")
+        if self.tokenizer is None:
+            raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
         images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
         if self.cfg.whole:
-            text = f"{IMAGE}\n" * len(images) + prompt
+            markers = prompt.count(IMAGE)
+            if markers not in (0, len(images)):
+                raise ConfigError(f"the prompt holds {markers} {IMAGE} markers, but {len(images)} images are given")
+            text = prompt if markers else f"{IMAGE}\n" * len(images) + prompt
             tokenized = tokenize([(text, None)], TEMPLATES[self.template], self.tokenizer)
         elif images:
             raise ConfigError("the model has no vision tower, so it cannot read images")

@@ -21,10 +21,14 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """The newest ``keep`` checkpoints of a workdir, each with the train state and a small JSON record."""
+    """The newest ``keep`` checkpoints of a workdir, each with the train state and a small JSON record.
 
-    def __init__(self, workdir: str | Path, keep: int = 2):
+    create: makes the folder; without it CheckpointError says what a workdir without one lacks."""
+
+    def __init__(self, workdir: str | Path, keep: int = 2, *, create: bool = False):
         self.path = Path(workdir).absolute() / "checkpoints"
+        if not create and not self.path.is_dir():
+            raise CheckpointError(f"{workdir} holds no finished checkpoint; train first")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         handlers = {
             "params": ocp.StandardCheckpointHandler(),

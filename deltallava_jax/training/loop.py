@@ -40,7 +40,7 @@ def train(
     evaluate(params, metrics, step) is called every training.eval_every steps. SIGTERM: saves the current step and
     returns False. Raises NonFiniteLoss (nothing is saved after the last good step), TooManyFaults, CheckpointError."""
     every = cfg.training
-    checkpoints = Checkpoints(workdir, every.keep_checkpoints)
+    checkpoints = Checkpoints(workdir, every.keep_checkpoints, create=True)
     latest = checkpoints.latest()
     if latest is None:
         state = init_state(cfg, step.mesh, steps, _initial_params(cfg, step))

@@ -75,6 +75,20 @@ def _llava(text, **vision):
     )
 
 
+def _siglip_llava(text):
+    """The tower's last layer, all of its patches, and its pooling head, which LLaVA has no use for."""
+    return t.LlavaForConditionalGeneration(
+        t.LlavaConfig(
+            vision_config=t.SiglipVisionConfig(**TOWER),
+            text_config=text,
+            image_token_index=IMAGE_TOKEN,
+            image_seq_length=16,
+            vision_feature_select_strategy="full",
+            vision_feature_layer=-1,
+        )
+    )
+
+
 def _pair(model, config, **changes):
     """CLIPModel or SiglipModel with a tiny text side."""
     text = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
@@ -92,6 +106,7 @@ MODELS = {
     "siglip_pair": lambda: _pair(t.SiglipModel, t.SiglipConfig),
     "llava": lambda: _llava(_llama(rope_parameters=PLAIN_ROPE)),
     "llava_qwen2": lambda: _llava(_qwen2()),
+    "llava_siglip": lambda: _siglip_llava(_llama()),
     # A tower of width 128 for the release's Delta projector, whose head width of 128 no tensor shows.
     "llava_wide": lambda: _llava(_llama(), hidden_size=128),
 }

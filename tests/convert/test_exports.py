@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ torch = pytest.importorskip("torch")
 import checkpoints  # noqa: E402
 from checkpoints import SIDE, assert_same_bits, our_batch, pixels, rows_of, tensors, torch_pixels, torch_rows  # noqa: E402
 from rows import random_params  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
     AutoModel,
@@ -31,9 +33,10 @@ from deltallava_jax.convert.workdir import compose, load_model, read_workdir, wr
 from deltallava_jax.convert.write import write_hf  # noqa: E402
 from deltallava_jax.data import tokens  # noqa: E402
 from deltallava_jax.data.conversation import TEMPLATES, tokenize  # noqa: E402
+from deltallava_jax.data.images import load_image  # noqa: E402
 from deltallava_jax.inference.generate import encode, greedy, prompt_batch  # noqa: E402
 from deltallava_jax.inference.model import Model  # noqa: E402
-from deltallava_jax.models import projectors, vlm  # noqa: E402
+from deltallava_jax.models import projectors, vision, vlm  # noqa: E402
 from deltallava_jax.models.names import flatten  # noqa: E402
 from deltallava_jax.sequence import layout  # noqa: E402
 from deltallava_jax.training.checkpoints import Checkpoints  # noqa: E402
@@ -122,7 +125,9 @@ def test_an_mlp_model_is_a_llava(tower, decoder, dtype, composed, tmp_path):
     inputs = torch_rows(rows, 16, image_token=config.image_token_index)
     with torch.no_grad():
         reference = theirs(**inputs, pixel_values=torch_pixels(images).to(theirs.dtype)).logits
-    assert_close(our_logits(model, rows, images, 16), reference[inputs["attention_mask"].bool()], dtype)
+    reference = reference[inputs["attention_mask"].bool()]
+    assert_close(our_logits(model, rows, images, 16), reference, dtype)
+    assert reference.argmax(-1).max() < model.cfg.decoder.vocab_size  # never a row that was added for the image token
 
 
 # ------------------------------------------------------------------ Delta models: their PyTorch code comes along
@@ -193,14 +198,14 @@ def test_loss(delta):
     np.testing.assert_allclose(mine, reference, atol=1e-4)
 
 
-@pytest.mark.parametrize("delta", ["release", "paper"], indirect=True)
-def test_greedy_tokens_of_every_budget(delta):
+@pytest.mark.parametrize("delta, budgets", [("release", (16, 4, 1)), ("paper", (16,))], indirect=["delta"])
+def test_greedy_tokens(delta, budgets):
     """8 tokens after prompts of unequal length, padded on the left; alone each prompt gives the same."""
     model, theirs = delta
     rows, images = rows_of([1, 1], [12, 6]), pixels(2)
     settings = dict(do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=None)
     token = theirs.config.image_token_index
-    for budget in projectors.budgets(model.cfg.projector):
+    for budget in budgets:
         inputs = torch_rows(rows, left=True, image_token=token)
         both = theirs.generate(**inputs, pixel_values=torch_pixels(images), budget=budget, **settings).tolist()
         assert both == our_tokens(model, rows, images, budget)
@@ -310,6 +315,48 @@ def test_a_tokenizer_of_ours_pads(composed, pictures, tmp_path):
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     inputs = processor(text=[PROMPT, LONGER], padding=True, return_tensors="pt")
     assert (inputs["attention_mask"] == 0).sum() == (inputs["input_ids"] == 0).sum() > 0
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_pictures_are_prepared_as_ours_are(tower, composed, pictures, tmp_path):
+    """A picture of unequal sides; what training saw is what the export sees."""
+    model = composed(tower, "llama3", "mlp")
+    processor = AutoProcessor.from_pretrained(exported(model, tmp_path / "mlp"))
+    mine = vision.normalize(load_image(pictures[0], SIDE)[None], model.cfg.vision)[0]
+    theirs = processor.image_processor(pictures[0], return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("through_a_workdir", [False, True])
+def test_a_decoder_without_tokenizer_json(through_a_workdir, saved, tmp_path):
+    """Vicuna has tokenizer.model alone; here vocab.json and merges.txt. The export knows the image token."""
+    decoder, work = tmp_path / "decoder", tmp_path / "work"
+    shutil.copytree(saved("qwen2"), decoder)
+    Tokenizer.from_file(str(decoder / "tokenizer.json")).model.save(str(decoder))
+    (decoder / "tokenizer.json").unlink()
+    config = json.loads((decoder / "tokenizer_config.json").read_text())
+    (decoder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "Qwen2Tokenizer"}))
+    model = compose(saved("clip"), decoder, "mlp", {})
+    if through_a_workdir:
+        work.mkdir()
+        write_workdir(model, work, "work")
+        model = read_workdir(work)
+    folder = exported(model, tmp_path / "mlp")
+    token = AutoConfig.from_pretrained(folder).image_token_index
+    processor = AutoProcessor.from_pretrained(folder)
+    mine = tokens.load(decoder).encode("What is it?")[0]
+    assert processor.tokenizer("<image>What is it?")["input_ids"] == [token, *mine]
+
+
+def test_special_tokens_of_a_workdir_whose_source_is_gone(composed, tmp_path):
+    """The workdir's own tokenizer_config.json has their names: Qwen2's prompts do not begin with <s>."""
+    work = tmp_path / "work"
+    work.mkdir()
+    write_workdir(composed("clip", "qwen2", "mlp"), work, "work")
+    shutil.rmtree(work / "source")
+    folder = exported(read_workdir(work), tmp_path / "mlp")
+    assert tokens.load(work).bos is None
+    assert tokens.load(folder).bos is None
 
 
 def test_processor_of_an_mlp_export(composed, saved, pictures, tmp_path):
