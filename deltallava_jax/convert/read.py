@@ -31,8 +31,9 @@ KNOWN_TOWERS = {
     "clip-vit-base-patch32": "clip_b_32_224",
     "siglip-so400m-patch14-384": "siglip_so400m_14_384",
 }
+ROWS = {"same": 0, "linear": 1}  # our axis of a torch matrix's rows
 PARTS = ("vision", "projector", "decoder", "head")
-READERS = 4  # threads that read tensors of one parameter
+READERS, CHUNK = 4, 64 * 2**20  # threads that read, and about the bytes that are read at a time
 PROJECTOR_KEY = "deltallava_projector"  # the whole ProjectorConfig, in the config.json of our exports
 
 
@@ -338,29 +339,51 @@ def _is_text_tower(name: str) -> bool:
 
 def _load_array(entry: Entry, parts: list[Tensor], place: Sharding, dtype: str | None) -> jax.Array:
     """One parameter. The tensors go to the devices as they lie on disk, each device's share alone, and their axes are
-    moved there: moving them on the host takes longer than reading them. A stack is filled layer by layer, so that
-    little more than the parameter itself is ever in memory."""
+    moved there: moving them on the host takes longer than reading them. Stacks are filled some layers at a time and
+    large matrices some rows, so that little more than the parameter itself is ever in memory."""
     kind = functools.reduce(np.promote_types, (part.dtype for part in parts))
     wanted = jnp.dtype(dtype) if dtype and jnp.issubdtype(kind, jnp.floating) else kind
-    source, put = _source_sharding(entry, place), _putter(entry, wanted, place)
+    move = TRANSFORMS[entry.kind][0]
+    if entry.stacked:
+        shape = (len(parts), *move(np.broadcast_to(False, parts[0].shape)).shape)
+        count, total, axis = max(1, CHUNK // parts[0].bytes), len(parts), 0
+        move = jax.vmap(move)
+    else:
+        shape = move(np.broadcast_to(False, parts[0].shape)).shape
+        if entry.kind not in ROWS or parts[0].bytes <= CHUNK or not isinstance(place, SingleDeviceSharding):
+            return to_ours(entry, wanted, place)(_put(parts, slice(None), False, kind, _source_sharding(entry, place)))
+        total, axis = parts[0].shape[0], ROWS[entry.kind]
+        count = max(1, CHUNK * total // parts[0].bytes)
+    whole = jax.jit(lambda: jnp.zeros(shape, wanted), out_shardings=place)()
+    insert = lambda whole, x, at: jax.lax.dynamic_update_slice_in_dim(whole, move(x).astype(wanted), at, axis)
+    insert = jax.jit(insert, donate_argnums=0, out_shardings=place)
+    for first in range(0, total, count):
+        chunk = _put(
+            parts, slice(first, min(first + count, total)), entry.stacked, kind, _source_sharding(entry, place)
+        )
+        whole = jax.block_until_ready(insert(whole, chunk, first))  # so that no chunk piles up
+    return whole
 
-    def array(part: Tensor, host: np.ndarray | None) -> jax.Array:
-        share = lambda index: part.read(index).astype(kind, copy=False) if host is None else host
-        return jax.make_array_from_callback(part.shape, source, share)
 
-    if not entry.stacked:
-        return to_ours(entry, wanted, place)(array(parts[0], None))
-    shape = (len(parts), *TRANSFORMS[entry.kind][0](np.broadcast_to(False, parts[0].shape)).shape)
-    stack = jax.jit(lambda: jnp.zeros(shape, wanted), out_shardings=place)()
-    whole = isinstance(source, SingleDeviceSharding)  # then the tensors can be read ahead
-    with ThreadPoolExecutor(READERS) as pool:
-        ahead = [pool.submit(part.read) for part in parts[:READERS]] if whole else []
-        for layer, part in enumerate(parts):
-            host = ahead.pop(0).result().astype(kind, copy=False) if whole else None
-            if whole and layer + READERS < len(parts):
-                ahead.append(pool.submit(parts[layer + READERS].read))
-            stack = put(stack, array(part, host), layer)
-    return stack
+def _put(parts: list[Tensor], cut: slice, stacked: bool, kind, place: Sharding) -> jax.Array:
+    """Some layers of a stack, or some rows of a tensor, as they lie on disk, each device's share at its place."""
+    if not stacked:
+        (part,) = parts
+        rows = range(*cut.indices(part.shape[0])) if part.shape else range(0)
+        shape = (len(rows), *part.shape[1:]) if part.shape else ()
+        if len(rows) < (part.shape or (0,))[0]:
+            return jax.device_put(part.read((cut,)).astype(kind, copy=False), place)
+        return jax.make_array_from_callback(shape, place, lambda index: part.read(index).astype(kind, copy=False))
+    layers = parts[cut]
+
+    def share(index: tuple[slice, ...]) -> np.ndarray:
+        chosen, shape = layers[index[0]], (len(layers), *layers[0].shape)
+        block = np.empty([len(range(*c.indices(size))) for c, size in zip(index, shape)], kind)
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(lambda row: chosen[row].read_into(block[row], index[1:]), range(len(chosen))))
+        return block
+
+    return jax.make_array_from_callback((len(layers), *layers[0].shape), place, share)
 
 
 def to_ours(entry: Entry, dtype, place: Sharding) -> Callable[[jax.Array], jax.Array]:
@@ -368,18 +391,11 @@ def to_ours(entry: Entry, dtype, place: Sharding) -> Callable[[jax.Array], jax.A
     return jax.jit(lambda x: TRANSFORMS[entry.kind][0](x).astype(dtype), out_shardings=place)
 
 
-def _putter(entry: Entry, dtype, place: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-    """The compiled step that puts a layer's tensor into its stack, whose memory is used again."""
-    move = TRANSFORMS[entry.kind][0]
-    put = lambda stack, x, layer: jax.lax.dynamic_update_index_in_dim(stack, move(x).astype(dtype), layer, 0)
-    return jax.jit(put, donate_argnums=0, out_shardings=place)
-
-
 def _source_sharding(entry: Entry, place: Sharding) -> Sharding:
-    """The place of one tensor with its torch axes; whole on every device where axes are more than swapped."""
-    if not isinstance(place, NamedSharding):
+    """The place of the tensors with their torch axes; whole on every device where axes are more than swapped."""
+    if not isinstance(place, NamedSharding) or entry.kind == "same":
         return place
-    spec = list(place.spec)[int(entry.stacked) :]
-    if entry.kind == "linear" and len(spec) == 2:
-        return NamedSharding(place.mesh, P(spec[1], spec[0]))
-    return NamedSharding(place.mesh, P(*spec) if entry.kind == "same" else P())
+    spec = list(place.spec)
+    if entry.kind == "linear" and len(spec) >= 2:
+        return NamedSharding(place.mesh, P(*spec[:-2], spec[-1], spec[-2]))
+    return NamedSharding(place.mesh, P())

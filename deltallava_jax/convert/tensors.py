@@ -29,6 +29,10 @@ class Tensor:
     dtype: np.dtype
     offset: int | None = None
 
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The tensor, or the part of it at ``index``. Raises ConversionError if the file cannot be read."""
         cuts = [cut.indices(size)[:2] for cut, size in zip(index, self.shape)]
@@ -37,16 +41,18 @@ class Tensor:
         return out
 
     def read_into(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
-        """The tensor, or the part of it at ``index``, into an array of that shape. Whole tensors of a safetensors
-        file go straight from the file to the array."""
+        """The tensor, or the part of it at ``index``, into an array of that shape. Whole rows of a safetensors file
+        go straight from the file to the array."""
+        rows = out.shape[1:] == self.shape[1:] and out.dtype == self.dtype and out.flags.c_contiguous
         if self.offset is None:
             out[...] = _numpy(_load_bin(self.file)[self.name])[index]
-        elif out.shape != self.shape or out.dtype != self.dtype or not out.flags.c_contiguous:
+        elif not rows:
             with _safetensors(self.file) as file:
                 out[...] = file.get_slice(self.name)[index] if index else file.get_tensor(self.name)
         else:
             with self.file.open("rb", buffering=0) as file:
-                file.seek(self.offset)
+                first = index[0].indices(self.shape[0])[0] if index else 0
+                file.seek(self.offset + first * (self.bytes // max(self.shape[0], 1) if self.shape else 0))
                 view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
                 while done < len(view):
                     count = file.readinto(view[done:])

@@ -52,9 +52,14 @@ class Checkpoints:
             self._manager.save(step, args=items)
 
     def save_params(self, params: Params) -> None:
-        """Saves parameters alone, as step 0, and returns when they are written: a model to start from."""
-        self._manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave({"trained": params, "frozen": {}})))
-        self.wait()
+        """Saves parameters alone, as step 0, and returns when they are written: a model to start from.
+
+        In the foreground and uncompressed: otherwise copies of the whole model are in memory meanwhile."""
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+        handlers = {"params": ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=1)}
+        manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
+        manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave({"trained": params, "frozen": {}})))
+        manager.close()
 
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, dict]:
         """The state of a step, in the shapes, dtypes and shardings of ``shapes``, and its record.

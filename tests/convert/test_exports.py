@@ -258,6 +258,21 @@ def test_every_auto_class_loads_it(delta_folder):
             np.testing.assert_array_equal(model.state_dict()[where], value)
 
 
+def test_generation_config_is_that_of_the_decoder(saved, tmp_path):
+    """Llama 3's names several tokens that end an answer; generation obeys it as it does for an MLP model."""
+    decoder = tmp_path / "decoder"
+    shutil.copytree(saved("llama_grouped"), decoder)
+    (decoder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": list(range(3, 320)), "pad_token_id": 0})
+    )
+    small = dict(scale_factor=2, head_dim=16, block_head_dim=8, rank=4)
+    for name, settings in (("mlp", {}), ("delta", small)):
+        model = loaded(exported(compose(saved("clip"), decoder, name, settings), tmp_path / name))
+        inputs = torch_rows(rows_of([0], [9]))
+        new = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, 9 if name == "mlp" else 0 :]
+        assert len(new) == 1, name
+
+
 def test_saved_by_transformers_and_loaded_again(delta_folder, tmp_path):
     """As after finetuning there."""
     _, folder = delta_folder

@@ -76,7 +76,7 @@ def source(tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["read", "workdir", "hf"])
 def test_the_peak_is_the_model_and_a_shard(source, tmp_path, how):
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, source, how, tmp_path / "made"],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,

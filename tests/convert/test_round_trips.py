@@ -414,6 +414,13 @@ def test_stage_1_projector_file(system, saved, opened, tmp_path):
         assert projectors.budgets(model.cfg.projector) == (16, 4)
 
 
+def test_the_export_says_the_dtype_that_was_asked_for(saved, tmp_path):
+    """Transformers loads a checkpoint in the dtype of its config.json."""
+    convert(saved("qwen2"), tmp_path / "half", "--dtype", "float16", "--to", "hf")
+    assert {str(value.dtype) for value in tensors(tmp_path / "half").values()} == {"float16"}
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.float16
+
+
 def test_dtype_casts_a_fresh_projector(saved):
     """--dtype is "of all parameters"."""
     model = compose(saved("clip"), saved("llama"), "mlp", {}, dtype="bfloat16")
