@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import eval as evaluation_door
 import train as training_door
-from deltallava_jax.config import ConfigError
+from deltallava_jax.config import ConfigError, workdir_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,7 +88,7 @@ def test_an_argument_that_is_none_of_ours(arguments, words):
 def test_eval_names_a_config_that_cannot_be_read(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match="config.json"):
-        evaluation_door.load_workdir_config(tmp_path)
+        workdir_config(tmp_path)
 
 
 # ------------------------------------------------------------------ imports
