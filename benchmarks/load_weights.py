@@ -78,7 +78,7 @@ def compile_for(target: Path, layers: int) -> None:
     from jax.sharding import SingleDeviceSharding
 
     from deltallava_jax.config import DecoderConfig, ModelConfig, preset
-    from deltallava_jax.convert.read import to_ours
+    from deltallava_jax.convert.read import inserter, to_ours
     from deltallava_jax.convert.write import HF_DECODER
     from deltallava_jax.models import vlm
     from deltallava_jax.models.names import flatten
@@ -88,11 +88,15 @@ def compile_for(target: Path, layers: int) -> None:
     model = ModelConfig(None, None, preset(DecoderConfig, "vicuna_7b", layers=layers))
     shapes = flatten(jax.eval_shape(lambda: vlm.init_params(model, jax.random.key(0))))
     whole = peak = 0
+    struct = lambda shape: jax.ShapeDtypeStruct(shape, jax.numpy.bfloat16, sharding=place)
     for entry in HF_DECODER.table(model):
         shape = shapes[entry.path].shape
-        stack = ((shape[0],) if entry.stacked else ()) + entry.torch_shape(shape)
-        source = jax.ShapeDtypeStruct(stack, jax.numpy.bfloat16, sharding=place)
-        memory = to_ours(entry, jax.numpy.bfloat16, place).lower(source).compile().memory_analysis()
+        tensor, dtype = entry.torch_shape(shape), jax.numpy.bfloat16
+        if entry.stacked:
+            step = inserter(entry, dtype, place).lower(struct(shape), struct((1, *tensor)), 0)
+        else:
+            step = to_ours(entry, dtype, place).lower(struct(tensor))
+        memory = step.compile().memory_analysis()
         whole += memory.output_size_in_bytes
         peak = max(peak, memory.argument_size_in_bytes + memory.temp_size_in_bytes)
         print(f"{entry.path:36} {str(shape):24} compiled")

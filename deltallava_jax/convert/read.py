@@ -343,52 +343,61 @@ def _load_array(entry: Entry, parts: list[Tensor], place: Sharding, dtype: str |
     large matrices some rows, so that little more than the parameter itself is ever in memory."""
     kind = functools.reduce(np.promote_types, (part.dtype for part in parts))
     wanted = jnp.dtype(dtype) if dtype and jnp.issubdtype(kind, jnp.floating) else kind
-    move = TRANSFORMS[entry.kind][0]
+    source, shape = _source_sharding(entry, place), _our_shape(entry, parts)
     if entry.stacked:
-        shape = (len(parts), *move(np.broadcast_to(False, parts[0].shape)).shape)
-        count, total, axis = max(1, CHUNK // parts[0].bytes), len(parts), 0
-        move = jax.vmap(move)
+        total, size, put = len(parts), parts[0].bytes, functools.partial(_put_layers, parts, kind, source)
     else:
-        shape = move(np.broadcast_to(False, parts[0].shape)).shape
+        total = max((*parts[0].shape, 1)[0], 1)
+        size = parts[0].bytes // total
+        put = functools.partial(_put_rows, parts[0], kind, source)
         if entry.kind not in ROWS or parts[0].bytes <= CHUNK or not isinstance(place, SingleDeviceSharding):
-            return to_ours(entry, wanted, place)(_put(parts, slice(None), False, kind, _source_sharding(entry, place)))
-        total, axis = parts[0].shape[0], ROWS[entry.kind]
-        count = max(1, CHUNK * total // parts[0].bytes)
+            return to_ours(entry, wanted, place)(put(slice(None)))
     whole = jax.jit(lambda: jnp.zeros(shape, wanted), out_shardings=place)()
-    insert = lambda whole, x, at: jax.lax.dynamic_update_slice_in_dim(whole, move(x).astype(wanted), at, axis)
-    insert = jax.jit(insert, donate_argnums=0, out_shardings=place)
+    insert, count = inserter(entry, wanted, place), max(1, CHUNK // size)
     for first in range(0, total, count):
-        chunk = _put(
-            parts, slice(first, min(first + count, total)), entry.stacked, kind, _source_sharding(entry, place)
-        )
+        chunk = put(slice(first, min(first + count, total)))
         whole = jax.block_until_ready(insert(whole, chunk, first))  # so that no chunk piles up
     return whole
 
 
-def _put(parts: list[Tensor], cut: slice, stacked: bool, kind, place: Sharding) -> jax.Array:
-    """Some layers of a stack, or some rows of a tensor, as they lie on disk, each device's share at its place."""
-    if not stacked:
-        (part,) = parts
-        rows = range(*cut.indices(part.shape[0])) if part.shape else range(0)
-        shape = (len(rows), *part.shape[1:]) if part.shape else ()
-        if len(rows) < (part.shape or (0,))[0]:
-            return jax.device_put(part.read((cut,)).astype(kind, copy=False), place)
-        return jax.make_array_from_callback(shape, place, lambda index: part.read(index).astype(kind, copy=False))
+def _our_shape(entry: Entry, parts: list[Tensor]) -> tuple[int, ...]:
+    shape = TRANSFORMS[entry.kind][0](np.broadcast_to(False, parts[0].shape)).shape
+    return (len(parts), *shape) if entry.stacked else shape
+
+
+def _put_rows(part: Tensor, kind, place: Sharding, cut: slice) -> jax.Array:
+    """A tensor, or some rows of it on one device, as it lies on disk, each device's share at its place."""
+    if cut != slice(None):
+        return jax.device_put(part.read((cut,)).astype(kind, copy=False), place)
+    return jax.make_array_from_callback(part.shape, place, lambda index: part.read(index).astype(kind, copy=False))
+
+
+def _put_layers(parts: list[Tensor], kind, place: Sharding, cut: slice) -> jax.Array:
+    """Some layers of a stack as they lie on disk, each device's share at its place."""
     layers = parts[cut]
+    shape = (len(layers), *layers[0].shape)
 
     def share(index: tuple[slice, ...]) -> np.ndarray:
-        chosen, shape = layers[index[0]], (len(layers), *layers[0].shape)
+        chosen = layers[index[0]]
         block = np.empty([len(range(*c.indices(size))) for c, size in zip(index, shape)], kind)
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(lambda row: chosen[row].read_into(block[row], index[1:]), range(len(chosen))))
         return block
 
-    return jax.make_array_from_callback((len(layers), *layers[0].shape), place, share)
+    return jax.make_array_from_callback(shape, place, share)
 
 
 def to_ours(entry: Entry, dtype, place: Sharding) -> Callable[[jax.Array], jax.Array]:
     """The compiled step from a tensor to our array at its place."""
     return jax.jit(lambda x: TRANSFORMS[entry.kind][0](x).astype(dtype), out_shardings=place)
+
+
+def inserter(entry: Entry, dtype, place: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    """The compiled step that puts some layers or rows into our array, whose memory is used again."""
+    move, axis = TRANSFORMS[entry.kind][0], 0 if entry.stacked else ROWS[entry.kind]
+    move = jax.vmap(move) if entry.stacked else move
+    insert = lambda whole, x, at: jax.lax.dynamic_update_slice_in_dim(whole, move(x).astype(dtype), at, axis)
+    return jax.jit(insert, donate_argnums=0, out_shardings=place)
 
 
 def _source_sharding(entry: Entry, place: Sharding) -> Sharding:

@@ -150,7 +150,7 @@ def unchanged(model: Pretrained) -> bool:
 
 def _llava_config(model: Pretrained, image_token: int, plain: bool) -> dict:
     cfg, hf = model.cfg, model.hf
-    text = decoder_family(cfg.decoder).to_hf(cfg.decoder) | _kept_keys(hf.get("text_config", hf), "text")
+    text = decoder_family(cfg.decoder).to_hf(cfg.decoder) | _kept_keys(hf.get("text_config", hf))
     vision = tower_family(cfg.vision).to_hf(cfg.vision)
     if cfg.vision.family == "siglip":
         vision["vision_use_head"] = False
@@ -185,7 +185,7 @@ def _llava_config(model: Pretrained, image_token: int, plain: bool) -> dict:
     }
 
 
-def _kept_keys(text: dict, kind: str) -> dict:
+def _kept_keys(text: dict) -> dict:
     """What of a source's decoder config we do not hold ourselves and generation needs."""
     return {key: text[key] for key in ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
             if key in text}  # fmt: skip
