@@ -310,7 +310,8 @@ def _load(cfg, layout, tensors, dtype, shard, progress) -> tuple[Params, dict[st
     """(parameters, tensors the model has no use for)."""
     table = dataclasses.replace(layout, **{part: "" for part in PARTS if getattr(layout, part) is None}).table(cfg)
     shapes = {path: leaf.shape for path, leaf in flatten(jax.eval_shape(lambda: _init(cfg))).items()}
-    extra = {name: tensor for name, tensor in tensors.items() if is_extra(name)}
+    used = {name for entry in table for name in entry.torch_names(shapes[entry.path])}
+    extra = {name: tensor for name, tensor in tensors.items() if is_extra(name) and name not in used}
     if cfg.decoder and cfg.decoder.tied_head:
         tensors = {name: t for name, t in tensors.items() if not name.endswith("lm_head.weight")}
     check(table, {name: tensor.shape for name, tensor in tensors.items()}, shapes, is_extra)
@@ -389,13 +390,23 @@ def _put_layers(parts: list[Tensor], kind, place: Sharding, cut: slice) -> jax.A
 
 def to_ours(entry: Entry, dtype, place: Sharding) -> Callable[[jax.Array], jax.Array]:
     """The compiled step from a tensor to our array at its place."""
-    return jax.jit(lambda x: TRANSFORMS[entry.kind][0](x).astype(dtype), out_shardings=place)
+    return _to_ours(entry.kind, jnp.dtype(dtype), place)
+
+
+@functools.lru_cache(maxsize=256)
+def _to_ours(kind: str, dtype, place: Sharding):
+    return jax.jit(lambda x: TRANSFORMS[kind][0](x).astype(dtype), out_shardings=place)
 
 
 def inserter(entry: Entry, dtype, place: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
     """The compiled step that puts some layers or rows into our array, whose memory is used again."""
-    move, axis = TRANSFORMS[entry.kind][0], 0 if entry.stacked else ROWS[entry.kind]
-    move = jax.vmap(move) if entry.stacked else move
+    return _inserter(entry.kind, entry.stacked, jnp.dtype(dtype), place)
+
+
+@functools.lru_cache(maxsize=256)  # equal shapes are compiled for once
+def _inserter(kind: str, stacked: bool, dtype, place: Sharding):
+    move, axis = TRANSFORMS[kind][0], 0 if stacked else ROWS[kind]
+    move = jax.vmap(move) if stacked else move
     insert = lambda whole, x, at: jax.lax.dynamic_update_slice_in_dim(whole, move(x).astype(dtype), at, axis)
     return jax.jit(insert, donate_argnums=0, out_shardings=place)
 

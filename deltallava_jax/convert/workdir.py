@@ -64,7 +64,7 @@ def read_workdir(path: Path) -> Pretrained:
         params = _with_frozen(params, read_workdir(began).params, checkpoints.frozen_paths(step))
     layout = origin = None
     hf, extra = {}, {}
-    kept = [path / "tokenizer.json"] if (path / "tokenizer.json").is_file() else []
+    kept = [path / name for name in ("tokenizer.json", "tokenizer_config.json") if (path / name).is_file()]
     if source is not None:
         about = read_json(source / "origin.json")
         layout = Layout(**about["layout"]) if about["layout"] else None
@@ -131,6 +131,7 @@ def compose(
     if trained is None:
         projector_cfg = from_dict(ProjectorConfig, {"name": projector} | fitted | settings, "projector.")
         weights = projectors.init_params(projector_cfg, jax.random.key(seed))
+        weights = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), weights)
     else:
         own = trained.cfg.projector
         for key, value in fitted.items():

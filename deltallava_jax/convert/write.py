@@ -22,6 +22,7 @@ from deltallava_jax.config import DecoderConfig, ModelConfig, to_dict
 from deltallava_jax.convert.families import decoder_family, tower_family
 from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, Layout, Pretrained, read_json
 from deltallava_jax.convert.tensors import DTYPES, ConversionError, Tensor
+from deltallava_jax.data import tokens
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import TRANSFORMS, Entry, flatten, unflatten
 
@@ -100,6 +101,11 @@ def write_llava(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES)
         raise ConversionError("--to llava needs tower, projector and decoder; this model lacks some of them")
     if "mm_vision_tower" in model.hf and unchanged(model):
         _write(model, folder, model.layout, model.hf, shard_bytes)
+        name = model.hf["mm_vision_tower"]
+        known = name.split("/")[-1] in KNOWN_TOWERS or Path(name).is_absolute()
+        if model.layout.vision is not None and not known:
+            (folder / name).mkdir(parents=True)
+            _write_json(folder / name / "config.json", tower_family(cfg.vision).to_hf(cfg.vision))
         return
     vision = tower_family(cfg.vision)
     names = {preset: name for name, preset in KNOWN_TOWERS.items()}
@@ -199,18 +205,12 @@ def _main_dtype(params: Params) -> str:
 
 
 def _with_image_token(model: Pretrained):
-    """(id of the image token, a tokenizer to save instead of the kept one, or None)."""
-    from tokenizers import AddedToken, Tokenizer
-
-    file = next((file for file in model.kept if file.name == "tokenizer.json"), None)
+    """(id of the image token, the tokenizer to save, None where the model has none)."""
+    file = next((file for file in model.kept if file.name in tokens.FILES), None)
     if file is None:
         return model.hf.get("image_token_index", model.cfg.decoder.vocab_size), None
-    tokenizer = Tokenizer.from_file(str(file))
-    known = tokenizer.token_to_id(IMAGE_TOKEN)
-    if known is not None:
-        return known, None
-    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-    return tokenizer.token_to_id(IMAGE_TOKEN), tokenizer
+    tokenizer, token = tokens.load(file.parent).exported(IMAGE_TOKEN)
+    return token, tokenizer
 
 
 def _with_room(params: Params, cfg: DecoderConfig, token: int) -> tuple[Params, DecoderConfig]:
@@ -228,7 +228,7 @@ def _with_room(params: Params, cfg: DecoderConfig, token: int) -> tuple[Params, 
 
 
 def _write_processor(model: Pretrained, folder: Path, plain: bool) -> None:
-    """What is missing of preprocessor_config.json, processor_config.json and tokenizer_config.json."""
+    """preprocessor_config.json, processor_config.json and tokenizer_config.json."""
     vision = model.cfg.vision
     side = {"height": vision.image_size, "width": vision.image_size}
     pixels = {
@@ -249,8 +249,7 @@ def _write_processor(model: Pretrained, folder: Path, plain: bool) -> None:
     if not plain:
         code = "processing_deltallava.DeltaLlavaProcessor"
         processor = {"processor_class": "DeltaLlavaProcessor", "auto_map": {"AutoProcessor": code}}
-    if not (folder / "preprocessor_config.json").exists():
-        _write_json(folder / "preprocessor_config.json", pixels)
+    _write_json(folder / "preprocessor_config.json", pixels)  # as images.load_image does, whatever the tower's own does
     _write_json(folder / "processor_config.json", processor)
     if (folder / "tokenizer.json").exists():
         file = folder / "tokenizer_config.json"
@@ -325,6 +324,10 @@ class _Out:
 
 def _write(model: Pretrained, folder: Path, layout: Layout, config: dict, shard_bytes: int) -> None:
     """Kept files, config.json and the weights, in shards of at most ``shard_bytes``."""
+    held = {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)}
+    for key in ("dtype", "torch_dtype"):
+        if key in config and config[key] not in held:  # the parameters were cast
+            config = config | {key: _main_dtype(model.params)}
     for file in model.kept:
         shutil.copy(file, folder / file.name)
     if not (folder / "config.json").is_file() or read_json(folder / "config.json") != config:
@@ -336,7 +339,8 @@ def _write(model: Pretrained, folder: Path, layout: Layout, config: dict, shard_
         for layer, name in enumerate(entry.torch_names(leaf.shape)):
             shape = entry.torch_shape(leaf.shape)
             outs.append(_Out(name, shape, np.dtype(leaf.dtype), entry, layer if entry.stacked else None))
-    outs += [_Out(name, tensor.shape, tensor.dtype) for name, tensor in model.extra.items()]
+    if layout == model.layout:
+        outs += [_Out(name, tensor.shape, tensor.dtype) for name, tensor in model.extra.items()]
     shards: list[list[_Out]] = [[]]
     for out in outs:
         if shards[-1] and sum(o.bytes for o in shards[-1]) + out.bytes > shard_bytes:
@@ -348,15 +352,15 @@ def _write(model: Pretrained, folder: Path, layout: Layout, config: dict, shard_
         where = {out.name: name for name, shard in zip(names, shards) for out in shard}
         total = {"total_size": sum(out.bytes for out in outs)}
         _write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": where})
-    held: dict[str, np.ndarray] = {}  # the parameter that is being written, on the host
+    on_host: dict[str, np.ndarray] = {}  # the parameter that is being written, on the host
 
     def value(out: _Out) -> np.ndarray:
         if out.entry is None:
             return model.extra[out.name].read()
-        if out.entry.path not in held:
-            held.clear()
-            held[out.entry.path] = np.asarray(flat[out.entry.path])
-        whole = held[out.entry.path]
+        if out.entry.path not in on_host:
+            on_host.clear()
+            on_host[out.entry.path] = np.asarray(flat[out.entry.path])
+        whole = on_host[out.entry.path]
         part = whole if out.layer is None else whole[out.layer]
         return TRANSFORMS[out.entry.kind][1](part)
 

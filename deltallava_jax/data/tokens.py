@@ -23,6 +23,19 @@ class Tokenizer:
         self.bos, self.eos = (backend.token_to_id(token) if token else None for token in (bos, eos))
         self.vocab_size = backend.get_vocab_size()
 
+    def exported(self, image_token: str):
+        """(a ``tokenizers`` tokenizer that begins every text with BOS and knows the image token, that token's id)."""
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Backend
+        from tokenizers.processors import TemplateProcessing
+
+        backend, bos = Backend.from_str(self._backend.to_str()), self._names[0]
+        if self.bos is not None and backend.encode("a").ids[:1] != [self.bos]:
+            backend.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, self.bos)])
+        if backend.token_to_id(image_token) is None:
+            backend.add_special_tokens([AddedToken(image_token, special=True, normalized=False)])
+        return backend, backend.token_to_id(image_token)
+
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """(ids, character span of each id); no special token is added, ``</s>`` in the text is one."""
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON may hold, becomes "?"
@@ -37,6 +50,8 @@ class Tokenizer:
         """Writes tokenizer.json, and beside it tokenizer_config.json with the names of the special tokens."""
         Path(path).write_text(self._backend.to_str())
         names = dict(zip(("bos_token", "eos_token"), self._names))
+        if self._backend.token_to_id(PAD) is not None:
+            names["pad_token"] = PAD
         Path(path).with_name("tokenizer_config.json").write_text(json.dumps(names, indent=2))
 
     def __reduce__(self):  # worker processes get the tokenizer's text

@@ -4,13 +4,13 @@ Needs torch and transformers alone. The projector is in projector.py."""
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from .configuration_deltallava import DeltaLlavaConfig
 from .projector import Projector
 
 
-class DeltaLlavaForConditionalGeneration(PreTrainedModel):
+class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """input_ids hold one image token for each image of pixel_values; ``budget`` is the visual tokens it opens into."""
 
     config_class = DeltaLlavaConfig
@@ -31,9 +31,6 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel):
 
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
-
-    def tie_weights(self, *args, **kwargs):
-        return self.language_model.tie_weights(*args, **kwargs)
 
     def get_image_features(self, pixel_values, budget=None):
         """[n, 3, H, W] normalised pixels -> [n, budget, d] visual tokens."""
@@ -97,4 +94,5 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel):
     def generate(self, input_ids=None, pixel_values=None, attention_mask=None, budget=None, **kwargs):
         """The new tokens alone; keyword arguments as of transformers' generate."""
         embeddings, mask, _ = self._open(input_ids, pixel_values, attention_mask, None, budget, left=True)
+        kwargs.setdefault("generation_config", self.generation_config)
         return self.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, **kwargs)
