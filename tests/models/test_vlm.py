@@ -192,7 +192,7 @@ def test_every_budget_of_an_elastic_model():
     other = dataclasses.replace(BATCH, images=255 - BATCH.images)
     assert all(abs(elastic(other, budget=budget) - value) > 1e-4 for budget, value in values.items())
     tokens = lambda budget: jax.eval_shape(
-        lambda params: vlm.visual_tokens(params, ELASTIC, BATCH.images[0], budget=budget), ELASTIC_PARAMS
+        lambda params: vlm.visual_tokens(params, ELASTIC, BATCH.images[0], budget=budget)[0], ELASTIC_PARAMS
     )
     assert tokens(None).shape == tokens(4).shape == (I, 4, 32) and tokens(1).shape == (I, 1, 32)
     with pytest.raises(ConfigError, match="4, 1"):
