@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  numpy learns the name bfloat16, which safetensors asks it for
+import ml_dtypes  # also teaches numpy the name bfloat16, which safetensors asks it for
 import numpy as np
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}

@@ -119,9 +119,7 @@ def compose(
             raise ConversionError(f"--projector {projector} is neither a file nor a folder; known systems: {known}")
         trained = open_model(path, dtype=dtype) if is_workdir(path) else read_projector(path, dtype)
         if trained.cfg.projector is None:
-            raise ConversionError(
-                f"--projector {projector} holds no projector; known systems: {', '.join(projectors.SYSTEMS)}"
-            )
+            raise ConversionError(f"--projector {projector} holds no projector; known systems: {known}")
     tower, text = open_model(vision, dtype=dtype), open_model(decoder, dtype=dtype)
     for part, model, path in (("vision", tower, vision), ("decoder", text, decoder)):
         if getattr(model.cfg, part) is None:

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from deltallava_jax.config import DecoderConfig, ModelConfig, to_dict
+from deltallava_jax.config import DecoderConfig, VisionConfig, preset, to_dict
 from deltallava_jax.convert.families import decoder_family, tower_family
 from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, Layout, Pretrained, read_json
 from deltallava_jax.convert.tensors import DTYPES, ConversionError, Tensor
 from deltallava_jax.data import tokens
+from deltallava_jax.data.conversation import IMAGE as IMAGE_TOKEN
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import TRANSFORMS, Entry, flatten, unflatten
 
@@ -31,7 +32,6 @@ HF_DECODER = Layout(decoder="model.", head="")
 HF_TOWER = Layout(vision="vision_model.")
 LLAVA = Layout("model.vision_tower.vision_tower.vision_model.", "model.mm_projector.", "model.", "", False)
 TORCH_MODULES = Path(__file__).parent / "torch_modules"
-IMAGE_TOKEN = "<image>"
 SHARD_BYTES = 5 * 10**9
 
 
@@ -108,10 +108,9 @@ def write_llava(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES)
             _write_json(folder / name / "config.json", tower_family(cfg.vision).to_hf(cfg.vision))
         return
     vision = tower_family(cfg.vision)
-    names = {preset: name for name, preset in KNOWN_TOWERS.items()}
-    preset = next((names[key] for key in names if _is_preset(cfg, key)), None)
+    published = next((name for name, key in KNOWN_TOWERS.items() if cfg.vision == preset(VisionConfig, key)), None)
     owner = "openai" if cfg.vision.family == "clip" else "google"
-    tower = f"{owner}/{preset}" if preset else "vision_tower"
+    tower = f"{owner}/{published}" if published else "vision_tower"
     qwen = cfg.decoder.qkv_bias
     config = decoder_family(cfg.decoder).to_hf(cfg.decoder) | {
         "model_type": "llava_qwen" if qwen else "llava_llama",
@@ -127,15 +126,9 @@ def write_llava(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES)
         PROJECTOR_KEY: to_dict(cfg.projector),
     }
     _write(model, folder, LLAVA, config, shard_bytes)
-    if preset is None:
+    if published is None:
         (folder / tower).mkdir()
         _write_json(folder / tower / "config.json", vision.to_hf(cfg.vision))
-
-
-def _is_preset(cfg: ModelConfig, name: str) -> bool:
-    from deltallava_jax.config import VisionConfig, preset
-
-    return cfg.vision == preset(VisionConfig, name)
 
 
 def _hf_kind(hf: dict) -> str | None:
