@@ -59,8 +59,11 @@ def projector_state(cfg: ProjectorConfig) -> dict[str, np.ndarray]:
 def features(cfg: ProjectorConfig, n: int = 2) -> VisionFeatures:
     """Standard normal features of n images; for the release's sizes they are the golden inputs."""
     patches = cfg.grid**2
+    attention = np.exp(inputs("cls_attention", (n, patches + 1)))
     return VisionFeatures(
         last=inputs("x_single", (n, patches, cfg.in_width)),
         levels=inputs("x_multi", (n, patches, cfg.level_count * cfg.in_width)),
+        cls_attention=(attention / attention.sum(1, keepdims=True))[:, 1:],
+        keys=inputs("keys", (n, patches, cfg.in_width)),
         grid=(cfg.grid, cfg.grid),
     )
