@@ -74,7 +74,10 @@ class ProjectorConfig:
     ablation: str = "none"
     queries: int = 256  # mqt, resampler: learned queries
     tokens: tuple[int, ...] = ()  # mqt, fastervlm: the budgets; prumerge: (the most,); empty: as published
-    keep_ratio: float = 0.125  # prumerge: share of the patches kept; 0: by outliers of each image
+    keep_ratio: float | None = None  # share of the patches kept: prumerge (0: by outliers of each image; published
+    # 0.125), evit and dynamicvit (in each stage; published 0.7)
+    prune_layers: tuple[int, ...] = (6, 12, 18)  # evit, dynamicvit: the tower's layers, from 0, that drop patches
+    fuse: bool = True  # evit: the dropped patches become one token
     reproduce_duplicates: bool = False  # prumerge_plus: the original's doubled and lost positions
     text_width: int = 0  # quecc: width of the question's hidden state; 0: out_width
     question_length: int = 64  # quecc: tokens of a question that are read, at most
@@ -88,8 +91,12 @@ class ProjectorConfig:
         )
         require_at_least(0, "projector", self, "text_width", "depth")
         require(0 <= self.drop_path < 1, f"projector.drop_path={self.drop_path}; expected 0 to below 1")
-        require(0 <= self.keep_ratio < 1, f"projector.keep_ratio={self.keep_ratio}; expected 0 to below 1")
+        require(0 <= (self.keep_ratio or 0) <= 1, f"projector.keep_ratio={self.keep_ratio}; expected 0 to 1")
         require(0 < self.mix_ratio < 1, f"projector.mix_ratio={self.mix_ratio}; expected between 0 and 1")
+        require(
+            list(self.prune_layers) == sorted(set(self.prune_layers)),
+            f"projector.prune_layers={self.prune_layers}; expected ascending layers, e.g. (6, 12, 18)",
+        )
         for name, known in (("variant", ("release", "paper")), ("ablation", ABLATIONS)):
             value = getattr(self, name)
             require(value in known, f"projector.{name} is {value!r}; known: {', '.join(known)}")

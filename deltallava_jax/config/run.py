@@ -70,11 +70,17 @@ class TrainingConfig:
     eval_every: int = 0
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    llavolta: tuple[tuple[int, ...], ...] = ()  # (stride, decoder layer) of equal parts: visual tokens are pooled
     every_budget: bool = False  # an elastic model: each step averages the loss of all budgets, not one that is drawn
 
     def __post_init__(self):
         require_at_least(0, "training", self, "steps", "log_every", "eval_every", "checkpoint_every")
         require_at_least(1, "training", self, "keep_checkpoints")
+        for stage in self.llavolta:
+            require(
+                len(stage) == 2 and stage[0] >= 1,
+                f"training.llavolta has the stage {stage}; expected (stride, decoder layer), e.g. (8, 2), or (1, 0)",
+            )
         require(self.epochs > 0 or self.steps > 0, f"training.epochs={self.epochs}; expected more than 0")
 
 

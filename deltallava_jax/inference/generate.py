@@ -24,7 +24,7 @@ def encode(
     """Visual tokens of images and which of them are there (None: all), compiled once for each (n, budget).
 
     prompts: for systems that read the question, the rows whose image places the images fill, row by row."""
-    return vlm.visual_tokens(params, cfg, images, prompts, budget=budget)
+    return vlm.visual_tokens(params, cfg, images, prompts, budget=budget)[:2]
 
 
 def prompt_batch(prompts: list[Tokenized], length: int) -> Batch:

@@ -130,6 +130,19 @@ def attention(
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
+def masked_attention(
+    q: Float[Array, "B T H D"], k: Float[Array, "B T H D"], v: Float[Array, "B T H D"], kept: Float[Array, "B T"]
+) -> Float[Array, "B T H D"]:
+    """Self-attention in which a token counts as much as ``kept`` (0 to 1) says, for itself always whole; gradients
+    reach ``kept`` (raoyongming/DynamicViT, softmax_with_policy)."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    itself = jnp.eye(q.shape[1])
+    counts = kept[:, None, None, :] * (1 - itself) + itself
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))) * counts
+    weights = (weights + 1e-6 / q.shape[1]) / (weights.sum(-1, keepdims=True) + 1e-6)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
+
+
 def gelu(x):
     """The exact (erf) GELU, torch's default."""
     return jax.nn.gelu(x, approximate=False)

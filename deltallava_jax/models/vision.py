@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -20,6 +22,7 @@ from deltallava_jax.models.layers import (
     bind,
     init,
     init_stack,
+    masked_attention,
     normal,
     quick_gelu,
     sincos_table,
@@ -32,12 +35,14 @@ class Needs:
 
     cls_attention: (layer, "head_mean" | "one_head"): attention of the CLS token to the patches in layer ``layer``
     (1-based), averaged over the heads, or as one head over the full width with scale width**-0.5 (PruMerge).
-    keys: layer whose keys, before the head split, are returned."""
+    keys: layer whose keys, before the head split, are returned.
+    pruned: layers, by index from 0, that the system runs itself, with fewer tokens behind them (see Prune)."""
 
     last: int
     levels: tuple[int, ...] = ()
     cls_attention: tuple[int, str] | None = None
     keys: int | None = None
+    pruned: tuple[int, ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -46,12 +51,16 @@ class VisionFeatures:
     """Features of n images; patches in row-major order over ``grid``, the CLS token left out.
 
     last: [n, N, C]; levels: [n, N, L * C], several layers concatenated on channels, or None;
-    cls_attention: [n, N] or None; keys: [n, N, C] or None."""
+    cls_attention: [n, N] or None; keys: [n, N, C] or None. Of a tower that is pruned N is what is left of the patches.
+    kept: [n, N], 1 for a patch that is kept and 0 for one that is masked out, where a pruned tower trains; else None.
+    penalty: what pruning adds to the loss."""
 
     last: Float[Array, "n N C"]
     levels: Float[Array, "n N LC"] | None = None
     cls_attention: Float[Array, "n N"] | None = None
     keys: Float[Array, "n N C"] | None = None
+    kept: Float[Array, "n N"] | None = None
+    penalty: Float[Array, ""] | float = 0.0
     grid: tuple[int, int] = field(default=(24, 24), metadata={"static": True})
 
 
@@ -96,12 +105,23 @@ class Layer(nnx.Module):
         self.heads = cfg.heads
         self.activation = quick_gelu if cfg.family == "clip" else jax.nn.gelu  # SigLIP: the tanh form
 
-    def __call__(self, x: Float[Array, "n N C"]) -> Float[Array, "n N C"]:
+    def __call__(self, x: Float[Array, "n N C"], kept: Float[Array, "n P"] | None = None) -> Float[Array, "n N C"]:
+        return self.feed(self.attend(x, kept))
+
+    def attend(self, x: Float[Array, "n N C"], kept: Float[Array, "n P"] | None = None) -> Float[Array, "n N C"]:
+        """The attention half. kept: how much each patch counts as a key."""
         with jax.named_scope("attention"):
             y = self.attention_norm(x)
             split = lambda t: rearrange(t, "n t (h d) -> n t h d", h=self.heads)
-            y = attention(split(self.q(y)), split(self.k(y)), split(self.v(y)))
-            x = x + self.o(rearrange(y, "n t h d -> n t (h d)"))
+            heads = split(self.q(y)), split(self.k(y)), split(self.v(y))
+            if kept is None:
+                y = attention(*heads)
+            else:
+                y = masked_attention(*heads, jnp.pad(kept, ((0, 0), (1, 0)), constant_values=1.0))
+            return x + self.o(rearrange(y, "n t h d -> n t (h d)"))
+
+    def feed(self, x: Float[Array, "n N C"]) -> Float[Array, "n N C"]:
+        """The MLP half."""
         with jax.named_scope("mlp"):
             return x + self.down(self.activation(self.up(self.mlp_norm(x))))
 
@@ -151,14 +171,24 @@ def embed(params: Params, cfg: VisionConfig, pixels: Float[Array, "n H W 3"]) ->
 
 
 def run(
-    params: Params, cfg: VisionConfig, hidden: Float[Array, "n N C"], layers: tuple[int, int], remat: str = "none"
+    params: Params,
+    cfg: VisionConfig,
+    hidden: Float[Array, "n N C"],
+    layers: tuple[int, int],
+    remat: str = "none",
+    kept: Float[Array, "n P"] | None = None,
 ) -> Float[Array, "n N C"]:
-    """Hidden state ``layers[0]`` -> hidden state ``layers[1]``, scanned."""
+    """Hidden state ``layers[0]`` -> hidden state ``layers[1]``, scanned. kept: how much each patch counts as a key."""
     first, last = layers
     stack = jax.tree.map(lambda x: x[first:last], params["layers"])
-    body = REMAT[remat](lambda x, layer: (bind(Layer, cfg, layer)(x), None))
+    body = REMAT[remat](lambda x, layer: (bind(Layer, cfg, layer)(x, kept), None))
     with jax.named_scope(f"tower_layers_{first}_{last}"):
         return jax.lax.scan(body, hidden, stack)[0]
+
+
+# (stage, layer, its input [n, 1 + N, C], ``kept`` so far, None before the first stage)
+#   -> (its output, with CLS and as many patches as are left, ``kept``, what is added to the loss)
+Prune = Callable[[int, Layer, Array, Array | None], tuple[Array, Array | None, Array | float]]
 
 
 def encode(
@@ -167,25 +197,34 @@ def encode(
     images: UInt8[Array, "n H W 3"] | Float[Array, "n H W 3"],
     needs: Needs,
     *,
+    prune: Prune | None = None,
     dtype=jnp.float32,
     remat: str = "none",
 ) -> VisionFeatures:
     """Runs the tower no further than ``needs`` and returns just what it names.
 
-    images: uint8 pixels, or floats already normalised."""
-    if needs.cls_attention and cfg.family != "clip":
+    images: uint8 pixels, or floats already normalised. prune: what runs the layers ``needs.pruned``."""
+    if (needs.cls_attention or needs.pruned) and cfg.family != "clip":
         raise ConfigError(f"the projector reads the CLS token's attention; a {cfg.family} tower has no CLS token")
     pixels = normalize(images, cfg) if images.dtype == jnp.uint8 else images
     hidden = embed(params, cfg, pixels.astype(dtype))
     skip = 1 if cfg.family == "clip" else 0
     before = {layer - 1 for layer in (needs.keys, (needs.cls_attention or (None,))[0]) if layer is not None}
-    states, at = {}, 0
-    for stop in sorted({needs.last, *needs.levels} | before):
-        if stop > at:
-            hidden, at = run(params, cfg, hidden, (at, stop), remat), stop
-        states[stop] = hidden
-    patches = {index: state[:, skip:] for index, state in states.items()}
+    wanted = {needs.last, *needs.levels} | before
+    states, at, kept, penalty = {}, 0, None, 0.0
     layer = lambda index: bind(Layer, cfg, jax.tree.map(lambda x: x[index - 1], params["layers"]))
+    for stop in sorted(wanted | set(needs.pruned)):
+        if stop > at:
+            hidden, at = run(params, cfg, hidden, (at, stop), remat, kept), stop
+        if stop in wanted:
+            states[stop] = hidden
+        if stop in needs.pruned:
+            with jax.named_scope(f"tower_pruned_{stop}"):
+                hidden, kept, more = REMAT[remat](functools.partial(prune, needs.pruned.index(stop), layer(stop + 1)))(
+                    hidden, kept
+                )
+            at, penalty = stop + 1, penalty + more
+    patches = {index: state[:, skip:] for index, state in states.items()}
     cls_attention = keys = None
     if needs.cls_attention is not None:
         index, how = needs.cls_attention
@@ -197,5 +236,7 @@ def encode(
         levels=jnp.concatenate([patches[i] for i in needs.levels], axis=-1) if needs.levels else None,
         cls_attention=cls_attention,
         keys=keys,
+        kept=kept,
+        penalty=penalty,
         grid=(cfg.grid, cfg.grid),
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt8
 
-from deltallava_jax.config import ModelConfig
+from deltallava_jax.config import ConfigError, ModelConfig
 from deltallava_jax.models import decoder, projectors, vision
 from deltallava_jax.models.layers import Params
+from deltallava_jax.models.selection import llavolta
 from deltallava_jax.sequence import Batch, Layout, layout, text_layout
 
 
@@ -30,10 +33,11 @@ def visual_tokens(
     *,
     budget: int | None = None,
     key: Array | None = None,
-) -> tuple[Float[Array, "n V d"], Bool[Array, "n V"] | None]:
-    """Images -> V visual tokens each (the projector's largest budget by default), in the compute dtype, and which of
-    them are there (None: all).
+) -> tuple[Float[Array, "n V d"], Bool[Array, "n V"] | None, Float[Array, ""] | float]:
+    """Images -> V visual tokens each (the projector's largest budget by default), in the compute dtype; which of them
+    are there (None: all); and what a pruned tower adds to the loss.
 
+    While a pruned tower trains, V is the number of patches: those that are dropped are not there.
     batch: the rows whose image places the images fill, for systems that read each image's question."""
     text = None
     if projectors.reads_question(cfg.projector):
@@ -43,8 +47,10 @@ def visual_tokens(
             )
         text = question_states(params, cfg, batch)
     needs = projectors.needs(cfg.projector, cfg.vision.layers)
-    features = vision.encode(params["vision"], cfg.vision, images, needs, dtype=cfg.dtype, remat=cfg.remat)
-    return projectors.project_valid(params["projector"], cfg.projector, features, text, budget=budget, key=key)
+    prune = projectors.pruning(params["projector"], cfg.projector, key)
+    features = vision.encode(params["vision"], cfg.vision, images, needs, prune=prune, dtype=cfg.dtype, remat=cfg.remat)
+    visual = projectors.project_valid(params["projector"], cfg.projector, features, text, budget=budget, key=key)
+    return *visual, features.penalty
 
 
 def question_states(params: Params, cfg: ModelConfig, batch: Batch) -> Float[Array, "n d"]:
@@ -81,20 +87,36 @@ def merge(
 
 
 def hidden_states(
-    params: Params, cfg: ModelConfig, batch: Batch, *, budget: int | None = None, key: Array | None = None
-) -> tuple[Float[Array, "B S d"], Layout]:
-    """Final hidden states (normed) of every slot, and the layout of the slots."""
+    params: Params,
+    cfg: ModelConfig,
+    batch: Batch,
+    *,
+    budget: int | None = None,
+    pooling: llavolta.Pooling | None = None,
+    key: Array | None = None,
+) -> tuple[Float[Array, "B S d"], Layout, Float[Array, ""] | float]:
+    """Final hidden states (normed) of every slot, the layout of the slots, and what a pruned tower adds to the loss.
+
+    pooling: (stride, layer) of LLaVolta, for systems whose tokens are all there."""
     budget = projectors.check_budget(cfg.projector, budget) if cfg.projector else 1
     B, I = batch.image_positions.shape
     if I:
         images = batch.images.reshape(B * I, *batch.images.shape[2:])
-        visual, valid = visual_tokens(params, cfg, images, batch, budget=budget, key=key)
+        visual, valid, penalty = visual_tokens(params, cfg, images, batch, budget=budget, key=key)
     else:
-        visual, valid = jnp.zeros((0, budget, cfg.decoder.width), cfg.dtype), None
-    rows = layout(batch, None if valid is None else valid.reshape(B, I, budget), budget)
-    hidden = merge(params, cfg, batch, rows, visual)
-    hidden, _ = decoder.run(params["decoder"], cfg.decoder, hidden, rows, remat=cfg.remat)
-    return decoder.finish(params["decoder"], cfg.decoder, hidden), rows
+        visual, valid, penalty = jnp.zeros((0, budget, cfg.decoder.width), cfg.dtype), None, 0.0
+    V = visual.shape[1]
+    rows = layout(batch, None if valid is None else valid.reshape(B, I, V), V)
+    hidden, start = merge(params, cfg, batch, rows, visual), 0
+    run = functools.partial(decoder.run, params["decoder"], cfg.decoder, remat=cfg.remat)
+    if pooling and I:
+        if valid is not None:
+            raise ConfigError(f"training.llavolta pools tokens that are all there; {cfg.projector.name} drops some")
+        stride, start = pooling
+        hidden, _ = run(hidden, rows, layers=(0, start))
+        hidden, rows = llavolta.pool(hidden, rows, batch, V, stride)
+    hidden, _ = run(hidden, rows, layers=(start, cfg.decoder.layers))
+    return decoder.finish(params["decoder"], cfg.decoder, hidden), rows, penalty
 
 
 def logits(params: Params, cfg: ModelConfig, batch: Batch, *, budget: int | None = None) -> Float[Array, "B S vocab"]:
@@ -103,13 +125,22 @@ def logits(params: Params, cfg: ModelConfig, batch: Batch, *, budget: int | None
 
 
 def loss_sum(
-    params: Params, cfg: ModelConfig, batch: Batch, rng: Array | None, *, train: bool = True, budget: int | None = None
+    params: Params,
+    cfg: ModelConfig,
+    batch: Batch,
+    rng: Array | None,
+    *,
+    train: bool = True,
+    budget: int | None = None,
+    pooling: llavolta.Pooling | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(summed next-token cross-entropy, supervised tokens), float32: unreduced, so that parts of a batch add up.
 
     Only ``loss_chunk`` positions of a row have logits at a time, recomputed in the backward pass. The chunks run
     along the row and keep the vocabulary whole, so that a head sharded over the vocabulary reduces where it lies."""
-    hidden, rows = hidden_states(params, cfg, batch, budget=budget, key=rng if train else None)
+    hidden, rows, penalty = hidden_states(
+        params, cfg, batch, budget=budget, pooling=pooling, key=rng if train else None
+    )
     B, S, d = hidden.shape
     chunk = min(cfg.loss_chunk, S)
     count = -(-S // chunk)
@@ -127,7 +158,8 @@ def loss_sum(
     with jax.named_scope("loss"):
         parts = (split(hidden), split(rows.targets), split(rows.loss_mask))
         total, _ = jax.lax.scan(body, jnp.float32(0), parts)
-    return total, rows.loss_mask.sum().astype(jnp.float32)
+    count = rows.loss_mask.sum().astype(jnp.float32)
+    return total + penalty * count, count
 
 
 def loss(

@@ -14,6 +14,7 @@ from deltallava_jax.config import Config
 from deltallava_jax.data.packing import PackPlan
 from deltallava_jax.data.pipeline import Rows, elements
 from deltallava_jax.models.layers import Params
+from deltallava_jax.models.selection import llavolta
 from deltallava_jax.parallel.mesh import put_rows
 from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
 from deltallava_jax.training.metrics import Metrics, NonFiniteLoss
@@ -59,7 +60,8 @@ def train(
         with _sigterm() as stop:
             for number, element in enumerate(data, start + 1):
                 batch = put_rows(element.batch, step.mesh)
-                state, values = step(state, batch, element.budget)
+                pooling = llavolta.stage_at(every.llavolta, number - 1, steps)
+                state, values = step(state, batch, element.budget, pooling)
                 metrics.push(number, values)
                 _count_faults(cfg, record, element, metrics, workdir)
                 stopping = stop.is_set() and number < steps

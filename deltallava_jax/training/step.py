@@ -14,6 +14,7 @@ from jaxtyping import Array
 from deltallava_jax.config import Config
 from deltallava_jax.models import projectors, vlm
 from deltallava_jax.models.layers import Params
+from deltallava_jax.models.selection import llavolta
 from deltallava_jax.parallel import rules
 from deltallava_jax.parallel.mesh import ROWS
 from deltallava_jax.sequence import Batch
@@ -64,7 +65,13 @@ def _state(cfg: Config, steps: int, params: Params) -> TrainState:
 
 
 def gradients(
-    cfg: Config, trained: Params, frozen: Params, batch: Batch, rng: Array, budget: int
+    cfg: Config,
+    trained: Params,
+    frozen: Params,
+    batch: Batch,
+    rng: Array,
+    budget: int,
+    pooling: llavolta.Pooling | None = None,
 ) -> tuple[Array, Array, Params]:
     """(mean loss, supervised tokens, gradients of the mean loss) of a batch.
 
@@ -76,7 +83,7 @@ def gradients(
 
     def part_loss(trained, part, key):
         params = join(trained, frozen)
-        sums = [vlm.loss_sum(params, cfg.model, part, key, budget=each) for each in budgets]
+        sums = [vlm.loss_sum(params, cfg.model, part, key, budget=each, pooling=pooling) for each in budgets]
         return sum(total for total, _ in sums) / len(sums), sums[0][1]
 
     value_and_grad = jax.value_and_grad(part_loss, has_aux=True)
@@ -112,34 +119,38 @@ def batch_shapes(cfg: Config, mesh: Mesh, text: int, images: int) -> Batch:
 
 
 class TrainStep:
-    """step(state, batch, budget) -> (state, metrics), the old state's memory reused; budget is static.
+    """step(state, batch, budget, pooling) -> (state, metrics), the old state's memory reused; budget and pooling
+    (LLaVolta's stage) are static.
 
-    Compiled ahead of time, once for each (budget, rows, text, images) signature. Where the loss or a gradient is not
-    finite the parameters stay as they were, and metrics["finite"] is False."""
+    Compiled ahead of time, once for each (budget, pooling, rows, text, images) signature. Where the loss or a gradient
+    is not finite the parameters stay as they were, and metrics["finite"] is False."""
 
     def __init__(self, cfg: Config, mesh: Mesh, steps: int):
+        llavolta.check(cfg)
         self.cfg, self.mesh = cfg, mesh
         self.shapes = state_shapes(cfg, mesh, steps)
-        self.compiled: dict[tuple[int, ...], jax.stages.Compiled] = {}
+        self.compiled: dict[tuple, jax.stages.Compiled] = {}
         self._optimizer, self._rate = make_optimizer(cfg.optimizer, steps), schedule(cfg.optimizer, steps)
         placed = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         self._jit = jax.jit(
-            self._step, static_argnums=2, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, P()))
+            self._step, static_argnums=(2, 3), donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, P()))
         )
 
-    def compile(self, batch: Batch, budget: int) -> jax.stages.Compiled:
+    def compile(self, batch: Batch, budget: int, pooling: llavolta.Pooling | None = None) -> jax.stages.Compiled:
         """The program for batches like ``batch`` (arrays or shapes, with shardings)."""
-        signature = (budget, *batch.tokens.shape, batch.image_positions.shape[1])
+        signature = (budget, pooling, *batch.tokens.shape, batch.image_positions.shape[1])
         if signature not in self.compiled:
-            self.compiled[signature] = self._jit.lower(self.shapes, batch, budget).compile()
+            self.compiled[signature] = self._jit.lower(self.shapes, batch, budget, pooling).compile()
         return self.compiled[signature]
 
-    def __call__(self, state: TrainState, batch: Batch, budget: int) -> tuple[TrainState, dict[str, Array]]:
-        return self.compile(batch, budget)(state, batch)
+    def __call__(
+        self, state: TrainState, batch: Batch, budget: int, pooling: llavolta.Pooling | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        return self.compile(batch, budget, pooling)(state, batch)
 
-    def _step(self, state: TrainState, batch: Batch, budget: int) -> tuple[TrainState, dict[str, Array]]:
+    def _step(self, state: TrainState, batch: Batch, budget: int, pooling) -> tuple[TrainState, dict[str, Array]]:
         rng = jax.random.fold_in(jax.random.key(self.cfg.seed), state.step)
-        loss, supervised, grads = gradients(self.cfg, state.trained, state.frozen, batch, rng, budget)
+        loss, supervised, grads = gradients(self.cfg, state.trained, state.frozen, batch, rng, budget, pooling)
         norm = optax.global_norm(grads)
         with jax.named_scope("optimizer"):
             updates, moments = self._optimizer.update(grads, state.optimizer, state.trained)

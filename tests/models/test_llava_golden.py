@@ -58,7 +58,7 @@ def test_llava(item):
 
     @jax.jit
     def ours(params):
-        visual, _ = vlm.visual_tokens(params, cfg, rows.images[:, 0])
+        visual, *_ = vlm.visual_tokens(params, cfg, rows.images[:, 0])
         return visual, vlm.logits(params, cfg, rows), vlm.loss(params, cfg, rows, None, train=False)
 
     visual, logits, loss = ours(params)

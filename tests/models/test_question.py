@@ -48,8 +48,8 @@ def test_the_question_changes_the_image_and_gets_no_gradient():
     rows = batch()
     other = dataclasses.replace(rows, questions=rows.questions + (rows.questions > 0))
     images = rows.images.reshape(4, 32, 32, 3)
-    tokens, _ = vlm.visual_tokens(PARAMS, CFG, images, rows)
-    changed, _ = vlm.visual_tokens(PARAMS, CFG, images, other)
+    tokens, *_ = vlm.visual_tokens(PARAMS, CFG, images, rows)
+    changed, *_ = vlm.visual_tokens(PARAMS, CFG, images, other)
     assert np.abs(tokens[:3] - changed[:3]).max() > 1e-3
 
     gradients = jax.grad(lambda p: (vlm.visual_tokens(p, CFG, images, rows)[0] ** 2).sum())(PARAMS)

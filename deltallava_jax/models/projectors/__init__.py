@@ -7,6 +7,7 @@ A system is an NNX class ``System(cfg, *, rngs)`` with
     needs(cfg, layers)                      what it asks of a tower of that many layers
     name_table(cfg)                         its torch names
     reads_question                          True for one that wants text
+    prune                                   a vision.Prune with a key behind it, for one that runs tower layers itself
     prefix                                  of its tensors in published checkpoints, where it is not mm_projector.
     infer(shapes)                           its settings from {torch name: shape}, None if the tensors are not its own
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 
 import jax
 import numpy as np
@@ -31,9 +33,11 @@ from deltallava_jax.models.projectors.mqt import Mqt
 from deltallava_jax.models.projectors.quecc import Quecc
 from deltallava_jax.models.projectors.resampler import Resampler
 from deltallava_jax.models.projectors.token_packer import TokenPacker
+from deltallava_jax.models.selection.dynamicvit import DynamicVit
+from deltallava_jax.models.selection.evit import Evit
 from deltallava_jax.models.selection.fastervlm import FasterVlm
 from deltallava_jax.models.selection.prumerge import PruMerge, PruMergePlus
-from deltallava_jax.models.vision import Needs, VisionFeatures
+from deltallava_jax.models.vision import Needs, Prune, VisionFeatures
 
 SYSTEMS = {
     "delta": Delta,
@@ -48,6 +52,8 @@ SYSTEMS = {
     "prumerge": PruMerge,
     "prumerge_plus": PruMergePlus,
     "fastervlm": FasterVlm,
+    "evit": Evit,
+    "dynamicvit": DynamicVit,
 }
 # Where published checkpoints keep a projector that is not LLaVA's mm_projector; the longer names first.
 PREFIXES = sorted({kind.prefix for kind in SYSTEMS.values() if hasattr(kind, "prefix")}, key=len, reverse=True)
@@ -84,6 +90,15 @@ def check_budget(cfg: ProjectorConfig, budget: int | None) -> int:
 def needs(cfg: ProjectorConfig, layers: int) -> Needs:
     """What the projector asks of a tower with that many layers."""
     return system(cfg).needs(cfg, layers)
+
+
+def pruning(params: layers.Params, cfg: ProjectorConfig, key: Array | None = None) -> Prune | None:
+    """What runs the tower's layers in ``needs(...).pruned``; None for a system that leaves the tower alone.
+
+    key: a random key switches training behaviour on."""
+    if not hasattr(system(cfg), "prune"):
+        return None
+    return functools.partial(layers.bind(system(cfg), cfg, params).prune, key=key)
 
 
 def reads_question(cfg: ProjectorConfig) -> bool:

@@ -16,6 +16,7 @@ from deltallava_jax.models.projectors.mlp import Mlp
 from deltallava_jax.models.vision import Needs, VisionFeatures
 
 NEIGHBOURS = 32
+KEEP_RATIO = 0.125
 
 
 def outliers(attention: Float[Array, "n N"]) -> Int[Array, " n"]:
@@ -84,12 +85,16 @@ def merge(
     return jnp.concatenate([merged, rest], axis=1), valid
 
 
+def _ratio(cfg: ProjectorConfig) -> float:
+    return KEEP_RATIO if cfg.keep_ratio is None else cfg.keep_ratio
+
+
 class PruMerge(Mlp):
     plus = False
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None):
         cfg, attention = self.cfg, features.cls_attention
-        positions, count = candidates(attention, cfg.keep_ratio, plus=self.plus, duplicates=cfg.reproduce_duplicates)
+        positions, count = candidates(attention, _ratio(cfg), plus=self.plus, duplicates=cfg.reproduce_duplicates)
         tokens, valid = merge(features.last, attention, features.keys, positions, count, budget - 1)
         return self.project(tokens), valid
 
@@ -97,9 +102,9 @@ class PruMerge(Mlp):
     def budgets(cls, cfg: ProjectorConfig) -> tuple[int, ...]:
         patches = cfg.grid**2
         cap = cfg.tokens[0] - 1 if cfg.tokens else patches // 4
-        if cfg.keep_ratio:
-            step = int(1 / cfg.keep_ratio)
-            cap = int(patches * cfg.keep_ratio) + (len(range(step // 2, patches - 1, step)) if cls.plus else 0)
+        if ratio := _ratio(cfg):
+            step = int(1 / ratio)
+            cap = int(patches * ratio) + (len(range(step // 2, patches - 1, step)) if cls.plus else 0)
         if not 1 <= cap < patches or len(cfg.tokens) > 1:
             given = f"projector.tokens={cfg.tokens}, projector.keep_ratio={cfg.keep_ratio}"
             raise ConfigError(f"{given}; {cfg.name} keeps 1 to {patches - 1} patches and makes one token of the rest")
