@@ -3,7 +3,7 @@
     python benchmarks/easy_vqa.py                                        # all runs of the table; a finished one is kept
     python benchmarks/easy_vqa.py --systems delta,mlp --tokens 16 --seeds 0,1
     python benchmarks/easy_vqa.py --step-times                           # step time, as a ratio to the MLP's
-    python benchmarks/easy_vqa.py --report                               # docs/results.md from the result files
+    python benchmarks/report.py                                          # docs/results.md from the result files
 
 A run is train.py and eval.py on configs/systems/SYSTEM.py; its result is one file in benchmarks/results/easy_vqa/.
 Started again, it goes on where it stopped."""
@@ -26,24 +26,31 @@ sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results" / "easy_vqa"
 GRID = 8  # patches a side
 
-# system -> the number of tokens a run is made for; None: one run, evaluated at every budget
-SCALED = lambda tokens: {"model.projector.scale_factor": GRID // round(tokens**0.5)}
-QUERIES = lambda tokens: {"model.projector.queries": tokens}
+
+def scaled(tokens: int) -> dict:
+    room = {"data.row_length": 320} if tokens == GRID**2 else {}  # as the elastic model has
+    return {"model.projector.scale_factor": GRID // round(tokens**0.5), **room}
+
+
+# system -> the settings of a run for a number of tokens; None: one run, evaluated at every budget
 TRAINED = {
     "mlp": None,
-    "delta": SCALED,
-    "delta_release": SCALED,
+    "delta": scaled,
     "delta_elastic": None,
-    "token_packer": SCALED,
+    "token_packer": scaled,
     "m3": None,
     "mqt": None,
-    "quecc": SCALED,
-    "resampler": QUERIES,
-    "honeybee_c": SCALED,
-    "honeybee_d": SCALED,
-    "delta_no_emhsa": SCALED,
-    "delta_no_delta": SCALED,
-    "delta_no_tb": SCALED,
+    "resampler": lambda tokens: {"model.projector.queries": tokens},
+    "honeybee_c": scaled,
+    "honeybee_d": scaled,
+    "quecc": scaled,
+    "llavolta": None,
+    "evit": lambda tokens: {"model.projector.keep_ratio": {16: 0.46, 4: 0.2}[tokens]},
+    "dynamicvit": lambda tokens: {"model.projector.keep_ratio": (tokens / GRID**2) ** 0.5},
+    "delta_release": scaled,
+    "delta_no_emhsa": scaled,
+    "delta_no_delta": scaled,
+    "delta_no_tb": scaled,
 }
 # Methods without training: the MLP's model, and what eval.py changes in it for a number of tokens.
 UNTRAINED = {
@@ -52,20 +59,28 @@ UNTRAINED = {
     "fastv": lambda t: {"model.fastv.layer": 1, "model.fastv.keep": t},
 }
 ABLATIONS = ("delta_no_emhsa", "delta_no_delta", "delta_no_tb")
+MORE_SEEDS = ("delta", "token_packer", "mqt", "mlp")  # three of each
 
 
 def plan(systems: list[str], tokens: list[int], seeds: list[int]) -> list[tuple[str, int | None, int]]:
-    """(system, tokens or None, seed) of every run, those that others need first."""
+    """(system, tokens or None, seed) of every run."""
     runs = []
     for seed in seeds:
         for system in systems:
-            scaled = TRAINED.get(system, UNTRAINED.get(system))
-            if scaled is None:
+            if {**TRAINED, **UNTRAINED}[system] is None:
                 runs.append((system, None, seed))
-                continue
-            wanted = [16] if system in ABLATIONS else tokens
-            runs += [(system, count, seed) for count in wanted]
+            else:
+                runs += [(system, count, seed) for count in ([16] if system in ABLATIONS else tokens)]
     return runs
+
+
+def the_table() -> list[tuple[str, int | None, int]]:
+    """Every run of docs/results.md: all systems at 16 and 4 tokens, Delta at 64 and 1 beside the elastic one, seeds."""
+    return [
+        *plan([*TRAINED, *UNTRAINED], [16, 4], [0]),
+        *plan(["delta"], [64, 1], [0]),
+        *plan(list(MORE_SEEDS), [16, 4], [1, 2]),
+    ]
 
 
 def name_of(system: str, tokens: int | None, seed: int) -> str:
@@ -148,7 +163,9 @@ def size(workdir: Path) -> dict:
     shapes = jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0)))
     needs = projectors.needs(cfg.projector, cfg.vision.layers)
     pixels = jax.ShapeDtypeStruct((1, cfg.vision.image_size, cfg.vision.image_size, 3), jax.numpy.float32)
-    features = jax.eval_shape(lambda p, x: vision.encode(p, cfg.vision, x, needs), shapes["vision"], pixels)
+    prune = lambda params: projectors.pruning(params["projector"], cfg.projector)
+    see = lambda params, x: vision.encode(params["vision"], cfg.vision, x, needs, prune=prune(params))
+    features = jax.eval_shape(see, shapes, pixels)
     text = jax.ShapeDtypeStruct((1, cfg.decoder.width), jax.numpy.float32)
     flops = {}
     for budget in projectors.budgets(cfg.projector):
@@ -223,86 +240,26 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
     (RESULTS / "step_times.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-# ------------------------------------------------------------------ the page
-
-
-def report() -> str:
-    """docs/results.md, from the result files alone."""
-    results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*-s*.json"))]
-    if not results:
-        sys.exit(f"{RESULTS} holds no result yet; run python benchmarks/easy_vqa.py first")
-    times = RESULTS / "step_times.json"
-    steps = json.loads(times.read_text())["steps"] if times.exists() else {}
-    lines = [
-        "# Results", "",
-        "Made by `python benchmarks/easy_vqa.py --report` from the files in benchmarks/results/easy_vqa.",
-        "All numbers are ours.",
-        "", "## Systems on easy-VQA", "",
-        f"Trained from scratch for {results[0]['epochs']:g} epochs each, {results[0]['hardware']}. Accuracy on all",
-        "9,673 official test questions; with several seeds the mean and, in brackets, the range.",
-        "",
-    ]  # fmt: skip
-    columns = ["64", "16", "4", "1"]
-    head = [
-        *(f"{count} tokens" for count in columns),
-        "Seeds",
-        "Projector parameters",
-        "Projector MFLOPs",
-        "Step time to MLP's",
-    ]
-    lines += ["| System | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
-    for system in [*TRAINED, *UNTRAINED]:
-        own = [r for r in results if r["system"] == system]
-        if not own:
-            continue
-        cells = []
-        for count in columns:
-            found = [r["accuracy"][count]["all"] for r in own if count in r["accuracy"]]
-            spread = f" ({min(found):.3f}-{max(found):.3f})" if len(found) > 1 else ""
-            cells.append(f"{statistics.mean(found):.3f}{spread}" if found else "")
-        parameters = {r["projector_parameters"] for r in own if "projector_parameters" in r}
-        flops = [
-            r["projector_flops"].get("16") or r["projector_flops"].get("64") for r in own if "projector_flops" in r
-        ]
-        flops = [value for value in flops if value]
-        ratio = f"{steps[system]['ratio_to_mlp']:.2f}" if system in steps else ""
-        cells += [
-            str(len({r["seed"] for r in own})),
-            f"{max(parameters):,}" if parameters else "as mlp",
-            f"{flops[0] / 1e6:.1f}" if flops else "",
-            ratio,
-        ]
-        lines.append(f"| {system} | " + " | ".join(cells) + " |")
-    lines += [
-        "", "- `fastervlm`, `prumerge` and `fastv` run on the MLP's model and are not trained. `mlp` makes 64 tokens.",
-        "- `delta_elastic`, `m3` and `mqt` answer at every budget from one checkpoint.",
-        "- Projector FLOPs are those of the compiled program, one image, at 16 tokens (the MLP at 64).", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", default=",".join([*TRAINED, *UNTRAINED]))
+    parser.add_argument("--systems", default="", help="comma-separated; all runs of docs/results.md without it")
     parser.add_argument("--tokens", default="16,4")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--epochs", type=float, default=1.75)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmark", help="the workdirs")
     parser.add_argument("--step-times", action="store_true")
-    parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
-    systems = options.systems.split(",")
+    systems = options.systems.split(",") if options.systems else [*TRAINED, *UNTRAINED]
     unknown = [system for system in systems if system not in TRAINED and system not in UNTRAINED]
     if unknown:
         sys.exit(f"unknown system {unknown[0]!r}; known: {', '.join([*TRAINED, *UNTRAINED])}")
     numbers = lambda text: [int(part) for part in text.split(",")]
-    if options.report:
-        (ROOT / "docs" / "results.md").write_text(report())
-    elif options.step_times:
+    if options.step_times:
         step_times([system for system in systems if system in TRAINED], 16)
-    else:
-        for system, tokens, seed in plan(systems, numbers(options.tokens), numbers(options.seeds)):
-            run(system, tokens, seed, options.epochs, options.runs)
+        return
+    asked = plan(systems, numbers(options.tokens), numbers(options.seeds)) if options.systems else the_table()
+    for system, tokens, seed in asked:
+        run(system, tokens, seed, options.epochs, options.runs)
 
 
 if __name__ == "__main__":

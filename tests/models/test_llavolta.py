@@ -1,4 +1,4 @@
-"""LLaVolta: stride 1 changes nothing, pooling written out by hand gives the same, the schedule ends in the plain model."""
+"""LLaVolta: stride 1 changes nothing, pooling by hand gives the same, the schedule ends in the plain model."""
 
 import dataclasses
 

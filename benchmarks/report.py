@@ -1,0 +1,193 @@
+"""docs/results.md and its plot, from the result files in benchmarks/results/: python benchmarks/report.py"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE, PLOT = ROOT / "docs" / "results.md", ROOT / "docs" / "easy_vqa_budgets.png"
+TOKENS = ("64", "16", "4", "1")
+
+SYSTEMS = {  # in the order of the table: (name, whether it is trained)
+    "mlp": ("LLaVA-1.5's MLP", True),
+    "delta": ("Delta, the paper's equations", True),
+    "delta_release": ("Delta, the public code", True),
+    "delta_elastic": ("Delta, elastic", True),
+    "token_packer": ("TokenPacker", True),
+    "m3": ("M3", True),
+    "mqt": ("MQT", True),
+    "resampler": ("Qwen-VL's resampler", True),
+    "honeybee_c": ("Honeybee, C-Abstractor", True),
+    "honeybee_d": ("Honeybee, D-Abstractor", True),
+    "quecc": ("QueCC", True),
+    "llavolta": ("LLaVolta", True),
+    "evit": ("EViT", True),
+    "dynamicvit": ("DynamicViT", True),
+    "fastervlm": ("FasterVLM", False),
+    "prumerge": ("PruMerge", False),
+    "fastv": ("FastV", False),
+}
+ABLATIONS = {
+    "delta": "whole",
+    "delta_no_emhsa": "without EMHSA",
+    "delta_no_delta": "without the low-rank updates",
+    "delta_no_tb": "without the block",
+}
+
+
+def page() -> str:
+    """docs/results.md as text."""
+    runs = [json.loads(file.read_text()) for file in sorted((RESULTS / "easy_vqa").glob("*-s*.json"))]
+    parts = [
+        "# Results",
+        "Made by `python benchmarks/report.py` from the files in benchmarks/results. Every number is ours, measured;\n"
+        "each file holds its command, date, hardware and versions.",
+        systems(runs),
+        budgets(runs),
+        ablations(runs),
+        step_times(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def accuracies(runs: list[dict], system: str, tokens: str, kind: str = "all") -> list[float]:
+    """Of every run of a system that was evaluated at that many tokens."""
+    return [run["accuracy"][tokens][kind] for run in runs if run["system"] == system and tokens in run["accuracy"]]
+
+
+def cell(values: list[float]) -> str:
+    """The mean, and with several seeds the range."""
+    if not values:
+        return ""
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rows)])
+
+
+def systems(runs: list[dict]) -> str:
+    rows = []
+    for system, (name, trained) in SYSTEMS.items():
+        own = [run for run in runs if run["system"] == system]
+        if not own:
+            continue
+        sizes = [run for run in own if "projector_parameters" in run]
+        flops = [run["projector_flops"].get("16") or run["projector_flops"].get("64") for run in sizes]
+        rows.append(
+            [
+                f"{name} (`{system}`)",
+                *(cell(accuracies(runs, system, tokens)) for tokens in TOKENS),
+                str(len({run["seed"] for run in own})),
+                f"{max(run['projector_parameters'] for run in sizes):,}" if trained else "the MLP's",
+                f"{max(filter(None, flops)) / 1e6:.1f}" if any(flops) else "",
+            ]
+        )
+    head = ["System", *(f"{tokens} tokens" for tokens in TOKENS), "Seeds", "Projector parameters", "Projector MFLOPs"]
+    return "\n".join(
+        [
+            "## Systems on easy-VQA",
+            "",
+            f"Tower, projector and decoder from scratch for {runs[0]['epochs']:g} epochs; the same data, steps, sizes",
+            f"(`python benchmarks/easy_vqa.py`, {runs[0]['hardware']}). That is a quarter of the README's run, so that",
+            "all systems can be trained: models know the colours by then, are still learning the shapes, and differ by",
+            "seed. Accuracy on all 9,673 official test questions; with several seeds the mean and the range.",
+            "",
+            table(head, rows),
+            "",
+            "- `delta_elastic`, `m3` and `mqt` answer at every budget from one checkpoint; of the others each cell is",
+            "  a model of its own.",
+            "- `fastervlm`, `prumerge` and `fastv` are not trained: they run on the MLP's model.",
+            "- `llavolta` pools while it trains and then makes the MLP's 64 tokens.",
+            "- Projector FLOPs are those of the compiled program for one image, at 16 tokens or else at 64.",
+        ]
+    )
+
+
+def budgets(runs: list[dict]) -> str:
+    elastic = next((run for run in runs if run["system"] == "delta_elastic"), None)
+    fixed = [run for run in runs if run["system"] == "delta" and run["seed"] == 0]
+    rows = [
+        [
+            tokens,
+            cell(accuracies([elastic] if elastic else [], "delta_elastic", tokens)),
+            cell(accuracies(fixed, "delta", tokens)),
+        ]
+        for tokens in TOKENS
+    ]
+    return "\n".join(
+        [
+            "## One elastic Delta beside fixed ones",
+            "",
+            "The elastic model was trained once, a budget drawn for each step; each fixed model was trained for its",
+            "own, on as much data. Seed 0.",
+            "",
+            table(["Tokens", "Elastic", "Fixed"], rows),
+            "",
+            f"![Accuracy against visual tokens]({PLOT.name})",
+        ]
+    )
+
+
+def ablations(runs: list[dict]) -> str:
+    runs = [run for run in runs if run["seed"] == 0]
+    rows = [
+        [name, *(cell(accuracies(runs, system, "16", kind)) for kind in ("all", "color", "shape", "yes/no"))]
+        for system, name in ABLATIONS.items()
+    ]
+    head = ["Delta at 16 tokens", "All", "Colour", "Shape", "Yes/no"]
+    return f"## Ablations\n\nThe paper's equations, seed 0.\n\n{table(head, rows)}"
+
+
+def step_times() -> str:
+    file = RESULTS / "easy_vqa" / "step_times.json"
+    if not file.is_file():
+        return ""
+    found = json.loads(file.read_text())
+    rows = [
+        [
+            SYSTEMS.get(system, (system,))[0],
+            str(step["tokens"]),
+            f"{step['ms_a_question']:.2f}",
+            f"{step['ratio_to_mlp']:.2f}",
+        ]
+        for system, step in found["steps"].items()
+    ]
+    head = ["System", "Tokens", "ms a question", "Ratio to the MLP's"]
+    return (
+        f"## Step times\n\n`{found['command']}`, {found['hardware']}: a train step by question, in turns with the\n"
+        f"MLP's in the same process, medians.\n\n{table(head, rows)}"
+    )
+
+
+def plot() -> None:
+    """docs/easy_vqa_budgets.png: accuracy by number of tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = [json.loads(file.read_text()) for file in sorted((RESULTS / "easy_vqa").glob("*-s*.json"))]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for system in ("delta", "delta_elastic", "token_packer", "m3", "mqt", "fastv", "mlp"):
+        points = [(int(tokens), values) for tokens in TOKENS if (values := accuracies(runs, system, tokens))]
+        if points:
+            counts, values = zip(*points)
+            axes.plot(counts, list(map(statistics.mean, values)), "o-", label=SYSTEMS[system][0])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
+    axes.set(xlabel="visual tokens an image", ylabel="accuracy on easy-VQA")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(PLOT, dpi=120, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    plot()
+    print(f"written to {PAGE} and {PLOT}")
