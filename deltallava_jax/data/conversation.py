@@ -22,12 +22,25 @@ class BadSample(ValueError):
 
 @dataclass(frozen=True)
 class Template:
-    """How turns become text: system, then user and assistant formats; ``end`` closes an answer and is supervised."""
+    """How turns become text: system, then for each round user, assistant, lead, answer, end, after.
+
+    Supervised: lead, answer and end. caption: of the question only the images remain."""
 
     system: str
     user: str
     assistant: str
     end: str = "</s>"
+    lead: str = " "
+    after: str = ""
+    caption: bool = False
+
+    def turn(self, question: str) -> str:
+        """The user's turn and what asks for the answer."""
+        return self.user.format(IMAGE * question.count(IMAGE) if self.caption else question) + self.assistant
+
+    def answer(self, answer: str) -> str:
+        """What is supervised."""
+        return f"{self.lead}{answer}{self.end}"
 
 
 TEMPLATES = {
@@ -37,6 +50,26 @@ TEMPLATES = {
         "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
         user="USER: {} ",
         assistant="ASSISTANT:",
+    ),
+    # Stage 1 of LLaVA and TokenPacker (same file): the caption follows the image, closed by a newline.
+    "plain": Template(system="", user="{}", assistant="", end="\n", lead="", caption=True),
+    # Qwen2, and its LLaVA models.
+    "chatml": Template(
+        system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        user="<|im_start|>user\n{}<|im_end|>\n",
+        assistant="<|im_start|>assistant\n",
+        end="<|im_end|>",
+        lead="",
+        after="\n",
+    ),
+    "llama_3": Template(
+        system="<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are "
+        "able to understand the visual content that the user provides, and assist the user with a variety of tasks "
+        "using natural language.<|eot_id|>",
+        user="<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+        assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        end="<|eot_id|>",
+        lead="",
     ),
     # The least text: for models trained from scratch on short questions.
     "brief": Template(system="", user="{}", assistant=""),
@@ -60,16 +93,32 @@ class Tokenized:
 def rounds(conversation: list[dict]) -> list[tuple[str, str | None]]:
     """(question, answer) pairs; the last answer is None when the conversation ends with a question.
 
-    Raises BadSample unless human and gpt turns alternate, human first."""
-    for index, turn in enumerate(conversation):
-        expected = ("human", "gpt")[index % 2]
-        turn = turn if isinstance(turn, dict) else {}
+    As LLaVA's training does: an answer that comes before any question is dropped, and the one image of a turn goes
+    before its text, on a line of its own. Several images of a turn stay where the record puts them.
+    Raises BadSample unless human and gpt turns alternate and every turn says something."""
+    values: list[str | None] = []
+    first = 1 if _turn(conversation, 0).get("from") == "gpt" else 0
+    for index in range(first, len(conversation)):
+        turn, expected = _turn(conversation, index), ("human", "gpt")[len(values) % 2]
         if turn.get("from") != expected or not isinstance(turn.get("value"), str):
             raise BadSample(f"turn {index} is from {turn.get('from')!r}, expected {expected!r} with a text value")
-    if not conversation:
+        if not turn["value"].strip():
+            raise BadSample(f"turn {index} is empty")
+        values.append(_image_first(turn["value"]) if expected == "human" else turn["value"])
+    if not values:
         raise BadSample("the conversation is empty")
-    values = [turn["value"] for turn in conversation] + [None] * (len(conversation) % 2)
-    return list(zip(values[::2], values[1::2]))
+    return list(zip(values[::2], [*values[1::2], None]))
+
+
+def _turn(conversation: list[dict], index: int) -> dict:
+    turn = conversation[index] if isinstance(conversation, list) and index < len(conversation) else None
+    return turn if isinstance(turn, dict) else {}
+
+
+def _image_first(question: str) -> str:
+    if question.count(IMAGE) != 1:
+        return question
+    return f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()
 
 
 def tokenize(pairs: list[tuple[str, str | None]], template: Template, tokenizer: Tokenizer) -> Tokenized:
@@ -81,15 +130,15 @@ def tokenize(pairs: list[tuple[str, str | None]], template: Template, tokenizer:
         shared, before = 0, len(text) + template.user.index("{}")
         begin = question.rfind(IMAGE) + len(IMAGE) if IMAGE in question else 0  # of the question's own words
         begin += question[begin:].startswith("\n")
-        if not starts and IMAGE in question:
+        if not starts and IMAGE in question and not template.caption:
             shared = before + begin - len(text)
         starts.append(len(text) + shared)
-        asked += [(before + begin, before + len(question))] * question.count(IMAGE)
-        text += template.user.format(question) + template.assistant
+        asked += [(0, 0) if template.caption else (before + begin, before + len(question))] * question.count(IMAGE)
+        text += template.turn(question)
         if answer is None:
             break
-        spans.append((len(text), len(text) + len(f" {answer}{template.end}")))
-        text += f" {answer}{template.end}"
+        spans.append((len(text), len(text) + len(template.answer(answer))))
+        text += template.answer(answer) + template.after
     ids = [] if tokenizer.bos is None else [tokenizer.bos]
     mask, of_round, places = [False] * len(ids), [0] * len(ids), [(-1, -1)] * len(ids)
     positions, start = [], 0

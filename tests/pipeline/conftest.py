@@ -1,8 +1,11 @@
 """What the data tests share: easy-VQA's training split and a tokenizer trained on it."""
 
+import re
+
 import pytest
 
 from deltallava_jax.data import tokens
+from deltallava_jax.data.conversation import TEMPLATES
 from deltallava_jax.data.easy_vqa import EasyVqa
 
 
@@ -13,4 +16,8 @@ def easy() -> EasyVqa:
 
 @pytest.fixture(scope="session")
 def tokenizer(easy) -> tokens.Tokenizer:
-    return tokens.train(easy.texts()[::10], 384)
+    """With the special tokens of every template."""
+    trained = tokens.train(easy.texts()[::10], 384)
+    names = [name for template in TEMPLATES.values() for name in re.findall(r"<\|.+?\|>", str(template))]
+    trained._backend.add_special_tokens(sorted(set(names)))
+    return tokens.Tokenizer(trained._backend)

@@ -1,5 +1,7 @@
 """Conversations to tokens: what is supervised, where images go, what is refused."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +18,8 @@ PAIRS = [
 # Without "<": the name of a special token in a text is that token.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=12)
 
-each_template = pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+INSTRUCT = {name: template for name, template in TEMPLATES.items() if not template.caption}
+each_template = pytest.mark.parametrize("template", INSTRUCT.values(), ids=INSTRUCT)
 
 
 def supervised(tokenized) -> list[list[int]]:
@@ -25,12 +28,13 @@ def supervised(tokenized) -> list[list[int]]:
     return [tokenized.ids[a:b].tolist() for a, b in edges.reshape(-1, 2)]
 
 
-def assert_supervises(tokenized, answers, tokenizer):
+def assert_supervises(tokenized, answers, template, tokenizer):
     """The supervised runs are the answers, each closed by its end token and nothing else."""
+    (end,), _ = tokenizer.encode(template.end)
     runs = supervised(tokenized)
-    assert [run[-1] for run in runs] == [tokenizer.eos] * len(answers)
+    assert [run[-1] for run in runs] == [end] * len(answers)
     assert [tokenizer.decode(run[:-1]) for run in runs] == [answer.strip() for answer in answers]
-    assert not any(tokenizer.eos in run[:-1] for run in runs)
+    assert not any(end in run[:-1] for run in runs)
 
 
 @each_template
@@ -39,14 +43,14 @@ def test_exactly_the_answers_and_their_ends_are_supervised(template, turns, toke
     tokenized = tokenize(PAIRS[:turns], template, tokenizer)
     assert tokenized.ids.shape == tokenized.loss_mask.shape
     assert (tokenized.ids.dtype, tokenized.loss_mask.dtype) == (np.int32, bool)
-    assert_supervises(tokenized, [answer for _, answer in PAIRS[:turns]], tokenizer)
+    assert_supervises(tokenized, [answer for _, answer in PAIRS[:turns]], template, tokenizer)
 
 
 @each_template
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(pairs=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4))
 def test_exactly_the_answers_are_supervised_in_any_conversation(template, tokenizer, pairs):
-    assert_supervises(tokenize(pairs, template, tokenizer), [answer for _, answer in pairs], tokenizer)
+    assert_supervises(tokenize(pairs, template, tokenizer), [answer for _, answer in pairs], template, tokenizer)
 
 
 def test_the_text_is_the_templates(tokenizer):
@@ -69,7 +73,8 @@ def test_a_prompt_is_the_beginning_of_the_conversation_it_asks_for(template, tur
     length = len(prompt.ids)
     np.testing.assert_array_equal(prompt.ids, full.ids[:length])
     np.testing.assert_array_equal(prompt.loss_mask, full.loss_mask[:length])
-    assert full.loss_mask[length:].all()  # what is left is the answer
+    after = len(tokenizer.encode(template.after)[0])
+    assert full.loss_mask[length : len(full.ids) - after].all()  # what is left is the answer
     assert len(supervised(prompt)) == turns - 1
 
 
@@ -94,9 +99,10 @@ def test_placeholders_stand_where_the_markers_stood(template, question, images, 
     assert not tokenized.loss_mask[tokenized.image_positions].any()
     bounds = [*tokenized.image_positions, len(tokenized.ids)]
     pieces = [tokenizer.decode(tokenized.ids[a + 1 : b]) for a, b in zip(bounds, bounds[1:])]
-    expected = template.user.format(question) + template.assistant + " no"
-    assert pieces == [piece.strip() for piece in expected.split(IMAGE)[1:]]
-    assert_supervises(tokenized, ["yes", "no"], tokenizer)
+    expected = template.turn(question) + template.answer("no") + template.after
+    plain = [re.sub(r"<\|.+?\|>|</s>", "", piece).strip() for piece in expected.split(IMAGE)[1:]]
+    assert pieces == plain  # special tokens are left out of what is decoded
+    assert_supervises(tokenized, ["yes", "no"], template, tokenizer)
 
 
 def test_an_image_adds_one_token(tokenizer):
@@ -150,13 +156,23 @@ def turns(*values):
 def test_rounds_pairs_questions_with_answers():
     assert rounds(turns("a", "b", "c", "d")) == [("a", "b"), ("c", "d")]
     assert rounds(turns("a", "b", "c")) == [("a", "b"), ("c", None)]
+    assert rounds([{"from": "gpt", "value": "hello"}, *turns("a", "b")]) == [("a", "b")]
+
+
+def test_the_one_image_of_a_turn_goes_before_its_text():
+    for value in (f"{IMAGE}\nwhat?", f"what? {IMAGE}", f"{IMAGE}what?", f" {IMAGE}\r\nwhat? \n"):
+        assert rounds(turns(value, "b")) == [(f"{IMAGE}\nwhat?", "b")]
+    assert rounds(turns(IMAGE, " b ")) == [(IMAGE, " b ")]
+    assert rounds(turns(f"is {IMAGE} like {IMAGE}?", "b")) == [(f"is {IMAGE} like {IMAGE}?", "b")]
 
 
 @pytest.mark.parametrize(
     ("conversation", "words"),
     [
         ([], "empty"),
-        (turns("a", "b")[::-1], "turn 0 is from 'gpt', expected 'human'"),
+        (turns("a", "b")[1:], "empty"),
+        (turns("a", "b", "c", " \n"), "turn 3 is empty"),
+        (turns("", "b"), "turn 0 is empty"),
         (turns("a", "b")[:1] * 2, "turn 1 is from 'human', expected 'gpt'"),
         ([{"from": "system", "value": "a"}], "turn 0 is from 'system', expected 'human'"),
         ([{"value": "a"}], "turn 0 is from None, expected 'human'"),

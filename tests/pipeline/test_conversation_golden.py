@@ -1,0 +1,89 @@
+"""Conversations against the ids and labels of LLaVA's own code (data/README.md)."""
+
+import golden
+import numpy as np
+import pytest
+
+from deltallava_jax.data import tokens
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, BadSample, rounds, tokenize
+
+CASES = {case["name"]: case for case in golden.read_json("conversation")["cases"]}
+IMAGE_ID = -200
+# Where the original masks the whole sample, or collapses two images into one, ours differs.
+MASKED = {
+    "eos_string_inside": "It says </s> in red letters.",
+    "assistant_string_inside": "The text reads USER: hi ASSISTANT: hello.",
+}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tokens.load(golden.DATA / "llama_tokenizer")
+
+
+def ours(case, template, tokenizer):
+    """(ids with the original's image id, supervised spans)"""
+    found = tokenize(rounds(case["source"]), TEMPLATES[template], tokenizer)
+    ids = found.ids.copy()
+    ids[found.image_positions] = IMAGE_ID
+    edges = np.flatnonzero(np.diff(found.loss_mask.astype(int), prepend=0, append=0))
+    return ids.tolist(), edges.reshape(-1, 2).tolist()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in (*MASKED, "empty_answer", "two_images")])
+def test_vicuna_v1(name, llama):
+    expected = CASES[name]["vicuna_v1"]
+    ids, spans = ours(CASES[name], "vicuna_v1", llama)
+    length = expected["n"]  # the original cuts a text without image at 2048
+    assert ids[:length] == expected["input_ids"] and (length == len(ids) or length == 2048)
+    assert [[a, min(b, length)] for a, b in spans if a < length] == expected["supervised_spans"]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("multi_image", "empty_answer", "two_images")])
+def test_plain(name, llama):
+    expected = CASES[name]["plain"]
+    if expected is None or expected.get("assertion_error"):
+        pytest.skip("the original has no stage-1 form of it")
+    ids, spans = ours(CASES[name], "plain", llama)
+    assert ids == expected["input_ids"] and spans == expected["supervised_spans"]
+
+
+@pytest.mark.parametrize("name, answer", MASKED.items())
+def test_the_right_span_where_the_original_masks_the_sample(name, answer, llama):
+    expected = CASES[name]["vicuna_v1"]
+    assert expected["all_masked"] and expected["mismatch_warning"]
+    ids, ((start, end),) = ours(CASES[name], "vicuna_v1", llama)
+    assert ids == expected["input_ids"] and end == len(ids) and ids[-1] == llama.eos
+    assert ids[:start] == expected["generation_input_ids"]
+    plain = answer.replace("</s>", "")  # a special token is left out of what is decoded
+    assert llama.decode(ids[start:end]).split() == plain.split()
+
+
+def test_an_empty_answer_is_refused_where_the_original_masks_it(llama):
+    assert CASES["empty_answer"]["vicuna_v1"]["all_masked"]
+    with pytest.raises(BadSample, match="turn 1 is empty"):
+        ours(CASES["empty_answer"], "vicuna_v1", llama)
+
+
+def test_two_images_of_a_turn_stay_two(llama):
+    ids, spans = ours(CASES["two_images"], "vicuna_v1", llama)
+    expected = CASES["two_images"]["vicuna_v1"]  # there the second one is lost
+    at = ids.index(IMAGE_ID)
+    assert ids[at : at + 4] == [IMAGE_ID, 29871, 13, IMAGE_ID]  # the newline between them stays
+    assert ids[:at] + ids[at + 3 :] == expected["input_ids"] and spans == [
+        [a + 3, b + 3] for a, b in expected["supervised_spans"]
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("empty_answer", "two_images")])
+def test_prompts(name, llama):
+    pairs = rounds(CASES[name]["source"])
+    found = tokenize([*pairs[:-1], (pairs[-1][0], None)], TEMPLATES["vicuna_v1"], llama)
+    found.ids[found.image_positions] = IMAGE_ID
+    assert found.ids.tolist() == CASES[name]["vicuna_v1"]["generation_input_ids"] or len(found.ids) > 2048
+
+
+def test_the_image_is_after_35_tokens(llama):
+    found = tokenize([(f"{IMAGE}\nwhat?", "a")], TEMPLATES["vicuna_v1"], llama)
+    assert found.image_positions.tolist() == [35]
+    assert llama.decode(found.ids[slice(*found.questions[0])]) == "what?"
