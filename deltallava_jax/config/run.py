@@ -14,7 +14,10 @@ from deltallava_jax.config.model import ModelConfig
 class DataConfig:
     """The training data and its packing. ``row_length`` S bounds text plus visual tokens of a row."""
 
-    dataset: str = "easy_vqa"
+    dataset: str = "easy_vqa"  # or "llava": the files of ``json``
+    json: tuple[str, ...] = ()  # JSON or JSONL files of LLaVA's records
+    weights: tuple[float, ...] = ()  # how often each of the files is taken; empty: once
+    images: str = ""  # the folder that image paths of the records begin from
     template: str = "vicuna_v1"
     turns: int = 0  # easy_vqa: questions a conversation; 0: all of an image's questions
     independent_rounds: bool = False  # a conversation's questions see its image but not each other
@@ -28,6 +31,14 @@ class DataConfig:
         require_at_least(1, "data", self, "rows")
         require_at_least(8, "data", self, "row_length")
         require_at_least(0, "data", self, "turns", "images_per_row", "workers")
+        require(
+            self.dataset != "llava" or bool(self.json and self.images),
+            "data.dataset=llava needs data.json (files of records) and data.images (the image folder)",
+        )
+        require(
+            not self.weights or (len(self.weights) == len(self.json) and min(self.weights) > 0),
+            f"data.weights={self.weights}; expected a number above 0 for each of the {len(self.json)} files",
+        )
         require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction}; expected 0 to 1")
 
 

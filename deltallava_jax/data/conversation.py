@@ -6,7 +6,6 @@ image goes. Spans come from the tokenizer's character offsets, never from counti
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,11 +120,14 @@ def _image_first(question: str) -> str:
     return f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()
 
 
-def tokenize(pairs: list[tuple[str, str | None]], template: Template, tokenizer: Tokenizer) -> Tokenized:
-    """Token ids of a whole conversation, BOS first; each answer and its ``end`` are supervised.
+def text_pieces(pairs: list[tuple[str, str | None]], template: Template) -> list[str]:
+    """The text of a whole conversation, parted at its images."""
+    return _assemble(pairs, template)[0].split(IMAGE)
 
-    A final answer of None leaves the prompt open for generation."""
-    text, spans, starts, asked = template.system, [], [], []
+
+def _assemble(pairs: list[tuple[str, str | None]], template: Template):
+    """(text; spans of the answers; where each round starts; the span of the question that belongs to each image)."""
+    text, answers, starts, asked = template.system, [], [], []
     for question, answer in pairs:
         shared, before = 0, len(text) + template.user.index("{}")
         begin = question.rfind(IMAGE) + len(IMAGE) if IMAGE in question else 0  # of the question's own words
@@ -137,34 +139,35 @@ def tokenize(pairs: list[tuple[str, str | None]], template: Template, tokenizer:
         text += template.turn(question)
         if answer is None:
             break
-        spans.append((len(text), len(text) + len(template.answer(answer))))
+        answers.append((len(text), len(text) + len(template.answer(answer))))
         text += template.answer(answer) + template.after
+    return text, answers, starts, asked
+
+
+def tokenize(pairs: list[tuple[str, str | None]], template: Template, tokenizer: Tokenizer) -> Tokenized:
+    """Token ids of a whole conversation, BOS first; each answer and its ``end`` are supervised.
+
+    A final answer of None leaves the prompt open for generation."""
+    text, answers, starts, asked = _assemble(pairs, template)
     ids = [] if tokenizer.bos is None else [tokenizer.bos]
-    mask, of_round, places = [False] * len(ids), [0] * len(ids), [(-1, -1)] * len(ids)
-    positions, start = [], 0
+    places, positions, start = [(-1, -1)] * len(ids), [], 0  # places: characters of each id
     for index, piece in enumerate(text.split(IMAGE)):
         if index:
             positions.append(len(ids))
             ids.append(0)
-            mask.append(False)
-            places.append((-1, -1))
-            of_round.append(bisect.bisect(starts, start))
+            places.append((start, start))
             start += len(IMAGE)
         piece_ids, offsets = tokenizer.encode(piece)
         ids += piece_ids
         places += [(start + begin, start + end) for begin, end in offsets]
-        mask += [any(_overlap(place, span) for span in spans) for place in places[len(mask) :]]
-        of_round += [bisect.bisect(starts, start + begin) for begin, _ in offsets]
         start += len(piece)
+    begins, ends = np.array(places, np.int64).reshape(-1, 2).T
+    mask = np.zeros(len(ids), bool)
+    for begin, end in answers:
+        mask |= (begins < end) & (ends > begin)
+    of_round = np.searchsorted(starts, begins, side="right").astype(np.int32)
     questions = np.zeros((len(asked), 2), np.int32)
     for image, span in enumerate(asked):
-        inside = [index for index, place in enumerate(places) if _overlap(place, span)]
-        questions[image] = (inside[0], inside[-1] + 1) if inside else 0
-    return Tokenized(
-        np.array(ids, np.int32), np.array(mask, bool), np.array(positions, np.int32), np.array(of_round, np.int32),
-        questions,
-    )  # fmt: skip
-
-
-def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    return a[0] < b[1] and b[0] < a[1]
+        inside = np.flatnonzero((begins < span[1]) & (ends > span[0]))
+        questions[image] = (inside[0], inside[-1] + 1) if len(inside) else 0
+    return Tokenized(np.array(ids, np.int32), mask, np.array(positions, np.int32), of_round, questions)

@@ -15,6 +15,7 @@ import numpy as np
 from deltallava_jax.config import ConfigError, DataConfig
 from deltallava_jax.data.conversation import TEMPLATES, BadSample, Tokenized, rounds, tokenize
 from deltallava_jax.data.images import load_image
+from deltallava_jax.data.lengths import measure
 from deltallava_jax.data.packing import PackPlan
 from deltallava_jax.data.sources import Record, Source
 from deltallava_jax.data.tokens import Tokenizer
@@ -50,14 +51,7 @@ class Rows:
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """(text tokens, images) of every record; (0, 0) for one whose conversation is broken."""
-        counts = np.zeros((len(self.source), 2), np.int64)
-        for index in range(len(self.source)):
-            record = self.source[index]
-            try:
-                counts[index] = len(self.tokenize(record).ids), len(record.images)
-            except BadSample:
-                continue
-        return counts[:, 0], counts[:, 1]
+        return measure(self.source, TEMPLATES[self.cfg.template], self.tokenizer)
 
     def build(self, rows: list[list[int]], text: int, images: int) -> tuple[Batch, tuple[str, ...]]:
         """A batch of ``rows`` with T = text and I = images, and the faults met."""
@@ -75,15 +69,19 @@ class Rows:
         for row, records in enumerate(rows):
             start = placed = segment = 0
             for index in records:
-                record = self.source[index]
+                name = f"record {index}"
                 try:
+                    record = self.source[index]
+                    name = record.id
                     tokenized = self.tokenize(record)
                     pixels = [load_image(path, size) for path in record.images]
                     end = min(start + len(tokenized.ids), text)
                     if (tokenized.image_positions + start >= end).any():
                         raise BadSample(f"an image lies beyond the row's {text} text tokens")
+                    if not tokenized.loss_mask[: end - start].any():
+                        raise BadSample(f"no supervised token in its first {end - start} tokens")
                 except BadSample as error:
-                    faults.append(f"{record.id}: {error}")
+                    faults.append(f"{name}: {error}")
                     continue
                 segment += 1
                 batch.tokens[row, start:end] = tokenized.ids[: end - start]

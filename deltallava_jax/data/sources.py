@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from deltallava_jax.config import ConfigError, DataConfig
 
@@ -26,7 +28,7 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
-    def texts(self) -> Sequence[str]:
+    def texts(self) -> Iterable[str]:
         """All questions and answers, to train a tokenizer on."""
 
 
@@ -36,4 +38,39 @@ def training_source(cfg: DataConfig) -> Source:
         from deltallava_jax.data.easy_vqa import EasyVqa
 
         return EasyVqa("train", turns=cfg.turns)
-    raise ConfigError(f"data.dataset is {cfg.dataset!r}; known: easy_vqa")
+    if cfg.dataset == "llava":
+        from deltallava_jax.data.llava_json import LlavaJson
+
+        sources = [LlavaJson(file, cfg.images) for file in cfg.json]
+        weights = cfg.weights or (1.0,) * len(sources)
+        return sources[0] if weights == (1.0,) else Mixture(sources, weights)
+    raise ConfigError(f"data.dataset is {cfg.dataset!r}; known: easy_vqa, llava")
+
+
+class Mixture:
+    """Several sources as one: each as often as its weight says, a part of it drawn where the weight is no whole number.
+
+    fingerprint: of the parts and weights, where every part has one."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
+        self.sources = list(sources)
+        of_source, of_record = [], []
+        for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+            whole, rest = int(weight), weight - int(weight)
+            part = np.random.default_rng(number).permutation(len(source))[: round(rest * len(source))]
+            chosen = np.concatenate([np.tile(np.arange(len(source)), whole), np.sort(part)])
+            of_source.append(np.full(len(chosen), number, np.int32))
+            of_record.append(chosen.astype(np.int32))
+        self.of_source, self.of_record = np.concatenate(of_source), np.concatenate(of_record)
+        if all(hasattr(source, "fingerprint") for source in sources):
+            self.fingerprint = " ".join(f"{source.fingerprint}*{w:g}" for source, w in zip(sources, weights))
+
+    def __len__(self) -> int:
+        return len(self.of_source)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.sources[self.of_source[index]][int(self.of_record[index])]
+
+    def texts(self):
+        for source in self.sources:
+            yield from source.texts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,6 +42,16 @@ class Tokenizer:
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON may hold, becomes "?"
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        """Number of ids of each text, on all cores."""
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        return [len(found) for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides the ids."""
+        return hashlib.sha256(f"{self._backend.to_str()} {self._names}".encode()).hexdigest()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens left out."""

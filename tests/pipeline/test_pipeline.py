@@ -168,7 +168,7 @@ def test_a_conversation_longer_than_the_row_is_cut(rows, few):
 
 
 def test_an_unknown_template_names_the_known_ones(few, tokenizer):
-    with pytest.raises(ConfigError, match="data.template is 'llama'; known: vicuna_v1, brief"):
+    with pytest.raises(ConfigError, match="data.template is 'llama'; known: vicuna_v1, plain, chatml, llama_3, brief"):
         Rows(few, tokenizer, DataConfig(template="llama"), SIZE)
 
 
@@ -270,7 +270,7 @@ def test_a_bad_record_is_a_hole_with_its_reason_and_its_neighbours_stay(folder, 
     damaged.write_bytes(content)
     folder[5].images[0].unlink()
     spoil(folder, 3, conversation=as_turns(f"{IMAGE}{IMAGE} which?", "one"))
-    spoil(folder, 6, conversation=as_turns("a", "b")[::-1])
+    spoil(folder, 6, conversation=as_turns("a", "b")[:1] * 2)
     rows = Rows(folder, tokenizer, BRIEF, SIZE)
 
     batch, faults = rows.build([[0, 2, 1], [3, 4], [5, 6], [7]], 60, 3)
@@ -278,7 +278,7 @@ def test_a_bad_record_is_a_hole_with_its_reason_and_its_neighbours_stay(folder, 
     assert list(reasons) == ["r2", "r3", "r5", "r6"]
     assert str(damaged) in reasons["r2"] and str(folder[5].images[0]) in reasons["r5"]
     assert reasons["r3"] == "2 <image> markers, but 1 images"
-    assert "turn 0 is from 'gpt'" in reasons["r6"]
+    assert "turn 1 is from 'human'" in reasons["r6"]
     expected, none = rows.build([[0, 1], [4], [], [7]], 60, 3)
     assert none == ()
     assert_equal([Element(batch, 1, ())], [Element(expected, 1, ())])
@@ -301,8 +301,16 @@ def test_markers_and_images_must_agree(folder, tokenizer, markers, images):
 
 
 def test_an_image_beyond_the_cut_is_a_hole(folder, tokenizer):
-    spoil(folder, 0, conversation=as_turns(f"{'which number is it? ' * 9}{IMAGE}", "one"))
+    question = f"{IMAGE} {'which number is it? ' * 9} {IMAGE}"
+    spoil(folder, 0, images=folder[0].images * 2, conversation=as_turns(question, "one"))
     rows = Rows(folder, tokenizer, BRIEF, SIZE)
     batch, faults = rows.build([[0, 1]], 40, 2)
     assert faults == ("r0: an image lies beyond the row's 40 text tokens",)
     assert batch.segments.max() == 1 and batch.image_positions[0].tolist() == [1, 40]
+
+
+def test_a_record_whose_answers_all_lie_beyond_the_cut_is_a_hole(folder, tokenizer):
+    spoil(folder, 0, conversation=as_turns(f"{IMAGE}{'which number is it? ' * 9}", "one"))
+    batch, faults = Rows(folder, tokenizer, BRIEF, SIZE).build([[0], [1]], 40, 1)
+    assert faults == ("r0: no supervised token in its first 40 tokens",)
+    assert batch.segments.max(axis=1).tolist() == [0, 1]

@@ -1,0 +1,170 @@
+"""LLaVA's conversation files, JSON or JSONL, of any size: random access by the place of each record in the file.
+
+The file is mapped into memory and shared by all workers; an array with the first and last byte of every record is all
+that is held beside it. The array is made once and kept in the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import posixpath
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from deltallava_jax.config import ConfigError
+from deltallava_jax.data.conversation import BadSample
+from deltallava_jax.data.sources import Record
+
+CHUNK = 2**25
+QUOTE, OPEN, CLOSE, BACKSLASH = b'"{}\\'
+
+
+def cache_folder() -> Path:
+    """Where indexes are kept: $DELTALLAVA_CACHE, or ~/.cache/deltallava_jax."""
+    return Path(os.environ.get("DELTALLAVA_CACHE", Path.home() / ".cache" / "deltallava_jax"))
+
+
+def record_spans(data: np.ndarray, progress: tqdm | None = None) -> np.ndarray:
+    """[n, 2] first byte and end of each object at the top level of a JSON list, or of JSONL; data: the bytes.
+
+    Raises ValueError if the last object has no end."""
+    spans, depth, inside = [], 0, 0
+    for offset in range(0, len(data), CHUNK):
+        chunk = data[offset : offset + CHUNK]
+        where = np.flatnonzero((chunk == QUOTE) | (chunk == OPEN) | (chunk == CLOSE)) + offset
+        kinds = data[where]
+        quotes = np.flatnonzero(kinds == QUOTE)
+        keep = np.ones(len(where), bool)
+        keep[quotes[_backslashes(data, where[quotes]) % 2 == 1]] = False  # escaped
+        where, kinds = where[keep], kinds[keep]
+        strings = (np.cumsum(kinds == QUOTE) + inside) % 2 == 1
+        inside = int(strings[-1]) if len(strings) else inside
+        braces = ~strings & (kinds != QUOTE)
+        where, steps = where[braces], np.where(kinds[braces] == OPEN, 1, -1)
+        level = np.cumsum(steps) + depth
+        depth = int(level[-1]) if len(level) else depth
+        spans.append(where[((steps == 1) & (level == 1)) | ((steps == -1) & (level == 0))])
+        if progress is not None:
+            progress.update(len(chunk))
+    if depth or inside:
+        raise ValueError("the last record has no end")
+    found = np.concatenate([np.zeros(0, np.int64), *spans]).reshape(-1, 2)
+    found[:, 1] += 1
+    return found
+
+
+def _backslashes(data: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """How many backslashes stand right before each place."""
+    count, active = np.zeros(len(places), np.int64), np.arange(len(places))
+    while len(active):
+        before = places[active] - count[active] - 1
+        active = active[(before >= 0) & (data[np.maximum(before, 0)] == BACKSLASH)]
+        count[active] += 1
+    return count
+
+
+class LlavaJson:
+    """Records {"id", "image"?, "conversations"} of a file; images below ``images``.
+
+    fingerprint: of the file's content. Raises ConfigError for a file that is missing or no list of records."""
+
+    def __init__(self, file: str | Path, images: str | Path):
+        self.file, self.images = str(file), str(images)
+        local = self._local()
+        if not local.is_file():
+            raise ConfigError(f"data.json: {file} does not exist")
+        stat = local.stat()
+        key = hashlib.sha256(f"{local.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:24]
+        self.index = cache_folder() / "records" / f"{key}.npz"
+        if not self.index.is_file():
+            self._make_index()
+        with np.load(self.index) as index:
+            self.fingerprint = str(index["fingerprint"])
+        self._open()
+
+    def _local(self) -> Path:
+        """The file itself, or a copy in the cache folder of one that is elsewhere (gs://...)."""
+        if "://" not in self.file:
+            return Path(self.file)
+        source = epath.Path(self.file)
+        key = hashlib.sha256(f"{self.file} {source.stat().mtime}".encode()).hexdigest()[:24]
+        copy = cache_folder() / "files" / f"{key}{source.suffix}"
+        if not copy.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            source.copy(f"{copy}.part")
+            Path(f"{copy}.part").rename(copy)
+        return copy
+
+    def _make_index(self) -> None:
+        data = np.memmap(self._local(), np.uint8, "r") if self._local().stat().st_size else np.zeros(0, np.uint8)
+        begins = bytes(data[:1024]).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        ends = bytes(data[-1024:]).rstrip()[-1:]
+        if (begins, ends) not in ((b"[", b"]"), (b"{", b"}")):
+            what = "is cut off" if begins in (b"[", b"{") else "does not begin like one"
+            raise ConfigError(f"data.json: {self.file} is no JSON list of records and no JSONL: it {what}")
+        with tqdm(total=len(data), desc=f"indexing {Path(self.file).name}", unit="B", unit_scale=True,
+                  disable=None, leave=False) as bar:  # fmt: skip
+            try:
+                spans = record_spans(data, bar)
+            except ValueError as error:
+                raise ConfigError(f"data.json: {self.file} is cut off: {error}") from error
+        self.index.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+        part = self.index.with_suffix(f".{os.getpid()}.npz")
+        np.savez(part, spans=spans, fingerprint=digest)
+        part.rename(self.index)
+
+    def _open(self) -> None:
+        with np.load(self.index) as index:
+            self._spans = index["spans"]
+        with self._local().open("rb") as file:
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> Record:
+        """Raises BadSample for a record that is no such object, or whose image lies outside the root."""
+        start, end = self._spans[index]
+        name = f"{Path(self.file).name}#{index}"
+        try:
+            record = json.loads(self._data[start:end])
+        except ValueError as error:
+            raise BadSample(f"{name}: {error}") from error
+        name = f"{name} (id {record.get('id')!r})"
+        images = record.get("image") or []
+        images = [images] if isinstance(images, str) else images
+        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+            raise BadSample(f'{name}: "image" is {images!r}; expected a path or a list of paths')
+        if not isinstance(record.get("conversations"), list):
+            raise BadSample(f'{name} has no list of "conversations"')
+        return Record(name, tuple(self._below(image, name) for image in images), record["conversations"])
+
+    def _below(self, image: str, name: str):
+        path = posixpath.normpath(image.replace("\\", "/"))
+        if path.startswith(("/", "..")) or "\0" in path:
+            raise BadSample(f"{name}: the image {image!r} lies outside the image root")
+        return epath.Path(self.images) / path
+
+    def texts(self):
+        """All turns, one after the other."""
+        for index in range(len(self)):
+            try:
+                turns = self[index].conversation
+            except BadSample:
+                continue
+            yield from (
+                turn["value"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("value"), str)
+            )

@@ -1,0 +1,162 @@
+"""LLaVA's files: every record where it is, whatever its text; kept indexes; what is broken is refused or reported."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltallava_jax.config import ConfigError, DataConfig
+from deltallava_jax.data import lengths, llava_json
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, BadSample, rounds, tokenize
+from deltallava_jax.data.llava_json import LlavaJson, record_spans
+from deltallava_jax.data.sources import Mixture, training_source
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTALLAVA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def record(number: int, **changes) -> dict:
+    turns = [("human", f'{IMAGE}\nwhat "is" {{{number}}}?'), ("gpt", f"a\\b {number} ]}}")]
+    conversation = [{"from": speaker, "value": value} for speaker, value in turns]
+    return {"id": str(number), "image": f"coco/{number}.jpg", "conversations": conversation} | changes
+
+
+def write(folder, records, name="data.json", **options):
+    (folder / name).write_text(json.dumps(records, **options))
+    return folder / name
+
+
+TEXT = st.text(st.sampled_from('"\\{}[]:, \nu00e9é🟦a'), max_size=12)
+VALUES = st.recursive(TEXT | st.integers(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    records=st.lists(st.dictionaries(TEXT, VALUES, max_size=3), max_size=5),
+    indent=st.sampled_from([None, 1]),
+    ascii=st.booleans(),
+    lines=st.booleans(),
+    chunk=st.integers(1, 40),
+)
+def test_every_record_is_where_its_span_says(records, indent, ascii, lines, chunk):
+    if lines:
+        text = "".join(json.dumps(one, ensure_ascii=ascii) + "\n" for one in records)
+    else:
+        text = json.dumps(records, indent=indent, ensure_ascii=ascii)
+    data = np.frombuffer(text.encode(), np.uint8)
+    before, llava_json.CHUNK = llava_json.CHUNK, chunk
+    try:
+        spans = record_spans(data)
+    finally:
+        llava_json.CHUNK = before
+    assert [json.loads(data[a:b].tobytes()) for a, b in spans] == records
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_records_and_their_images(tmp_path, lines):
+    records = [record(0), record(1, image=["gqa/a.jpg", "gqa/b.jpg"]), record(2)]
+    del records[2]["image"]
+    file = write(tmp_path, records, indent=2)
+    if lines:
+        file.write_text("\n".join(map(json.dumps, records)))
+    source = LlavaJson(file, tmp_path / "images")
+    assert len(source) == 3
+    for again in (source, pickle.loads(pickle.dumps(source))):  # as the workers get it
+        assert [again[i].conversation for i in range(3)] == [one["conversations"] for one in records]
+        assert [str(path) for path in again[0].images] == [str(tmp_path / "images/coco/0.jpg")]
+        assert len(again[1].images) == 2 and again[2].images == ()
+        assert again[0].id == "data.json#0 (id '0')"
+    assert list(source.texts())[:2] == ['<image>\nwhat "is" {0}?', "a\\b 0 ]}"]
+    assert len(pickle.dumps(source)) < 1000
+
+
+def test_a_changed_file_is_indexed_again(tmp_path, cache):
+    file = write(tmp_path, [record(0)])
+    first = LlavaJson(file, tmp_path)
+    (kept,) = cache.glob("records/*")
+    before = kept.stat().st_mtime_ns
+    assert len(LlavaJson(file, tmp_path)) == 1 and kept.stat().st_mtime_ns == before
+    write(tmp_path, [record(0), record(1)])
+    second = LlavaJson(file, tmp_path)
+    assert len(second) == 2 and second.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('[{"id": 1}, {"id"', "is cut off"),
+        ('[{"id": 1}, {"id": 2', "is cut off"),
+        ('{"id": 1}\n{"id": "}', "is cut off: the last record has no end"),
+        ("", "does not begin like one"),
+        ("id,image\n1,2", "does not begin like one"),
+    ],
+)
+def test_a_file_that_is_no_list_of_records_is_refused(tmp_path, text, words):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        LlavaJson(tmp_path / "data.json", tmp_path)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="nothing.json does not exist"):
+        LlavaJson(tmp_path / "nothing.json", tmp_path)
+    with pytest.raises(ConfigError, match="needs data.json"):
+        DataConfig(dataset="llava")
+
+
+@pytest.mark.parametrize("image", ["../a.jpg", "a/../../b.jpg", "/etc/passwd", "..\\a.jpg", "a\0.jpg"])
+def test_an_image_outside_the_root_is_refused(tmp_path, image):
+    source = LlavaJson(write(tmp_path, [record(0, image=image)]), tmp_path)
+    with pytest.raises(BadSample, match="lies outside the image root"):
+        source[0]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [(dict(image=3), '"image" is'), (dict(image=[1]), '"image" is'), (dict(conversations="no"), "no list")],
+)
+def test_a_record_of_another_form_says_so(tmp_path, changes, words):
+    source = LlavaJson(write(tmp_path, [record(0, **changes), record(1)]), tmp_path)
+    with pytest.raises(BadSample, match=f"data.json#0 .*{words}"):
+        source[0]
+    assert source[1].images
+
+
+def test_lengths_are_those_of_the_tokens_and_are_kept(tmp_path, cache, tokenizer, monkeypatch):
+    records = [record(number, conversations=record(number)["conversations"] * (number % 3)) for number in range(30)]
+    records[4]["image"] = "../out.jpg"
+    records[5]["conversations"][0]["value"] = f"{IMAGE} or {IMAGE}?"  # two markers, one image
+    source = LlavaJson(write(tmp_path, records), tmp_path)
+    monkeypatch.setattr(lengths, "BATCH", 7)
+    for template in TEMPLATES.values():
+        tokens, images = lengths.measure(source, template, tokenizer)
+        for index in range(30):
+            try:
+                expected = tokenize(rounds(source[index].conversation), template, tokenizer)
+                whole = len(expected.image_positions) == len(source[index].images)
+            except BadSample:
+                whole = False
+            assert (tokens[index], images[index]) == ((len(expected.ids), 1) if whole else (0, 0))
+        assert (tokens > 0).sum() == 9
+    assert len(list(cache.glob("lengths/*.npz"))) == len(TEMPLATES)
+    monkeypatch.setattr(lengths, "_measure", None)
+    np.testing.assert_array_equal(lengths.measure(source, template, tokenizer)[0], tokens)
+
+
+def test_a_mixture_takes_each_file_as_often_as_its_weight_says(tmp_path):
+    a = write(tmp_path, [record(number) for number in range(10)], "a.json")
+    b = write(tmp_path, [record(number) for number in range(100, 140)], "b.json")
+    cfg = DataConfig(dataset="llava", json=(str(a), str(b)), images=str(tmp_path), weights=(2.0, 0.5))
+    source = pickle.loads(pickle.dumps(training_source(cfg)))
+    assert isinstance(source, Mixture) and len(source) == 20 + 20
+    ids = [source[index].id for index in range(40)]
+    assert sorted(ids.count(name) for name in set(ids)) == [1] * 20 + [2] * 10
+    assert [source[i].id for i in range(40)] == [training_source(cfg)[i].id for i in range(40)]
+    plain = training_source(DataConfig(dataset="llava", json=(str(a),), images=str(tmp_path)))
+    assert isinstance(plain, LlavaJson) and source.fingerprint.startswith(plain.fingerprint)
