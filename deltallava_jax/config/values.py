@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import inspect
 import json
 import types
 import typing
@@ -76,8 +77,11 @@ def workdir_config(workdir: Path) -> Config:
 
 
 def load_config(path: str | Path) -> Config:
-    """The Config that get_config() of a Python file returns."""
-    path = Path(path)
+    """The Config that get_config() of a Python file returns; of "FILE:ARGUMENT" what get_config(ARGUMENT) returns."""
+    path, arguments = Path(path), []
+    if not path.is_file() and ":" in path.name:
+        name, argument = path.name.rsplit(":", 1)
+        path, arguments = path.with_name(name), [argument]
     if not path.is_file():
         raise ConfigError(f"config file {str(path)!r} does not exist")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
@@ -90,7 +94,11 @@ def load_config(path: str | Path) -> Config:
         raise ConfigError(f"config file {str(path)!r}: {error}") from error
     if not hasattr(module, "get_config"):
         raise ConfigError(f"config file {str(path)!r} has no get_config()")
-    config = module.get_config()
+    try:
+        inspect.signature(module.get_config).bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(f"config file {str(path)!r}: get_config({', '.join(arguments)}): {error}") from error
+    config = module.get_config(*arguments)
     require(isinstance(config, Config), f"config file {str(path)!r}: get_config() did not return a Config")
     return config
 

@@ -5,6 +5,8 @@
     python -m deltallava_jax convert runs/delta delta-llava --to llava     # the original LLaVA layout
     python -m deltallava_jax convert --vision clip-vit-large-patch14-336 --decoder vicuna-7b-v1.5 \\
         --projector delta --scale-factor 2 runs/start                      # a new model: where stage 1 starts
+    python -m deltallava_jax convert --vision clip-vit-large-patch14-336 --decoder vicuna-7b-v1.5 \\
+        --config configs/llava_systems/mqt.py:pretrain runs/mqt_start      # with a configuration's projector
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import sys
 from pathlib import Path
 
 FORMATS = ("orbax", "hf", "llava")
+FITTED = ("grid", "in_width", "out_width")  # settings of a projector that follow from tower and decoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--projector", help="to compose: a system with fresh parameters, or trained ones' file or folder"
     )
+    parser.add_argument("--config", help="to compose: the projector of a configuration, FILE or FILE:STAGE")
     parser.add_argument("--scale-factor", metavar="S", help="of the projector; several (2,4,8) make it elastic")
     parser.add_argument(
         "--set",
@@ -52,15 +56,21 @@ def _settings(options: argparse.Namespace) -> dict:
 
 
 def main(options: argparse.Namespace) -> None:
-    from deltallava_jax.config import ConfigError
+    from deltallava_jax.config import ConfigError, load_config, to_dict
     from deltallava_jax.convert.workdir import compose, open_model, write_workdir
     from deltallava_jax.convert.write import new_folder, write_card, write_hf, write_llava
 
     *sources, target = map(Path, options.paths)
     settings = _settings(options)
+    if options.config:
+        values = to_dict(load_config(options.config).model.projector)
+        settings = {key: value for key, value in values.items() if key not in FITTED} | settings
+        options.projector = settings.pop("name")
     if options.decoder or options.projector:
         if sources or not (options.vision and options.decoder and options.projector):
-            raise ConfigError("composing takes --vision, --decoder and --projector, and one path, where the model goes")
+            raise ConfigError(
+                "composing takes --vision, --decoder and --projector or --config, and one path, where the model goes"
+            )
     elif len(sources) != 1:
         raise ConfigError(f"convert takes a source and a destination, got {len(options.paths)} paths")
     with new_folder(target) as folder:  # before anything is read: a target that is taken shows at once

@@ -37,7 +37,6 @@ def visual_tokens(
     """Images -> V visual tokens each (the projector's largest budget by default), in the compute dtype; which of them
     are there (None: all); and what a pruned tower adds to the loss.
 
-    While a pruned tower trains, V is the number of patches: those that are dropped are not there.
     batch: the rows whose image places the images fill, for systems that read each image's question."""
     text = None
     if projectors.reads_question(cfg.projector):
@@ -105,8 +104,7 @@ def hidden_states(
         visual, valid, penalty = visual_tokens(params, cfg, images, batch, budget=budget, key=key)
     else:
         visual, valid, penalty = jnp.zeros((0, budget, cfg.decoder.width), cfg.dtype), None, 0.0
-    V = visual.shape[1]
-    rows = layout(batch, None if valid is None else valid.reshape(B, I, V), V)
+    rows = layout(batch, None if valid is None else valid.reshape(B, I, budget), budget)
     hidden, start = merge(params, cfg, batch, rows, visual), 0
     run = functools.partial(decoder.run, params["decoder"], cfg.decoder, remat=cfg.remat)
     if pooling and I:
@@ -114,7 +112,7 @@ def hidden_states(
             raise ConfigError(f"training.llavolta pools tokens that are all there; {cfg.projector.name} drops some")
         stride, start = pooling
         hidden, _ = run(hidden, rows, layers=(0, start))
-        hidden, rows = llavolta.pool(hidden, rows, batch, V, stride)
+        hidden, rows = llavolta.pool(hidden, rows, batch, budget, stride)
     hidden, _ = run(hidden, rows, layers=(start, cfg.decoder.layers))
     return decoder.finish(params["decoder"], cfg.decoder, hidden), rows, penalty
 

@@ -32,8 +32,8 @@ def params_of(cfg):
     return random_params(vlm.init_params, cfg)
 
 
-def features(cfg, key=None):
-    params = params_of(cfg)
+def features(cfg, key=None, params=None):
+    params = params or params_of(cfg)
     needs = projectors.needs(cfg.projector, VISION.layers)
     prune = projectors.pruning(params["projector"], cfg.projector, key)
     return jax.jit(lambda p: vision.encode(p["vision"], VISION, IMAGES, needs, prune=prune))(params)
@@ -145,6 +145,7 @@ def test_a_patch_that_is_masked_out_is_as_good_as_gone():
 
 
 CFG = model("dynamicvit", keep_ratio=0.5)
+MLP = dataclasses.replace(CFG.projector, name="mlp")
 RNG = np.random.default_rng(3)
 BATCH = pack([[conversation(RNG, 9, images=1), conversation(RNG, 8, images=1)]], 18, 2)
 
@@ -160,8 +161,16 @@ def test_training_masks_what_is_dropped_and_asks_for_the_share():
     kept = np.asarray(found.kept)
     assert set(np.unique(kept.round(5))) == {0.0, 1.0} and found.last.shape[1] == PATCHES
     tokens, valid, penalty = vlm.visual_tokens(params_of(CFG), CFG, IMAGES, key=key)
-    np.testing.assert_array_equal(valid, kept > 0.5)
-    assert not np.asarray(tokens)[kept < 0.5].any()
+    assert tokens.shape == (2, 16, 32)
+    np.testing.assert_array_equal(valid.sum(1), np.minimum((kept > 0.5).sum(1), 16))
+    assert not np.asarray(tokens)[~np.asarray(valid)].any()
+    mlp = {name: params_of(CFG)["projector"][name] for name in ("up", "down")}
+    everything = projectors.project(mlp, MLP, found)
+    for image in range(2):  # what is there are kept patches, in reading order
+        theirs = np.asarray(everything)[image][kept[image] > 0.5]
+        places = [int(np.abs(theirs - token).sum(1).argmin()) for token in np.asarray(tokens)[image][valid[image]]]
+        assert places == sorted(set(places))
+        np.testing.assert_allclose(np.asarray(tokens)[image][valid[image]], theirs[places], atol=1e-5)
     # The second stage's share is a quarter; the first's, half, is of those the first stage kept.
     assert penalty >= PENALTY * ((kept.mean(1) - 0.25) ** 2).mean() / 2
     assert loss(params_of(CFG), key) != loss(params_of(CFG), jax.random.key(6))
@@ -186,8 +195,8 @@ def test_training_brings_the_share_to_the_ratio():
     @jax.jit
     def step(params, moments, key):
         see = lambda p: vlm.visual_tokens(p, cfg, IMAGES, key=key)
-        (penalty, share), grads = jax.value_and_grad(lambda p: (see(p)[2], see(p)[1].mean()), has_aux=True)(params)
-        updates, moments = optimizer.update(grads, moments, params)
+        share = features(cfg, key, params).kept.mean()
+        updates, moments = optimizer.update(jax.grad(lambda p: see(p)[2])(params), moments, params)
         return optax.apply_updates(params, updates), moments, share
 
     moments, shares = optimizer.init(params), []

@@ -2,8 +2,9 @@
 
 Before some layers a predictor scores the patches. While training each is kept or dropped by a straight-through Gumbel
 sample; what is dropped is masked out of the tower's attention and of the decoder's row, and a penalty holds the share
-that is kept near keep_ratio, its square, its cube. Otherwise the best int(N * share) go on, in reading order. What is
-left goes through LLaVA's MLP. The original's distillation from an unpruned teacher is left out."""
+that is kept near keep_ratio, its square, its cube; of more than the budget a random part goes to the decoder. Otherwise
+the best int(N * share) go on. All in reading order, through LLaVA's MLP. The original's distillation from an unpruned
+teacher is left out."""
 
 from __future__ import annotations
 
@@ -68,10 +69,14 @@ class DynamicVit(Mlp):
         return layer(x, kept), kept, penalty
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None):
-        if features.kept is None:
-            return self.project(features.last)
-        tokens = self.project(features.last)
-        return tokens * features.kept[..., None].astype(tokens.dtype), features.kept > 0.5
+        x, kept = features.last, features.kept
+        if kept is None:
+            return self.project(x)
+        noise = jax.random.uniform(jax.random.fold_in(key, len(self.cfg.prune_layers)), kept.shape)
+        stay = select(kept + noise, budget)
+        kept = jnp.take_along_axis(kept, stay, axis=1)
+        tokens = self.project(jnp.take_along_axis(x, stay[..., None], axis=1))
+        return tokens * kept[..., None].astype(tokens.dtype), kept > 0.5
 
     @staticmethod
     def budgets(cfg: ProjectorConfig) -> tuple[int, ...]:

@@ -1,0 +1,9 @@
+"""Stage 2 with Qwen2-7B as the decoder."""
+
+from configs.llava import base
+
+
+def get_config():
+    return base(
+        "delta_qwen2", "finetune", dict(name="delta", scale_factor=2), tokens=144, decoder="qwen2_7b", template="chatml"
+    )

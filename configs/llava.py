@@ -1,0 +1,59 @@
+"""LLaVA-1.5's two stages, which all 7B and 13B runs share: ``base`` makes the configuration of a system and a stage.
+
+Stage 1 (pretrain) trains the projector on 558k captions, stage 2 (finetune) projector and decoder on 665k
+conversations; 256 and 128 conversations a step, one epoch each (haotian-liu/LLaVA, scripts/v1_5).
+
+Expected beside the working directory: data/LLaVA-Pretrain/, data/LLaVA-Tuning/ with the JSON files and images, and
+runs/NAME_start, made by ``convert``; stage 1 goes to runs/NAME_pretrain, where stage 2 begins."""
+
+from deltallava_jax import config as c
+
+ROW = 2048
+MEAN_TEXT = {"pretrain": 40, "finetune": 300}  # tokens of a conversation, about: decides the rows of a batch
+CONVERSATIONS = {"pretrain": 256, "finetune": 128}
+
+
+def base(
+    name: str,
+    stage: str,
+    projector: dict,
+    *,
+    tokens: int,
+    vision: str = "clip_l_14_336",
+    decoder: str = "vicuna_7b",
+    template: str = "vicuna_v1",
+    training: dict = {},
+) -> c.Config:
+    """tokens: visual tokens an image, the most: rows hold as many conversations as fit."""
+    if stage not in MEAN_TEXT:
+        raise c.ConfigError(f"the configuration has the stages pretrain and finetune, not {stage!r}")
+    pretrain = stage == "pretrain"
+    needed = CONVERSATIONS[stage] * (MEAN_TEXT[stage] + tokens) / ROW
+    data = c.DataConfig(
+        dataset="llava",
+        json=("data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",)
+        if pretrain
+        else ("data/LLaVA-Tuning/llava_v1_5_mix665k.json",),
+        images="data/LLaVA-Pretrain/images" if pretrain else "data/LLaVA-Tuning",
+        template="plain" if pretrain else template,
+        rows=8 * max(1, round(needed / 8)),
+        row_length=ROW,
+        workers=8,
+    )
+    return c.Config(
+        name=f"{name}_{stage}",
+        init_from=f"runs/{name}_start" if pretrain else f"runs/{name}_pretrain",
+        model=c.compose(
+            c.preset(c.VisionConfig, vision),
+            c.preset(c.DecoderConfig, decoder),
+            projector,
+            dtype="bfloat16",
+            remat="full",
+        ),
+        data=data,
+        optimizer=c.OptimizerConfig(
+            lr=1e-3 if pretrain else 2e-5, frozen=("^vision/", "^decoder/") if pretrain else ("^vision/",)
+        ),
+        training=c.TrainingConfig(**dict(epochs=1, checkpoint_every=500) | training),
+        mesh=c.MeshConfig(data=1, fsdp=-1),
+    )

@@ -1,0 +1,7 @@
+"""Honeybee's C-Abstractor, 144 tokens."""
+
+from configs.llava import base
+
+
+def get_config(stage="finetune"):
+    return base("honeybee_c", stage, dict(name="honeybee_c", scale_factor=2, select_layer=-1), tokens=144)

@@ -1,0 +1,44 @@
+"""Every configuration in configs/ can be run: it loads, its parts fit each other, rows hold the longest image."""
+
+from pathlib import Path
+
+import pytest
+
+from deltallava_jax.config import ConfigError, load_config
+from deltallava_jax.models import projectors
+from deltallava_jax.models.selection import llavolta
+
+ROOT = Path(__file__).parent.parent / "configs"
+FILES = [file for file in sorted(ROOT.rglob("*.py")) if file.name != "llava.py"]  # the base of others
+STAGES = {file: ("", ":pretrain", ":finetune") if file.parent.name == "llava_systems" else ("",) for file in FILES}
+
+
+@pytest.mark.parametrize("file, stage", [(file, stage) for file in FILES for stage in STAGES[file]],
+                         ids=lambda x: x.stem if isinstance(x, Path) else x)  # fmt: skip
+def test_it_loads_and_its_parts_fit(file, stage):
+    cfg = load_config(f"{file}{stage}")
+    projector = cfg.model.projector
+    needs = projectors.needs(projector, cfg.model.vision.layers)
+    assert 0 < needs.last <= cfg.model.vision.layers
+    assert projectors.budgets(projector)[0] < cfg.data.row_length
+    llavolta.check(cfg)
+    if file.parent.name == "llava_systems":
+        assert cfg.name == f"{file.stem}{stage.replace(':', '_') or '_finetune'}"
+        assert cfg.data.rows % 8 == 0
+        assert ("^decoder/" in cfg.optimizer.frozen) == (stage == ":pretrain")
+
+
+def test_every_system_has_a_configuration():
+    of = {load_config(file).model.projector.name for file in FILES if file.parent.name == "llava_systems"}
+    assert of == set(projectors.SYSTEMS)
+
+
+@pytest.mark.parametrize("stage, words", [("third", "stages pretrain and finetune"), ("", "stages pretrain")])
+def test_an_unknown_stage_is_refused(stage, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(f"{ROOT / 'llava_systems' / 'delta.py'}:{stage}")
+
+
+def test_a_stage_of_a_configuration_without_any_is_refused():
+    with pytest.raises(ConfigError, match="too many positional arguments"):
+        load_config(f"{ROOT / 'easy_vqa.py'}:pretrain")
