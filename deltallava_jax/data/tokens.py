@@ -113,8 +113,17 @@ def _convert(folder: Path) -> Tokenizer:
             f"{folder} holds no tokenizer.json; converting it needs: pip install transformers"
         ) from error
     try:
-        slow = AutoTokenizer.from_pretrained(folder)
-        return _from_text(slow.backend_tokenizer.to_str(), slow.bos_token, slow.eos_token)
+        theirs = AutoTokenizer.from_pretrained(folder)
+        backend = json.loads(theirs.backend_tokenizer.to_str())
+        config = folder / "tokenizer_config.json"
+        names = json.loads(config.read_text()) if config.is_file() else {}
+        if (folder / "tokenizer.model").is_file() and names.get("legacy") is not False:
+            # Llama's own behaviour, which transformers 5 no longer gives: every piece of text begins with a space.
+            prepend = {"type": "Prepend", "prepend": "\u2581"}
+            spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+            backend["normalizer"] = {"type": "Sequence", "normalizers": [prepend, spaces]}
+            backend["pre_tokenizer"] = None
+        return _from_text(json.dumps(backend), theirs.bos_token, theirs.eos_token)
     except (ValueError, OSError, AttributeError, ImportError) as error:
         raise TokenizerError(f"the tokenizer in {folder} cannot be converted: {error}") from error
 

@@ -1,7 +1,10 @@
 """The tokenizer: training, files, special ids, any text."""
 
+import json
 import pickle
+import shutil
 
+import golden
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -89,3 +92,46 @@ def test_a_vocabulary_without_room_for_the_bytes():
     with pytest.raises(ConfigError, match="vocab_size=258.*259"):
         tokens.train(["a"], 258)
     assert tokens.train(["a"], 259).vocab_size == 259
+
+
+# ------------------------------------------------------------------ SentencePiece
+
+
+def sentencepiece_folder(path, **config):
+    shutil.copy(golden.DATA / "sentencepiece" / "tokenizer.model", path)
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    } | config
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    return path
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<\0\u2581"), min_size=1))
+@example(" leading")
+@example("  two\n spaces ")
+@example("\nWhat is in the picture?")
+def test_a_sentencepiece_model_gives_its_own_ids(llama_like, text):
+    ours, theirs = llama_like
+    assert ours.encode(text)[0] == theirs.encode(text)
+
+
+@pytest.fixture(scope="module")
+def llama_like(tmp_path_factory):
+    """(a folder like Vicuna's through ``load``, the model in SentencePiece's own library)"""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = sentencepiece_folder(tmp_path_factory.mktemp("vicuna"))
+    own = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    return tokens.load(folder), own
+
+
+def test_a_text_behind_an_end_begins_anew_unless_the_checkpoint_says_otherwise(llama_like, tmp_path):
+    ours, theirs = llama_like
+    assert ours.encode("tokens</s>image")[0] == [*theirs.encode("tokens"), ours.eos, *theirs.encode("image")]
+    newer = tokens.load(sentencepiece_folder(tmp_path, legacy=False))
+    assert newer.encode("tokens")[0] == theirs.encode("tokens")
+    assert newer.encode("tokens</s>image")[0] != ours.encode("tokens</s>image")[0]
