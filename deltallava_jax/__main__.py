@@ -12,6 +12,7 @@ from deltallava_jax import cli
 
 # command -> (module with add_arguments(parser) and main(options), one line of help)
 COMMANDS = {
+    "data": ("deltallava_jax.data.command", "LLaVA data sets: check them, build them into ArrayRecord"),
     "convert": ("deltallava_jax.convert.command", "checkpoints of Hugging Face, LLaVA and ours, into each other"),
 }
 

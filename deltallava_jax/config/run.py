@@ -18,6 +18,7 @@ class DataConfig:
     json: tuple[str, ...] = ()  # JSON or JSONL files of LLaVA's records
     weights: tuple[float, ...] = ()  # how often each of the files is taken; empty: once
     images: str = ""  # the folder that image paths of the records begin from
+    array_record: str = ""  # instead of these: a folder that ``data build`` made
     template: str = "vicuna_v1"
     turns: int = 0  # easy_vqa: questions a conversation; 0: all of an image's questions
     independent_rounds: bool = False  # a conversation's questions see its image but not each other
@@ -32,8 +33,9 @@ class DataConfig:
         require_at_least(8, "data", self, "row_length")
         require_at_least(0, "data", self, "turns", "images_per_row", "workers")
         require(
-            self.dataset != "llava" or bool(self.json and self.images),
-            "data.dataset=llava needs data.json (files of records) and data.images (the image folder)",
+            self.dataset != "llava" or bool(self.array_record or (self.json and self.images)),
+            "data.dataset=llava needs data.json (files of records) and data.images (the image folder), or "
+            "data.array_record (a folder that data build made)",
         )
         require(
             not self.weights or (len(self.weights) == len(self.json) and min(self.weights) > 0),

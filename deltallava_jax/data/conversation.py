@@ -75,6 +75,12 @@ TEMPLATES = {
 }
 
 
+def end_id(template: Template, tokenizer: Tokenizer) -> int:
+    """The token that closes an answer: the template's, the tokenizer's EOS where the template closes with text."""
+    ids, _ = tokenizer.encode(template.end)
+    return ids[0] if len(ids) == 1 else tokenizer.eos
+
+
 @dataclass(frozen=True)
 class Tokenized:
     """ids [T] with id 0 at each image's placeholder; loss_mask [T]; image_positions [images]; rounds [T]; questions.

@@ -143,14 +143,15 @@ class LlavaJson:
             record = json.loads(self._data[start:end])
         except ValueError as error:
             raise BadSample(f"{name}: {error}") from error
-        name = f"{name} (id {record.get('id')!r})"
+        key = None if record.get("id") is None else str(record["id"])
+        name = f"{name} (id {key!r})"
         images = record.get("image") or []
         images = [images] if isinstance(images, str) else images
         if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
             raise BadSample(f'{name}: "image" is {images!r}; expected a path or a list of paths')
         if not isinstance(record.get("conversations"), list):
             raise BadSample(f'{name} has no list of "conversations"')
-        return Record(name, tuple(self._below(image, name) for image in images), record["conversations"])
+        return Record(name, tuple(self._below(image, name) for image in images), record["conversations"], key)
 
     def _below(self, image: str, name: str):
         path = posixpath.normpath(image.replace("\\", "/"))

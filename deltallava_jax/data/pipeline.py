@@ -37,6 +37,11 @@ class Rows:
     def __init__(self, source: Source, tokenizer: Tokenizer, cfg: DataConfig, image_size: int):
         if cfg.template not in TEMPLATES:
             raise ConfigError(f"data.template is {cfg.template!r}; known: {', '.join(TEMPLATES)}")
+        end = TEMPLATES[cfg.template].end
+        if end.startswith("<") and len(tokenizer.encode(end)[0]) != 1:
+            raise ConfigError(
+                f"data.template {cfg.template} closes answers with {end}, which is no token of this tokenizer"
+            )
         if cfg.independent_rounds and not TEMPLATES[cfg.template].user.startswith("{}"):
             raise ConfigError(f"data.independent_rounds needs a template without a question prefix, not {cfg.template}")
         self.source, self.tokenizer, self.cfg, self.image_size = source, tokenizer, cfg, image_size

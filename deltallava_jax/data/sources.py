@@ -14,11 +14,13 @@ from deltallava_jax.config import ConfigError, DataConfig
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation: turns {"from", "value"} with ``<image>`` markers, and the files they stand for, in order."""
+    """One conversation: turns {"from", "value"} with ``<image>`` markers, and the files (or their bytes) they stand
+    for, in order. id: says where the record is; key: its own id in the data set."""
 
     id: str
-    images: tuple[Path, ...]
+    images: tuple[Path | bytes, ...]
     conversation: list[dict]
+    key: str | None = None
 
 
 class Source(Protocol):
@@ -39,8 +41,11 @@ def training_source(cfg: DataConfig) -> Source:
 
         return EasyVqa("train", turns=cfg.turns)
     if cfg.dataset == "llava":
+        from deltallava_jax.data.array_record import ArrayRecords
         from deltallava_jax.data.llava_json import LlavaJson
 
+        if cfg.array_record:
+            return ArrayRecords(cfg.array_record)
         sources = [LlavaJson(file, cfg.images) for file in cfg.json]
         weights = cfg.weights or (1.0,) * len(sources)
         return sources[0] if weights == (1.0,) else Mixture(sources, weights)

@@ -1,0 +1,156 @@
+"""LLaVA records as a TensorFlow Datasets folder of ArrayRecord files, images as their original bytes; no TensorFlow.
+
+A shard is finished or not there, so a build that was cut short goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+from tqdm import tqdm
+
+from deltallava_jax.config import ConfigError
+from deltallava_jax.data.conversation import BadSample
+from deltallava_jax.data.llava_json import LlavaJson
+from deltallava_jax.data.sources import Record
+
+SHARD = 2000  # records of a shard
+NAME = "llava-train.array_record-{:05d}-of-{:05d}"
+
+
+def _features():
+    import tensorflow_datasets as tfds
+
+    image = tfds.features.Image(shape=(None, None, None))  # any encoding, kept as it is
+    text = tfds.features.Text
+    return tfds.features.FeaturesDict({"id": text(), "conversations": text(), "images": tfds.features.Sequence(image)})
+
+
+def build(source: LlavaJson, folder: Path, workers: int) -> dict:
+    """Writes the folder: {"records", "bytes", "faults": [...]}. Records with an image that cannot be opened are left
+    out and listed. Raises ConfigError if the folder was begun from other records."""
+    shards = max(1, -(-len(source) // SHARD))
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = folder / "source.json"
+    about = {"fingerprint": source.fingerprint, "images": source.images, "records": len(source)}
+    if begun.exists() and json.loads(begun.read_text()) != about:
+        raise ConfigError(f"{folder} was begun from other records; give a new folder, or remove it first")
+    begun.write_text(json.dumps(about))
+    missing = [number for number in range(shards) if not _report(folder, number, shards).exists()]
+    tasks = [(source, folder, number, shards) for number in missing]
+    with (
+        tqdm(total=len(source), desc="building", unit=" records", disable=None) as bar,
+        multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool,
+    ):
+        bar.update(sum(_range(source, number, shards)[2] for number in range(shards) if number not in missing))
+        for written in pool.imap_unordered(_write_shard, tasks):
+            bar.update(written)
+    reports = [json.loads(_report(folder, number, shards).read_text()) for number in range(shards)]
+    _write_metadata(folder, reports)
+    return {
+        "records": sum(report["records"] for report in reports),
+        "bytes": sum(report["bytes"] for report in reports),
+        "faults": [fault for report in reports for fault in report["faults"]],
+    }
+
+
+def _range(source: LlavaJson, number: int, shards: int) -> tuple[int, int, int]:
+    """(first record, end, how many) of a shard."""
+    start, stop = len(source) * number // shards, len(source) * (number + 1) // shards
+    return start, stop, stop - start
+
+
+def _report(folder: Path, number: int, shards: int) -> Path:
+    return folder / "shards" / f"{number:05d}-of-{shards:05d}.json"
+
+
+def _write_shard(task: tuple[LlavaJson, Path, int, int]) -> int:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    source, folder, number, shards = task
+    features, faults, size, count = _features(), [], 0, 0
+    path, report = folder / NAME.format(number, shards), _report(folder, number, shards)
+    part = path.with_name(f".{path.name}.part")
+    start, stop, records = _range(source, number, shards)
+    writer = ArrayRecordWriter(str(part), "group_size:1")
+    for index in range(start, stop):
+        try:
+            record = source[index]
+            images = [_file(path) for path in record.images]
+        except (BadSample, OSError) as error:
+            faults.append(f"record {index}: {error}")
+            continue
+        value = {"id": record.id, "conversations": json.dumps(record.conversation), "images": images}
+        example = features.serialize_example(features.encode_example(value))
+        writer.write(example)
+        size, count = size + len(example), count + 1
+    writer.close()
+    part.rename(path)
+    report.parent.mkdir(exist_ok=True)
+    report.write_text(json.dumps({"records": count, "bytes": size, "faults": faults}))
+    return records
+
+
+def _file(path):
+    """The file's bytes, as the Image feature takes them without TensorFlow."""
+    import io
+
+    return io.BytesIO(path.read_bytes())
+
+
+def _write_metadata(folder: Path, reports: list[dict]) -> None:
+    import tensorflow_datasets as tfds
+
+    split = tfds.core.SplitInfo(
+        name="train",
+        shard_lengths=[report["records"] for report in reports],
+        num_bytes=sum(report["bytes"] for report in reports),
+        filename_template=tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name="llava", split="train", filetype_suffix="array_record"
+        ),
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=_features(), split_infos=[split], check_data=False, description="LLaVA conversations"
+    )
+
+
+class ArrayRecords:
+    """The records of a folder that ``build`` wrote; images as bytes. Raises ConfigError if it is no such folder."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / "dataset_info.json").is_file():
+            raise ConfigError(
+                f"data.array_record: {folder} holds no finished data set; python -m deltallava_jax data build makes one"
+            )
+        self.fingerprint = (self.folder / "source.json").read_text()
+        self._open()
+
+    def _open(self) -> None:
+        import tensorflow_datasets as tfds
+
+        class AsTheyAre(tfds.decode.SkipDecoding):
+            def decode_batch_example_np(self, example):
+                return example
+
+        builder = tfds.builder_from_directory(self.folder)
+        self._records = builder.as_data_source(split="train", decoders={"images": AsTheyAre()})
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_records"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        found = self._records[int(index)]
+        return Record(found["id"].decode(), tuple(found["images"]), json.loads(found["conversations"]))
+
+    def texts(self):
+        for index in range(len(self)):
+            yield from (turn["value"] for turn in self[index].conversation if isinstance(turn.get("value"), str))
