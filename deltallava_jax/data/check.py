@@ -45,12 +45,14 @@ class Checker:
             return found | {"fault": fault, "why": why}
 
         try:
+            name = f"record {index}"
             record = self.source[index]
-            found["id"] = record.key
+            name, found["id"] = record.id, record.key
             pairs = rounds(record.conversation)
             tokenized = tokenize(pairs, self.template, self.tokenizer)
         except BadSample as error:
-            return bad("outside" if "outside the image root" in str(error) else "malformed", str(error))
+            why = str(error) if name in str(error) else f"{name}: {error}"
+            return bad("outside" if "outside the image root" in why else "malformed", why)
         tokens, images = len(tokenized.ids), len(record.images)
         found |= {"tokens": tokens, "images": images, "rounds": len(pairs), "cut": tokens > self.limit}
         if len(tokenized.image_positions) != images:
