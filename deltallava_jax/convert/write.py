@@ -24,8 +24,11 @@ from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, Layout, Pre
 from deltallava_jax.convert.tensors import DTYPES, ConversionError, Tensor
 from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import IMAGE as IMAGE_TOKEN
+from deltallava_jax.data.conversation import TEMPLATES
+from deltallava_jax.models import projectors
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import TRANSFORMS, Entry, flatten, unflatten
+from deltallava_jax.models.vision import check_needs
 
 HF = Layout("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.", True)
 HF_DECODER = Layout(decoder="model.", head="")
@@ -86,7 +89,7 @@ def _write_whole_hf(model: Pretrained, folder: Path, shard_bytes: int) -> None:
 
 def projector_code(name: str) -> Path:
     """The PyTorch code of a projector. Raises ConversionError if there is none."""
-    file = TORCH_MODULES / f"projector_{name}.py"
+    file = TORCH_MODULES / f"projector_{name.removesuffix('_plus')}.py"
     if not file.is_file():
         raise ConversionError(f"--to hf: there is no PyTorch code for the {name} projector")
     return file
@@ -169,12 +172,11 @@ def _llava_config(model: Pretrained, image_token: int, plain: bool) -> dict:
             "projector_hidden_act": "gelu",
             "image_seq_length": cfg.projector.grid**2,
         }
-    from deltallava_jax.models import projectors
-
     needs = projectors.needs(cfg.projector, cfg.vision.layers)
+    check_needs(cfg.vision, needs)
     return config | {
         PROJECTOR_KEY: to_dict(cfg.projector),
-        "select": {"last": needs.last, "levels": list(needs.levels), "drop_cls": cfg.vision.family == "clip"},
+        "select": {**to_dict(needs), "drop_cls": cfg.vision.family == "clip"},
         "budgets": list(projectors.budgets(cfg.projector)),
         "auto_map": {
             "AutoConfig": "configuration_deltallava.DeltaLlavaConfig",
@@ -242,6 +244,8 @@ def _write_processor(model: Pretrained, folder: Path, plain: bool) -> None:
     if not plain:
         code = "processing_deltallava.DeltaLlavaProcessor"
         processor = {"processor_class": "DeltaLlavaProcessor", "auto_map": {"AutoProcessor": code}}
+        if projectors.reads_question(model.cfg.projector):
+            processor["question_end"] = TEMPLATES[model.template].question_end
     _write_json(folder / "preprocessor_config.json", pixels)  # as images.load_image does, whatever the tower's own does
     _write_json(folder / "processor_config.json", processor)
     if (folder / "tokenizer.json").exists():
@@ -266,14 +270,14 @@ def write_card(model: Pretrained, folder: Path, name: str, source: Path | None) 
         "| Part | |", "|---|---|", *parts, f"| parameters | {model.size:,} |", "",
     ]  # fmt: skip
     if (folder / "modeling_deltallava.py").is_file():
-        from deltallava_jax.models import projectors
-
+        template = TEMPLATES[model.template]
+        prompt = template.user.format(f"{IMAGE_TOKEN}\\nWhat is this?") + template.assistant
         budgets = ", ".join(map(str, projectors.budgets(cfg.projector)))
         lines += [
             "```python", "from transformers import AutoModelForImageTextToText, AutoProcessor", "",
             f'model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)',
             f'processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)',
-            'inputs = processor(images=image, text="USER: <image>\\nWhat is this? ASSISTANT:", return_tensors="pt")',
+            f'inputs = processor(images=image, text="{prompt}", return_tensors="pt")',
             f"tokens = model.generate(**inputs, max_new_tokens=32)  # budget=: {budgets} tokens an image",
             "print(processor.batch_decode(tokens, skip_special_tokens=True)[0])", "```", "",
         ]  # fmt: skip

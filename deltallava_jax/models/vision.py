@@ -161,6 +161,12 @@ def run(
         return jax.lax.scan(body, hidden, stack)[0]
 
 
+def check_needs(cfg: VisionConfig, needs: Needs) -> None:
+    """ConfigError where a tower of this family has not what is asked of it."""
+    if needs.cls_attention and cfg.family != "clip":
+        raise ConfigError(f"the projector reads the CLS token's attention; a {cfg.family} tower has no CLS token")
+
+
 def encode(
     params: Params,
     cfg: VisionConfig,
@@ -173,8 +179,7 @@ def encode(
     """Runs the tower no further than ``needs`` and returns just what it names.
 
     images: uint8 pixels, or floats already normalised."""
-    if needs.cls_attention and cfg.family != "clip":
-        raise ConfigError(f"the projector reads the CLS token's attention; a {cfg.family} tower has no CLS token")
+    check_needs(cfg, needs)
     pixels = normalize(images, cfg) if images.dtype == jnp.uint8 else images
     hidden = embed(params, cfg, pixels.astype(dtype))
     skip = 1 if cfg.family == "clip" else 0

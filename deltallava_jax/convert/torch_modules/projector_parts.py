@@ -1,9 +1,42 @@
-"""What the projectors share in PyTorch. Exported by deltallava_jax."""
+"""What the projectors share in PyTorch. Exported by deltallava_jax.
+
+A projector is called with (features, budget) and returns visual tokens [n, budget, d], or those and the valid mask
+[n, budget] where the number of live tokens varies. One that wants text has reads_question = True."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class Features:
+    """What projectors read of n images with N patches, the CLS token left out.
+
+    last: [n, N, C]; levels: [n, N, L C], several layers of the tower on channels; cls_attention: [n, N], how much the
+    CLS token attends to each patch; keys: [n, N, C], a layer's; text: [n, d], the question's last hidden state."""
+
+    last: torch.Tensor
+    levels: torch.Tensor | None = None
+    cls_attention: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    text: torch.Tensor | None = None
+
+
+class Mlp(nn.Sequential):
+    """LLaVA's projector, on every token: [n, V, C] -> [n, V, d]."""
+
+    def __init__(self, p):
+        d = p["out_width"]
+        super().__init__(nn.Linear(p["in_width"], d), nn.GELU(), nn.Linear(d, d))
+
+
+def scale_factor(p):
+    """That of weights which serve only one."""
+    value = p["scale_factor"]
+    return value[0] if isinstance(value, list) else value
 
 
 def as_grid(x, grid):
