@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from deltallava_jax.config import DecoderConfig, VisionConfig, preset, to_dict
+from deltallava_jax.config import DecoderConfig, ModelConfig, VisionConfig, preset, to_dict
 from deltallava_jax.convert.families import decoder_family, tower_family
 from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, Layout, Pretrained, read_json
 from deltallava_jax.convert.tensors import DTYPES, ConversionError, Tensor
@@ -42,8 +42,10 @@ def write_hf(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES) ->
     """A folder for transformers. An MLP model becomes a LlavaForConditionalGeneration, a decoder or a tower alone the
     model of its family, any other projector brings its PyTorch code (trust_remote_code).
 
-    Raises ConversionError for a model with only some of its parts, or a projector without PyTorch code."""
+    Raises ConversionError for a model with only some of its parts, one that prunes in its decoder, or a projector
+    without PyTorch code."""
     cfg = model.cfg
+    _refuse_fastv(cfg, "hf")
     if cfg.whole:
         _write_whole_hf(model, folder, shard_bytes)
     elif cfg.decoder and not (cfg.vision or cfg.projector):
@@ -95,11 +97,21 @@ def projector_code(name: str) -> Path:
     return file
 
 
+def _refuse_fastv(cfg: ModelConfig, to: str) -> None:
+    """ConversionError for a model that prunes visual tokens inside its decoder: PyTorch's decoders do not."""
+    if cfg.fastv:
+        raise ConversionError(
+            f"--to {to} cannot express model.fastv, which drops visual tokens inside the decoder; the weights are the "
+            "plain model's: to export that one, set model.fastv to null in the workdir's config.json"
+        )
+
+
 def write_llava(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """A folder in the original LLaVA layout: names, shapes and config.json as haotian-liu/LLaVA's code reads them.
 
-    Raises ConversionError for a model that lacks projector or decoder."""
+    Raises ConversionError for a model that lacks projector or decoder, or that prunes in its decoder."""
     cfg = model.cfg
+    _refuse_fastv(cfg, "llava")
     if not (cfg.projector and cfg.decoder and cfg.vision):
         raise ConversionError("--to llava needs tower, projector and decoder; this model lacks some of them")
     if "mm_vision_tower" in model.hf and unchanged(model):

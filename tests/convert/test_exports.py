@@ -37,10 +37,11 @@ from transformers import (  # noqa: E402
     LlavaForConditionalGeneration,
 )
 
-from deltallava_jax.config import Config, ConfigError, OptimizerConfig, ProjectorConfig, to_dict  # noqa: E402
+from deltallava_jax.config import Config, ConfigError, FastVConfig, OptimizerConfig, ProjectorConfig, to_dict  # noqa: E402
 from deltallava_jax.convert.read import Pretrained  # noqa: E402
+from deltallava_jax.convert.tensors import ConversionError  # noqa: E402
 from deltallava_jax.convert.workdir import compose, load_model, read_workdir, write_workdir  # noqa: E402
-from deltallava_jax.convert.write import write_hf  # noqa: E402
+from deltallava_jax.convert.write import write_hf, write_llava  # noqa: E402
 from deltallava_jax.data import tokens  # noqa: E402
 from deltallava_jax.data.conversation import TEMPLATES, tokenize  # noqa: E402
 from deltallava_jax.data.images import load_image  # noqa: E402
@@ -389,6 +390,15 @@ def test_the_question_gets_no_gradient(system):
 def test_a_tower_without_cls_is_refused(composed, tmp_path):
     with pytest.raises(ConfigError, match="a siglip tower has no CLS token"):
         exported(composed("siglip", "llama3", "fastervlm"), tmp_path / "fastervlm")
+
+
+@pytest.mark.parametrize("write", [write_hf, write_llava])
+def test_pruning_inside_the_decoder_is_refused(write, composed, tmp_path):
+    model = composed("clip", "llama_grouped", "mlp")
+    cfg = dataclasses.replace(model.cfg, fastv=FastVConfig(layer=1, keep=4))
+    with pytest.raises(ConversionError, match="model.fastv, .* set model.fastv to null"):
+        write(dataclasses.replace(model, cfg=cfg), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------ text and pictures, end to end
