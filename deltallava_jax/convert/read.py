@@ -73,7 +73,7 @@ class Pretrained:
 
     layout, hf (its config.json) and origin (what that says in our terms) tell how it was written; kept: the files
     beside the weights; extra: tensors that the model has no use for, such as SigLIP's pooling head, kept for exports
-    in the same layout."""
+    in the same layout; template: the conversations' that it was trained on."""
 
     cfg: ModelConfig
     params: Params
@@ -82,6 +82,7 @@ class Pretrained:
     hf: dict = field(default_factory=dict)
     kept: list[Path] = field(default_factory=list)
     extra: dict[str, Tensor] = field(default_factory=dict)
+    template: str = "vicuna_v1"
 
     @property
     def size(self) -> int:

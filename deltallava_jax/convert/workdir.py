@@ -45,8 +45,7 @@ def load_model(path: Path, dtype: str | None = None) -> Model:
     model = open_model(path, dtype=dtype)
     folder = path if path.is_dir() else path.parent
     tokenizer = tokens.load(folder) if any((folder / name).is_file() for name in tokens.FILES) else None
-    template = workdir_config(path).data.template if is_workdir(path) else "vicuna_v1"
-    return Model(model.cfg, model.params, tokenizer, template)
+    return Model(model.cfg, model.params, tokenizer, model.template)
 
 
 def read_workdir(path: Path) -> Pretrained:
@@ -72,7 +71,7 @@ def read_workdir(path: Path) -> Pretrained:
         kept = sorted(file for file in source.iterdir() if file.name not in ("origin.json", "extra.safetensors"))
         hf = read_json(source / "config.json") if (source / "config.json").is_file() else {}
         extra = find(source / "extra.safetensors") if (source / "extra.safetensors").is_file() else {}
-    return Pretrained(cfg.model, params, layout, origin, hf, kept, extra)
+    return Pretrained(cfg.model, params, layout, origin, hf, kept, extra, cfg.data.template)
 
 
 def _with_frozen(params: Params, original: Params, frozen: list[str]) -> Params:
@@ -82,7 +81,7 @@ def _with_frozen(params: Params, original: Params, frozen: list[str]) -> Params:
 
 def write_workdir(model: Pretrained, folder: Path, name: str) -> None:
     """A workdir with the model as step 0: to evaluate, to export, or to train from (--config.init_from)."""
-    config = Config(name=name, model=model.cfg, data=DataConfig(template="vicuna_v1"))
+    config = Config(name=name, model=model.cfg, data=DataConfig(template=model.template))
     (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2))
     source = folder / "source"
     source.mkdir()

@@ -18,14 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from deltallava_jax.config import DecoderConfig, VisionConfig, preset, to_dict
+from deltallava_jax.config import DecoderConfig, ModelConfig, VisionConfig, preset, to_dict
 from deltallava_jax.convert.families import decoder_family, tower_family
 from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, Layout, Pretrained, read_json
 from deltallava_jax.convert.tensors import DTYPES, ConversionError, Tensor
 from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import IMAGE as IMAGE_TOKEN
+from deltallava_jax.data.conversation import TEMPLATES
+from deltallava_jax.models import projectors
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import TRANSFORMS, Entry, flatten, unflatten
+from deltallava_jax.models.vision import check_needs
 
 HF = Layout("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.", True)
 HF_DECODER = Layout(decoder="model.", head="")
@@ -39,8 +42,10 @@ def write_hf(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES) ->
     """A folder for transformers. An MLP model becomes a LlavaForConditionalGeneration, a decoder or a tower alone the
     model of its family, any other projector brings its PyTorch code (trust_remote_code).
 
-    Raises ConversionError for a model with only some of its parts, or a projector without PyTorch code."""
+    Raises ConversionError for a model with only some of its parts, one that prunes in its decoder, or a projector
+    without PyTorch code."""
     cfg = model.cfg
+    _refuse_fastv(cfg, "hf")
     if cfg.whole:
         _write_whole_hf(model, folder, shard_bytes)
     elif cfg.decoder and not (cfg.vision or cfg.projector):
@@ -86,17 +91,27 @@ def _write_whole_hf(model: Pretrained, folder: Path, shard_bytes: int) -> None:
 
 def projector_code(name: str) -> Path:
     """The PyTorch code of a projector. Raises ConversionError if there is none."""
-    file = TORCH_MODULES / f"projector_{name}.py"
+    file = TORCH_MODULES / f"projector_{name.removesuffix('_plus')}.py"
     if not file.is_file():
         raise ConversionError(f"--to hf: there is no PyTorch code for the {name} projector")
     return file
 
 
+def _refuse_fastv(cfg: ModelConfig, to: str) -> None:
+    """ConversionError for a model that prunes visual tokens inside its decoder: PyTorch's decoders do not."""
+    if cfg.fastv:
+        raise ConversionError(
+            f"--to {to} cannot express model.fastv, which drops visual tokens inside the decoder; the weights are the "
+            "plain model's: to export that one, set model.fastv to null in the workdir's config.json"
+        )
+
+
 def write_llava(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """A folder in the original LLaVA layout: names, shapes and config.json as haotian-liu/LLaVA's code reads them.
 
-    Raises ConversionError for a model that lacks projector or decoder."""
+    Raises ConversionError for a model that lacks projector or decoder, or that prunes in its decoder."""
     cfg = model.cfg
+    _refuse_fastv(cfg, "llava")
     if not (cfg.projector and cfg.decoder and cfg.vision):
         raise ConversionError("--to llava needs tower, projector and decoder; this model lacks some of them")
     if "mm_vision_tower" in model.hf and unchanged(model):
@@ -169,12 +184,11 @@ def _llava_config(model: Pretrained, image_token: int, plain: bool) -> dict:
             "projector_hidden_act": "gelu",
             "image_seq_length": cfg.projector.grid**2,
         }
-    from deltallava_jax.models import projectors
-
     needs = projectors.needs(cfg.projector, cfg.vision.layers)
+    check_needs(cfg.vision, needs)
     return config | {
         PROJECTOR_KEY: to_dict(cfg.projector),
-        "select": {"last": needs.last, "levels": list(needs.levels), "drop_cls": cfg.vision.family == "clip"},
+        "select": {**to_dict(needs), "drop_cls": cfg.vision.family == "clip"},
         "budgets": list(projectors.budgets(cfg.projector)),
         "auto_map": {
             "AutoConfig": "configuration_deltallava.DeltaLlavaConfig",
@@ -242,6 +256,8 @@ def _write_processor(model: Pretrained, folder: Path, plain: bool) -> None:
     if not plain:
         code = "processing_deltallava.DeltaLlavaProcessor"
         processor = {"processor_class": "DeltaLlavaProcessor", "auto_map": {"AutoProcessor": code}}
+        if projectors.reads_question(model.cfg.projector):
+            processor["question_end"] = TEMPLATES[model.template].question_end
     _write_json(folder / "preprocessor_config.json", pixels)  # as images.load_image does, whatever the tower's own does
     _write_json(folder / "processor_config.json", processor)
     if (folder / "tokenizer.json").exists():
@@ -266,14 +282,14 @@ def write_card(model: Pretrained, folder: Path, name: str, source: Path | None) 
         "| Part | |", "|---|---|", *parts, f"| parameters | {model.size:,} |", "",
     ]  # fmt: skip
     if (folder / "modeling_deltallava.py").is_file():
-        from deltallava_jax.models import projectors
-
+        template = TEMPLATES[model.template]
+        prompt = template.user.format(f"{IMAGE_TOKEN}\\nWhat is this?") + template.assistant
         budgets = ", ".join(map(str, projectors.budgets(cfg.projector)))
         lines += [
             "```python", "from transformers import AutoModelForImageTextToText, AutoProcessor", "",
             f'model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)',
             f'processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)',
-            'inputs = processor(images=image, text="USER: <image>\\nWhat is this? ASSISTANT:", return_tensors="pt")',
+            f'inputs = processor(images=image, text="{prompt}", return_tensors="pt")',
             f"tokens = model.generate(**inputs, max_new_tokens=32)  # budget=: {budgets} tokens an image",
             "print(processor.batch_decode(tokens, skip_special_tokens=True)[0])", "```", "",
         ]  # fmt: skip

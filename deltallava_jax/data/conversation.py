@@ -41,6 +41,11 @@ class Template:
         """What is supervised."""
         return f"{self.lead}{answer}{self.end}"
 
+    @property
+    def question_end(self) -> str:
+        """The text between a question and its answer."""
+        return self.user.partition("{}")[2] + self.assistant
+
 
 TEMPLATES = {
     # LLaVA-1.5's instruction template (haotian-liu/LLaVA, llava/conversation.py).

@@ -191,6 +191,12 @@ def run(
 Prune = Callable[[int, Layer, Array, Array | None], tuple[Array, Array | None, Array | float]]
 
 
+def check_needs(cfg: VisionConfig, needs: Needs) -> None:
+    """ConfigError where a tower of this family has not what is asked of it."""
+    if (needs.cls_attention or needs.pruned) and cfg.family != "clip":
+        raise ConfigError(f"the projector reads the CLS token's attention; a {cfg.family} tower has no CLS token")
+
+
 def encode(
     params: Params,
     cfg: VisionConfig,
@@ -204,8 +210,7 @@ def encode(
     """Runs the tower no further than ``needs`` and returns just what it names.
 
     images: uint8 pixels, or floats already normalised. prune: what runs the layers ``needs.pruned``."""
-    if (needs.cls_attention or needs.pruned) and cfg.family != "clip":
-        raise ConfigError(f"the projector reads the CLS token's attention; a {cfg.family} tower has no CLS token")
+    check_needs(cfg, needs)
     pixels = normalize(images, cfg) if images.dtype == jnp.uint8 else images
     hidden = embed(params, cfg, pixels.astype(dtype))
     skip = 1 if cfg.family == "clip" else 0

@@ -101,6 +101,8 @@ MODELS = {
     "llama3": lambda: t.LlamaForCausalLM(_llama(rope_parameters=LLAMA3_ROPE)),
     "qwen2": lambda: t.Qwen2ForCausalLM(_qwen2(tie_word_embeddings=True, vocab_size=FULL)),
     "clip": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**TOWER)),
+    # 64 patches: more than PruMerge merges into one.
+    "clip_fine": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**{**TOWER, "patch_size": 4})),
     "siglip": lambda: t.SiglipVisionModel(t.SiglipVisionConfig(**TOWER)),
     "clip_pair": lambda: _pair(t.CLIPModel, t.CLIPConfig, projection_dim=32),
     "siglip_pair": lambda: _pair(t.SiglipModel, t.SiglipConfig),
@@ -111,7 +113,7 @@ MODELS = {
     "llava_wide": lambda: _llava(_llama(), hidden_size=128),
 }
 DECODERS = ("llama", "llama_grouped", "llama3", "qwen2")
-TOWERS = ("clip", "clip_pair", "siglip", "siglip_pair")
+TOWERS = ("clip", "clip_fine", "clip_pair", "siglip", "siglip_pair")
 LLAVAS = ("llava", "llava_qwen2")
 
 TEXTS = ["What is in the picture? ", "A small red circle on a blue square.", "The shape is green, is it not?"] * 3
@@ -252,6 +254,16 @@ def torch_rows(rows: list[Tokenized], opened: int = 1, left: bool = False, image
     return {
         "input_ids": torch.tensor([pad(row, 0) for row in ids]),
         "attention_mask": torch.tensor([pad([1] * len(row), 0) for row in ids]),
+    }
+
+
+def torch_questions(rows: list[Tokenized]) -> dict:
+    """question_ids and question_mask of every image's question, padded on the right."""
+    found = [row.ids[start:end].tolist() for row in rows for start, end in row.questions]
+    length = max(map(len, found))
+    return {
+        "question_ids": torch.tensor([ids + [0] * (length - len(ids)) for ids in found]),
+        "question_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in found]),
     }
 
 

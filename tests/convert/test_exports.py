@@ -16,7 +16,17 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 
 import checkpoints  # noqa: E402
-from checkpoints import SIDE, assert_same_bits, our_batch, pixels, rows_of, tensors, torch_pixels, torch_rows  # noqa: E402
+from checkpoints import (  # noqa: E402
+    SIDE,
+    assert_same_bits,
+    our_batch,
+    pixels,
+    rows_of,
+    tensors,
+    torch_pixels,
+    torch_questions,
+    torch_rows,
+)
 from rows import random_params  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from transformers import (  # noqa: E402
@@ -27,10 +37,11 @@ from transformers import (  # noqa: E402
     LlavaForConditionalGeneration,
 )
 
-from deltallava_jax.config import Config, OptimizerConfig, ProjectorConfig, to_dict  # noqa: E402
+from deltallava_jax.config import Config, ConfigError, FastVConfig, OptimizerConfig, ProjectorConfig, to_dict  # noqa: E402
 from deltallava_jax.convert.read import Pretrained  # noqa: E402
+from deltallava_jax.convert.tensors import ConversionError  # noqa: E402
 from deltallava_jax.convert.workdir import compose, load_model, read_workdir, write_workdir  # noqa: E402
-from deltallava_jax.convert.write import write_hf  # noqa: E402
+from deltallava_jax.convert.write import write_hf, write_llava  # noqa: E402
 from deltallava_jax.data import tokens  # noqa: E402
 from deltallava_jax.data.conversation import TEMPLATES, tokenize  # noqa: E402
 from deltallava_jax.data.images import load_image  # noqa: E402
@@ -38,7 +49,6 @@ from deltallava_jax.inference.generate import encode, greedy, prompt_batch  # no
 from deltallava_jax.inference.model import Model  # noqa: E402
 from deltallava_jax.models import projectors, vision, vlm  # noqa: E402
 from deltallava_jax.models.names import flatten  # noqa: E402
-from deltallava_jax.sequence import layout  # noqa: E402
 from deltallava_jax.training.checkpoints import Checkpoints  # noqa: E402
 from deltallava_jax.training.optimizer import split  # noqa: E402
 from deltallava_jax.training.step import TrainState  # noqa: E402
@@ -94,14 +104,20 @@ def assert_close(mine, reference, dtype: str = "float32"):
 def our_logits(model: Pretrained, rows, images, budget: int) -> np.ndarray:
     """[live slots, vocab], row after row."""
     batch = our_batch(rows, images)
-    logits = jax.jit(lambda params: vlm.logits(params, model.cfg, batch, budget=budget))(model.params)
-    return np.asarray(logits)[np.asarray(layout(batch, None, budget).segments) > 0]
+
+    @jax.jit
+    def run(params):
+        _, slots, _ = vlm.hidden_states(params, model.cfg, batch, budget=budget)
+        return vlm.logits(params, model.cfg, batch, budget=budget), slots.segments > 0
+
+    logits, live = run(model.params)
+    return np.asarray(logits)[np.asarray(live)]
 
 
 def our_tokens(model: Pretrained, rows, images, budget: int, count: int = 8) -> list[list[int]]:
-    visual, _ = encode(model.params, model.cfg, images, budget=budget)
     prompts = prompt_batch(rows, max(len(row.ids) for row in rows))
-    return np.asarray(greedy(model.params, model.cfg, prompts, visual, max_new_tokens=count, eos=-1)).tolist()
+    visual = encode(model.params, model.cfg, images, prompts, budget=budget)
+    return np.asarray(greedy(model.params, model.cfg, prompts, *visual, max_new_tokens=count, eos=-1)).tolist()
 
 
 # ------------------------------------------------------------------ MLP models: transformers' own LLaVA
@@ -156,10 +172,10 @@ def test_visual_tokens_of_every_budget(delta):
     budgets, images = projectors.budgets(model.cfg.projector), pixels(2)
     for budget in budgets:
         with torch.no_grad():
-            reference = theirs.get_image_features(torch_pixels(images), budget)
+            reference, _ = theirs.get_image_features(torch_pixels(images), budget)
         assert_close(np.asarray(encode(model.params, model.cfg, images, budget=budget)[0]), reference)
     with torch.no_grad():  # the largest budget is the default
-        assert theirs.get_image_features(torch_pixels(images)).shape == (2, max(budgets), checkpoints.WIDTH)
+        assert theirs.get_image_features(torch_pixels(images))[0].shape == (2, max(budgets), checkpoints.WIDTH)
 
 
 @pytest.mark.parametrize("delta", ["release"], indirect=True)
@@ -278,6 +294,114 @@ def test_saved_by_transformers_and_loaded_again(delta_folder, tmp_path):
     again = loaded(tmp_path / "again")
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+# ------------------------------------------------------------------ systems that select patches or read the question
+
+SYSTEMS = {
+    "quecc": ("clip", "llama_grouped", "quecc", dict(scale_factor=2, head_dim=16, level_count=2, question_length=4)),
+    "quecc_qwen": ("clip", "qwen2", "quecc", dict(scale_factor=4, head_dim=8, select_layer=-1)),
+    "prumerge": ("clip_fine", "llama_grouped", "prumerge", dict(keep_ratio=0.0, tokens=(7,))),
+    "prumerge_fixed": ("clip_fine", "qwen2", "prumerge", dict(keep_ratio=0.25, select_layer=-3)),
+    "prumerge_plus": ("clip_fine", "llama3", "prumerge_plus", dict(keep_ratio=0.0)),
+    "prumerge_plus_doubled": (
+        "clip_fine", "llama3", "prumerge_plus", dict(keep_ratio=0.25, reproduce_duplicates=True),
+    ),
+    "fastervlm": ("clip", "llama_grouped", "fastervlm", dict(tokens=(16, 9, 1))),
+    "evit": ("clip_fine", "llama_grouped", "evit", dict(prune_layers=(0, 1), keep_ratio=0.5)),
+    "evit_alone": ("clip_fine", "llama3", "evit", dict(prune_layers=(1,), keep_ratio=0.3, fuse=False)),
+    "dynamicvit": ("clip_fine", "qwen2", "dynamicvit", dict(prune_layers=(0, 1), keep_ratio=0.5)),
+    "fastervlm_last": ("clip_fine", "llama3", "fastervlm", dict(select_layer=-1)),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def system(request, composed, tmp_path_factory):
+    """(our model, theirs loaded from the export) of one of SYSTEMS."""
+    tower, decoder, name, settings = SYSTEMS[request.param]
+    model = composed(tower, decoder, name, **settings)
+    return model, loaded(exported(model, tmp_path_factory.mktemp("system") / request.param))
+
+
+def asked(rows, *questions):
+    """The rows with a question for each image."""
+    as_array = lambda spans: np.array(spans, np.int32).reshape(-1, 2)
+    return [dataclasses.replace(row, questions=as_array(spans)) for row, spans in zip(rows, questions, strict=True)]
+
+
+def torch_inputs(model, theirs, rows, images, left: bool = False) -> dict:
+    inputs = torch_rows(rows, left=left, image_token=theirs.config.image_token_index)
+    if projectors.reads_question(model.cfg.projector):
+        inputs |= torch_questions(rows)
+    return inputs | {"pixel_values": torch_pixels(images)}
+
+
+@pytest.mark.parametrize("system", SYSTEMS, indirect=True)
+def test_logits_of_other_systems(system):
+    """Every budget, rows with one image, two and none; a long question, a short one and an empty one."""
+    model, theirs = system
+    rows = asked(rows_of([1, 2, 0], [12, 9, 20]), [(2, 11)], [(4, 7), (0, 0)], [])
+    images, cfg = pixels(3), model.cfg.projector
+    inputs = torch_inputs(model, theirs, rows, images)
+    of_images = {name: value for name, value in inputs.items() if name.startswith(("pixel", "question"))}
+    for budget in projectors.budgets(cfg):
+        with torch.no_grad():
+            _, valid = theirs.get_image_features(**of_images, budget=budget)
+            logits = theirs(**inputs, budget=budget).logits
+        opened = [budget] * 3 if valid is None else valid.sum(1).tolist()
+        assert (len(set(opened)) > 1) == (cfg.keep_ratio == 0)  # as many tokens as the image asks for
+        lengths = [11 + opened[0], 7 + opened[1] + opened[2], 20]
+        assert logits.shape[1] == max(lengths)
+        reference = torch.cat([row[:length] for row, length in zip(logits, lengths)])
+        assert_close(our_logits(model, rows, images, budget), reference)
+
+
+@pytest.mark.parametrize("system", SYSTEMS, indirect=True)
+def test_greedy_tokens_of_other_systems(system):
+    """After prompts of unequal length, padded on the left."""
+    model, theirs = system
+    rows, images = asked(rows_of([1, 1], [12, 6]), [(3, 10)], [(2, 5)]), pixels(2)
+    inputs = torch_inputs(model, theirs, rows, images, left=True)
+    settings = dict(do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=None)
+    for budget in projectors.budgets(model.cfg.projector):
+        found = theirs.generate(**inputs, budget=budget, **settings).tolist()
+        assert found == our_tokens(model, rows, images, budget)
+
+
+@pytest.mark.parametrize("system", ["quecc"], indirect=True)
+def test_a_question_is_asked_for_where_it_is_read(system):
+    model, theirs = system
+    rows, images = asked(rows_of([1, 1], [12, 6]), [(3, 10)], [(2, 5)]), pixels(2)
+    inputs = torch_inputs(model, theirs, rows, images)
+    for given, words in ((None, "2 images, but none in question_ids"), (inputs["question_ids"][:1], "but 1 in")):
+        with pytest.raises(ValueError, match=f"reads each image's question: .*{words}"):
+            theirs(**inputs | {"question_ids": given})
+
+
+@pytest.mark.parametrize("system", ["quecc"], indirect=True)
+def test_the_question_gets_no_gradient(system):
+    """Of the visual tokens the decoder has none; the projector's part that takes the question has."""
+    model, theirs = system
+    rows = asked(rows_of([1], [12]), [(3, 10)])
+    tokens, _ = theirs.get_image_features(torch_pixels(pixels(1)), **torch_questions(rows))
+    tokens.square().sum().backward()
+    assert all(parameter.grad is None for parameter in theirs.language_model.parameters())
+    assert theirs.multi_modal_projector[0].text_projection[0].weight.grad.abs().sum() > 0
+    theirs.zero_grad()
+
+
+def test_a_tower_without_cls_is_refused(composed, tmp_path):
+    with pytest.raises(ConfigError, match="a siglip tower has no CLS token"):
+        exported(composed("siglip", "llama3", "fastervlm"), tmp_path / "fastervlm")
+
+
+@pytest.mark.parametrize("write", [write_hf, write_llava])
+def test_pruning_inside_the_decoder_is_refused(write, composed, tmp_path):
+    model = composed("clip", "llama_grouped", "mlp")
+    cfg = dataclasses.replace(model.cfg, fastv=FastVConfig(layer=1, keep=4))
+    with pytest.raises(ConversionError, match="model.fastv, .* set model.fastv to null"):
+        write(dataclasses.replace(model, cfg=cfg), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------ text and pictures, end to end
@@ -405,6 +529,80 @@ def test_text_for_pictures_in_a_padded_batch(delta_folder, saved, pictures):
     assert (inputs["attention_mask"] == 0).any()
     out = theirs.generate(**inputs, **settings)
     assert [each.strip() for each in processor.batch_decode(out, skip_special_tokens=True)] == expected
+
+
+@pytest.fixture(scope="module")
+def quecc_folder(composed, tmp_path_factory):
+    """(our model, its export) of a system that reads the question, of which it reads the last tokens."""
+    settings = dict(scale_factor=(2,), head_dim=16, question_length=12)
+    model = composed("clip", "llama_grouped", "quecc", **settings)
+    return model, exported(model, tmp_path_factory.mktemp("text") / "quecc_text")
+
+
+def test_the_processor_finds_the_question_of_each_image(quecc_folder, saved, pictures):
+    """Pictures and text are all it needs; the answers are our model's, also in a padded batch."""
+    model, folder = quecc_folder
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    theirs, ours, settings = loaded(folder), ready(model, saved("llama_grouped")), dict(do_sample=False)
+    questions, answers = (PROMPT, LONGER), []
+    for picture, question in zip(pictures, questions):
+        inputs = processor(images=picture, text=vicuna(question), return_tensors="pt")
+        out = theirs.generate(**inputs, max_new_tokens=8, **settings)
+        answers += processor.batch_decode(out, skip_special_tokens=True)
+        assert answers[-1].strip() == ours.generate(picture, question, max_new_tokens=8)
+    texts = [vicuna(question) for question in questions]
+    inputs = processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    assert (inputs["attention_mask"] == 0).any() and (inputs["question_mask"] == 0).any()
+    out = theirs.generate(**inputs, max_new_tokens=8, **settings)
+    assert processor.batch_decode(out, skip_special_tokens=True) == answers
+    assert "question_ids" not in processor(text=[PROMPT], return_tensors="pt")
+
+
+CONVERSATION = [
+    ("<image>\nWhat is in the picture?", "A small red circle."),
+    ("The shape is green, is it not? ", "It is."),
+    ("What? <image><image>\nOn a blue square?", "A circle on a blue square."),
+    ("<image>", "The shape."),
+    ("<image>What is in the picture?", None),
+]
+
+
+@pytest.mark.parametrize("decoder", ["llama_grouped", "qwen2", "llama"])
+def test_questions_of_a_long_conversation(decoder, composed, saved, tmp_path):
+    """Several images, several turns, a turn without words: the tokens that our data pipeline marks."""
+    folder = exported(composed("clip", decoder, "quecc", scale_factor=2, head_dim=16), tmp_path / "quecc")
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    template = TEMPLATES["vicuna_v1"]
+    rounds = [template.user.format(question) + template.assistant for question, _ in CONVERSATION]
+    answers = [f" {answer}{template.end}" for _, answer in CONVERSATION[:-1]] + [""]
+    text = template.system + "".join(part for pair in zip(rounds, answers) for part in pair)
+    mine = tokenize(CONVERSATION, template, tokens.load(saved(decoder)))
+    inputs = processor(text=text)
+    found = [
+        [token for token, live in zip(ids, mask) if live]
+        for ids, mask in zip(inputs["question_ids"], inputs["question_mask"])
+    ]
+    assert found == [mine.ids[start:end].tolist() for start, end in mine.questions]
+    assert [len(ids) > 0 for ids in found] == [True, True, True, False, True]
+
+
+def test_questions_end_as_in_the_template_of_the_workdir(quecc_folder, saved, pictures, tmp_path):
+    """ "brief" has nothing between a question and its answer: in a prompt the question goes on to its end."""
+    model, _ = quecc_folder
+    work = tmp_path / "work"
+    work.mkdir()
+    write_workdir(dataclasses.replace(model, template="brief"), work, "work")
+    ours = load_model(work)
+    assert ours.template == "brief"
+    folder = exported(read_workdir(work), tmp_path / "quecc")
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "processor_config.json").read_text())
+    assert processor.question_end == again["question_end"] == ""
+    inputs = processor(images=pictures[0], text=f"<image>\n{LONGER}", return_tensors="pt")
+    out = loaded(folder).generate(**inputs, do_sample=False, max_new_tokens=8)
+    expected = ours.generate(pictures[0], LONGER, max_new_tokens=8)
+    assert processor.batch_decode(out, skip_special_tokens=True)[0].strip() == expected
 
 
 def test_text_after_a_workdir(delta_folder, saved, pictures, tmp_path):

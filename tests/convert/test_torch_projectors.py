@@ -20,6 +20,7 @@ SMALL = ProjectorConfig(
     scale_factor=2, queries=16, depth=2,
 )  # fmt: skip
 ELASTIC = dict(scale_factor=(1, 2, 4, 8))
+PRUMERGES = ("prumerge", "prumerge_plus")
 CASES = [
     *(dict(name="delta", variant=v, ablation=a, **ELASTIC) for v in ("release", "paper") for a in ABLATIONS),
     dict(name="delta", variant="paper", window=2, reduction=2, embed_width=64),
@@ -33,31 +34,76 @@ CASES = [
     dict(name="honeybee_c", **ELASTIC),
     dict(name="honeybee_c", embed_width=64),
     dict(name="honeybee_d"),
+    dict(name="honeybee_d", scale_factor=(4,)),
+    dict(name="quecc"),
+    dict(name="quecc", scale_factor=(4,), embed_width=64, text_width=24),
+    dict(name="fastervlm"),
+    dict(name="fastervlm", tokens=(64, 7)),
+    *(dict(name=name, keep_ratio=ratio) for name in PRUMERGES for ratio in (0.0, 0.25, None)),
+    *(dict(name=name, keep_ratio=0.0, tokens=(3,)) for name in PRUMERGES),  # fewer than have outlying attention
+    *(dict(name="prumerge_plus", keep_ratio=r, reproduce_duplicates=True) for r in (0.0, 0.125, 0.25)),
 ]
 
 
-def torch_projector(cfg):
-    """The module of an export, imported as the folder's code is."""
+def torch_module(name):
+    """A file of an export, imported as the folder's code is."""
     spec = importlib.util.spec_from_loader("exported", loader=None, is_package=True)
     package = importlib.util.module_from_spec(spec)
     package.__path__ = [str(TORCH_MODULES)]
     sys.modules["exported"] = package
-    return importlib.import_module(f"exported.{projector_code(cfg.name).stem}").Projector(to_dict(cfg)).eval()
+    return importlib.import_module(f"exported.{name}")
+
+
+def both(cfg, features, text=None):
+    """(ours, theirs) with the same parameters: functions of a budget that give tokens and the valid mask or None."""
+    state = projectors.to_torch(projectors.init_params(cfg, jax.random.key(0)), cfg)
+    drawn = golden.projector_state(cfg)
+    fixed = ("pos_embed", "reference_points")
+    state = {name: value if name.endswith(fixed) else drawn[name] for name, value in state.items()}
+    module = torch_module(projector_code(cfg.name).stem).Projector(to_dict(cfg)).eval()
+    module.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()})  # strict
+    arrays = [torch.tensor(getattr(features, name)) for name in ("last", "levels", "cls_attention", "keys")]
+    inputs = torch_module("projector_parts").Features(*arrays, None if text is None else torch.tensor(text))
+    params = projectors.from_torch(state, cfg)
+    jitted = jax.jit(projectors.project_valid, static_argnames=("cfg", "budget"))
+
+    def theirs(budget):
+        with torch.no_grad():
+            made = module(inputs, budget)
+        return made if isinstance(made, tuple) else (made, None)
+
+    return lambda budget: jitted(params, cfg, features, text, budget=budget), theirs
+
+
+def assert_same_tokens(ours, theirs, message=""):
+    """Equal masks, and close tokens where they are live."""
+    (ours, valid), (theirs, live) = ours, theirs
+    ours, theirs = np.asarray(ours), theirs.numpy()
+    assert ours.shape == theirs.shape and (valid is None) == (live is None)
+    if valid is not None:
+        np.testing.assert_array_equal(valid, live.numpy(), err_msg=message)
+        ours, theirs = ours[np.asarray(valid)], theirs[np.asarray(valid)]
+    np.testing.assert_allclose(theirs, ours, atol=2e-5 * np.abs(ours).max(), err_msg=message)
 
 
 @pytest.mark.parametrize("changes", CASES, ids=lambda c: "-".join(str(v) for k, v in c.items() if k != "scale_factor"))
 def test_torch_and_jax_make_the_same_tokens(changes):
     cfg = dataclasses.replace(SMALL, **changes)
-    state = projectors.to_torch(projectors.init_params(cfg, jax.random.key(0)), cfg)
-    drawn = golden.projector_state(cfg)
-    fixed = ("pos_embed", "reference_points")
-    state = {name: value if name.endswith(fixed) else drawn[name] for name, value in state.items()}
-    theirs = torch_projector(cfg)
-    theirs.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()})  # strict
-    features = golden.features(cfg)
-    params = projectors.from_torch(state, cfg)
+    text = golden.inputs("text", (2, cfg.text_width or cfg.out_width)) if projectors.reads_question(cfg) else None
+    ours, theirs = both(cfg, golden.features(cfg), text)
     for budget in projectors.budgets(cfg):
-        ours = jax.jit(lambda p, f, b=budget: projectors.project(p, cfg, f, budget=b))(params, features)
-        with torch.no_grad():
-            found = theirs(torch.from_numpy(features.last), torch.from_numpy(features.levels), budget).numpy()
-        np.testing.assert_allclose(found, ours, atol=2e-5 * np.abs(ours).max(), err_msg=str(budget))
+        assert_same_tokens(ours(budget), theirs(budget), str(budget))
+
+
+@pytest.mark.parametrize("name", PRUMERGES)
+def test_images_with_as_many_tokens_as_their_attention_has_outliers(name):
+    """None, one, and more than the most that are kept, in one batch."""
+    cfg = dataclasses.replace(SMALL, name=name, keep_ratio=0.0, tokens=(12,))
+    features = golden.features(cfg, 3)
+    attention = np.random.default_rng(0).uniform(0.9, 1.1, (3, 64)).astype(np.float32)
+    attention[1, 40] = 9
+    attention[2, 5:20] = np.arange(15) + 20
+    features = dataclasses.replace(features, cls_attention=attention / attention.sum(1, keepdims=True))
+    ours, theirs = both(cfg, features)
+    assert_same_tokens(ours(12), theirs(12))
+    assert theirs(12)[1].sum(1).tolist() == {"prumerge": [1, 2, 12], "prumerge_plus": [4, 5, 12]}[name]

@@ -2,11 +2,22 @@
 
 from transformers import AutoConfig, PretrainedConfig
 
+DEFAULT_SELECT = {
+    "last": 23,
+    "levels": [12, 16, 22, 23],
+    "cls_attention": None,
+    "keys": None,
+    "pruned": [],
+    "drop_cls": True,
+}
+
 
 class DeltaLlavaConfig(PretrainedConfig):
     """vision_config, text_config: the tower's and the decoder's. deltallava_projector: the projector's settings.
 
-    select: hidden states of the tower that the projector reads: {"last", "levels", "drop_cls"}.
+    select: what the projector reads of the tower, hidden state i the output of layer i: {"last", "levels", "drop_cls"},
+    "cls_attention": a layer and "head_mean" or "one_head", and "keys": a layer; null where it does not. "pruned": the
+    layers, from 0, that the projector runs itself.
     budgets: visual tokens an image that the projector was trained for, largest first."""
 
     model_type = "deltallava"
@@ -25,7 +36,7 @@ class DeltaLlavaConfig(PretrainedConfig):
         self.vision_config = _config(vision_config, "clip_vision_model")
         self.text_config = _config(text_config, "llama")
         self.deltallava_projector = deltallava_projector or {}
-        self.select = select or {"last": 23, "levels": [12, 16, 22, 23], "drop_cls": True}
+        self.select = select or DEFAULT_SELECT
         self.budgets = list(budgets)
         self.image_token_index = image_token_index
         super().__init__(**kwargs)

@@ -8,10 +8,14 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 
 from .configuration_deltallava import DeltaLlavaConfig
 from .projector import Projector
+from .projector_parts import Features, cls_attention, run_layer
 
 
 class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """input_ids hold one image token for each image of pixel_values; ``budget`` is the visual tokens it opens into."""
+    """input_ids hold one image token for each image of pixel_values; ``budget`` is the visual tokens it opens into, at
+    most so many where their number varies.
+
+    question_ids, question_mask: [n, Q], each image's question for projectors that read it; the processor finds it."""
 
     config_class = DeltaLlavaConfig
     base_model_prefix = ""
@@ -32,25 +36,89 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
 
-    def get_image_features(self, pixel_values, budget=None):
-        """[n, 3, H, W] normalised pixels -> [n, budget, d] visual tokens."""
-        select, budget = self.config.select, budget or self.config.budgets[0]
+    def get_image_features(self, pixel_values, budget=None, question_ids=None, question_mask=None):
+        """[n, 3, H, W] normalised pixels -> [n, budget, d] visual tokens, and which of them are there: [n, budget] or,
+        for all, None."""
+        budget = budget or self.config.budgets[0]
         if budget not in self.config.budgets:
             allowed = ", ".join(map(str, self.config.budgets))
             raise ValueError(f"budget {budget}; the model makes {allowed} tokens an image")
+        text = None
+        if getattr(self.multi_modal_projector, "reads_question", False):
+            if question_ids is None or len(question_ids) != len(pixel_values):
+                found = "none" if question_ids is None else len(question_ids)
+                raise ValueError(
+                    f"the projector reads each image's question: {len(pixel_values)} images, but {found} in "
+                    "question_ids; give images and text to the processor together"
+                )
+            text = self._question_states(question_ids, question_mask)
+        made = self.multi_modal_projector(self._features(pixel_values, text), budget)
+        return made if isinstance(made, tuple) else (made, None)
+
+    def _features(self, pixel_values, text):
+        """What the projector reads: hidden states of the tower, a layer's keys and its CLS token's attention."""
+        select = self.config.select
+        if select["pruned"]:
+            return self._pruned(pixel_values)
         states = self.vision_tower(pixel_values.to(self.dtype), output_hidden_states=True).hidden_states
         first = 1 if select["drop_cls"] else 0
-        levels = torch.cat([states[i][:, first:] for i in select["levels"]], dim=-1) if select["levels"] else None
-        return self.multi_modal_projector(states[select["last"]][:, first:], levels, budget)
+        features = Features(states[select["last"]][:, first:], text=text)
+        if select["levels"]:
+            features.levels = torch.cat([states[i][:, first:] for i in select["levels"]], dim=-1)
+        if select["keys"] is not None:
+            attention, state = self._attention(select["keys"], states)
+            features.keys = attention.k_proj(state)[:, first:]
+        if select["cls_attention"] is not None:
+            layer, how = select["cls_attention"]
+            attention, state = self._attention(layer, states)
+            heads = {"head_mean": attention.num_heads, "one_head": 1}[how]
+            features.cls_attention = cls_attention(attention, state, heads)
+        return features
 
-    def _open(self, input_ids, pixel_values, attention_mask, labels, budget, left):
-        """(embeddings, attention mask, labels) of the rows with every image token opened, padded on one side."""
+    def _pruned(self, pixel_values):
+        """The tower's features where the projector runs some of its layers."""
+        select, tower = self.config.select, self.vision_tower
+        x = tower.pre_layrnorm(tower.embeddings(pixel_values.to(self.dtype)))
+        for index, layer in enumerate(tower.encoder.layers[: select["last"]]):
+            if index in select["pruned"]:
+                x = self.multi_modal_projector.prune(select["pruned"].index(index), layer, x)
+            else:
+                x = run_layer(layer, x)
+        return Features(x[:, 1:])
+
+    def _attention(self, layer, states):
+        """The self-attention of a layer of the tower, and what it is given."""
+        module = self.vision_tower.encoder.layers[layer - 1]
+        return module.self_attn, module.layer_norm1(states[layer - 1])
+
+    @torch.no_grad()
+    def _question_states(self, ids, mask):
+        """[n, d]: the last hidden state of each question, read by the decoder on its own; zeros for an empty one.
+
+        Of a question longer than ``question_length`` the end is read."""
+        longest = self.config.deltallava_projector["question_length"]
+        mask = torch.ones_like(ids) if mask is None else mask
+        rows = [row[live.bool()][-longest:] for row, live in zip(ids, mask)]
+        lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+        # No token sees what follows it, so the padding on the right needs no mask.
+        padded = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
+        hidden = self.language_model.model(padded, use_cache=False).last_hidden_state
+        last = hidden[torch.arange(len(rows), device=ids.device), (lengths - 1).clamp(min=0)]
+        return torch.where(lengths[:, None] > 0, last, 0)
+
+    def _open(self, input_ids, pixel_values, attention_mask, labels, left, **kwargs):
+        """(embeddings, attention mask, labels) of the rows with every image token opened, padded on one side.
+
+        kwargs: of get_image_features."""
         embeddings = self.get_input_embeddings()(input_ids)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if pixel_values is None:
             return embeddings, attention_mask, labels
-        visual = self.get_image_features(pixel_values, budget).to(embeddings.dtype)
+        visual, valid = self.get_image_features(pixel_values, **kwargs)
+        visual = visual.to(embeddings.dtype)
+        if valid is not None:
+            visual = [tokens[live] for tokens, live in zip(visual, valid)]
         places = (input_ids == self.config.image_token_index) & attention_mask.bool()
         if int(places.sum()) != len(visual):
             raise ValueError(f"{int(places.sum())} image tokens in input_ids, but {len(visual)} images")
@@ -80,19 +148,34 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask=None,
         labels=None,
         budget=None,
+        question_ids=None,
+        question_mask=None,
         inputs_embeds=None,
         **kwargs,
     ):
         """Logits over the opened rows (and the loss with ``labels``), padded on the right."""
         if inputs_embeds is None:
             inputs_embeds, attention_mask, labels = self._open(
-                input_ids, pixel_values, attention_mask, labels, budget, left=False
-            )
+                input_ids, pixel_values, attention_mask, labels, left=False,
+                budget=budget, question_ids=question_ids, question_mask=question_mask,
+            )  # fmt: skip
         return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs)
 
     @torch.no_grad()
-    def generate(self, input_ids=None, pixel_values=None, attention_mask=None, budget=None, **kwargs):
+    def generate(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        budget=None,
+        question_ids=None,
+        question_mask=None,
+        **kwargs,
+    ):
         """The new tokens alone; keyword arguments as of transformers' generate."""
-        embeddings, mask, _ = self._open(input_ids, pixel_values, attention_mask, None, budget, left=True)
+        embeddings, mask, _ = self._open(
+            input_ids, pixel_values, attention_mask, None, left=True,
+            budget=budget, question_ids=question_ids, question_mask=question_mask,
+        )  # fmt: skip
         kwargs.setdefault("generation_config", self.generation_config)
         return self.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, **kwargs)

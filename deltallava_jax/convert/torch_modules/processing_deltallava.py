@@ -1,26 +1,67 @@
 """Processor of a Delta-LLaVA model: pixels for the tower, ids for the decoder. Exported by deltallava_jax."""
 
+import re
+
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+IMAGE = "<image>"
+
 
 class DeltaLlavaProcessor(ProcessorMixin):
-    """Texts hold one <image> for each image, in order; the model opens it into as many tokens as it is asked for."""
+    """Texts hold one <image> for each image, in order; the model opens it into as many tokens as it is asked for.
+
+    question_end: for models that read each image's question, the text between a question and its answer ("": a question
+    goes on to the end of its text); None for the others."""
 
     attributes = ["image_processor", "tokenizer"]
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
 
+    def __init__(self, image_processor=None, tokenizer=None, question_end=None, **kwargs):
+        super().__init__(image_processor, tokenizer, **kwargs)
+        self.question_end = question_end
+
     def __call__(self, images=None, text=None, **kwargs):
+        """input_ids, attention_mask and pixel_values, and question_ids and question_mask [images, Q] for models that
+        read them."""
         tensors = kwargs.pop("return_tensors", None)
         inputs = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else text
             inputs.update(self.tokenizer(texts, return_tensors=tensors, **kwargs))
             inputs.pop("token_type_ids", None)
+            if self.question_end is not None:
+                inputs.update(self._questions(texts))
         if images is not None:
             inputs["pixel_values"] = self.image_processor(images, return_tensors=tensors)["pixel_values"]
         return BatchFeature(inputs, tensor_type=tensors)
+
+    def _questions(self, texts):
+        """Ids and mask of every image's question, padded on the right."""
+        encoded = self.tokenizer(texts, return_offsets_mapping=True)
+        found = [
+            [token for token, (begin, end) in zip(ids, offsets) if begin < stop and start < end]
+            for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"])
+            for start, stop in self._spans(text)
+        ]
+        if not found:
+            return {}
+        length = max(1, *map(len, found))
+        return {
+            "question_ids": [ids + [0] * (length - len(ids)) for ids in found],
+            "question_mask": [[1] * len(ids) + [0] * (length - len(ids)) for ids in found],
+        }
+
+    def _spans(self, text):
+        """Start and end, in characters, of each image's question: what follows the images of its turn."""
+        spans = []
+        for image in re.finditer(IMAGE, text):
+            stop = text.find(self.question_end, image.end()) if self.question_end else len(text)
+            stop = len(text) if stop < 0 else stop
+            start = text.rfind(IMAGE, 0, stop) + len(IMAGE)
+            spans.append((start + text[start:stop].startswith("\n"), stop))
+        return spans
 
     def batch_decode(self, *args, **kwargs):
         return self.tokenizer.batch_decode(*args, **kwargs)

@@ -104,7 +104,7 @@ class Block(nn.Module):
 
 
 class Projector(nn.Module):
-    """[n, N, C] and [n, N, L C] features of the tower -> [n, budget, d] visual tokens; any budget, the same weights."""
+    """Features -> [n, budget, d] visual tokens; any budget, the same weights."""
 
     def __init__(self, p):
         super().__init__()
@@ -133,10 +133,10 @@ class Projector(nn.Module):
                 {"norm": nn.LayerNorm(d, eps=1e-6), "0": nn.Linear(d, inner), "2": nn.Linear(inner, d)}
             )
 
-    def forward(self, last, levels, budget):
+    def forward(self, features, budget):
         grid, side = self.p["grid"], math.isqrt(budget)
-        q = resize(last, grid, side)
-        k, v = self.k_proj_1(levels), self.v_proj_1(levels)
+        q = resize(features.last, grid, side)
+        k, v = self.k_proj_1(features.levels), self.v_proj_1(features.levels)
         return self._release(q, k, v, side) if self.release else self._paper(q, k, v, side)
 
     def _release(self, q, k, v, side):

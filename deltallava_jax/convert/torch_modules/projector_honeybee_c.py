@@ -55,8 +55,8 @@ class Projector(nn.Module):
         self.net = nn.ModuleDict({"0": stage(c), "2": stage(width)})
         self.readout = nn.Sequential(nn.Linear(width, d), nn.SiLU(), nn.Linear(d, d))
 
-    def forward(self, last, levels, budget):
-        x = as_grid(last + self.pos_emb, self.p["grid"])
+    def forward(self, features, budget):
+        x = as_grid(features.last + self.pos_emb, self.p["grid"])
         for block in self.net["0"].values():
             x = block(x)
         x = F.adaptive_avg_pool2d(x, math.isqrt(budget))

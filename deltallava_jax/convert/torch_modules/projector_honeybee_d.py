@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .projector_parts import as_grid, as_tokens
+from .projector_parts import as_grid, as_tokens, scale_factor
 
 POINTS = 4
 
@@ -65,15 +65,15 @@ class Projector(nn.Module):
     def __init__(self, p):
         super().__init__()
         self.p = p
-        c, tokens = p["in_width"], (p["grid"] // p["scale_factor"]) ** 2
+        c, tokens = p["in_width"], (p["grid"] // scale_factor(p)) ** 2
         self.reference_points = nn.Parameter(torch.zeros(1, tokens, 2), requires_grad=False)
         self.v_pos_emb = nn.Parameter(torch.zeros(1, p["grid"] ** 2, c))
         self.layers = nn.ModuleList(Layer(c, p["head_dim"], p["mlp_width"]) for _ in range(p["depth"] or 6))
         self.query_position_embeddings = nn.Embedding(tokens, c)
         self.output_proj = nn.Linear(c, p["out_width"])
 
-    def forward(self, last, levels, budget):
-        image, grid = last + self.v_pos_emb, self.p["grid"]
+    def forward(self, features, budget):
+        image, grid = features.last + self.v_pos_emb, self.p["grid"]
         positions = as_tokens(F.adaptive_avg_pool2d(as_grid(image, grid), math.isqrt(budget)))
         x = self.query_position_embeddings.weight.expand(len(image), -1, -1)
         for layer in self.layers:

@@ -3,17 +3,15 @@
 import math
 
 import torch.nn.functional as F
-from torch import nn
 
-from .projector_parts import as_grid, as_tokens
+from .projector_parts import Mlp, as_grid, as_tokens
 
 
-class Projector(nn.Sequential):
+class Projector(Mlp):
     def __init__(self, p):
-        d = p["out_width"]
-        super().__init__(nn.Linear(p["in_width"], d), nn.GELU(), nn.Linear(d, d))
+        super().__init__(p)
         self.grid = p["grid"]
 
-    def forward(self, last, levels, budget):
-        tokens = as_grid(super().forward(last), self.grid)
+    def forward(self, features, budget):
+        tokens = as_grid(super().forward(features.last), self.grid)
         return as_tokens(F.avg_pool2d(tokens, self.grid // math.isqrt(budget)))

@@ -17,7 +17,8 @@ class Projector(nn.Module):
         self.attn = nn.MultiheadAttention(c, c // p["head_dim"], batch_first=True)
         self.proj = nn.Parameter(torch.zeros(c, p["out_width"]))
 
-    def forward(self, last, levels, budget):
+    def forward(self, features, budget):
+        last = features.last
         q = self.ln_q(self.query[:budget] + self.pos_embed[:budget])
         k = self.ln_k(resize_table(self.pos_embed, self.p["grid"]).to(last.dtype))
         q, k = (t.expand(len(last), -1, -1) for t in (q, k))

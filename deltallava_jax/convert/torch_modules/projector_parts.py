@@ -1,9 +1,58 @@
-"""What the projectors share in PyTorch. Exported by deltallava_jax."""
+"""What the projectors share in PyTorch. Exported by deltallava_jax.
+
+A projector is called with (features, budget) and returns visual tokens [n, budget, d], or those and the valid mask
+[n, budget] where the number of live tokens varies. One that wants text has reads_question = True; one that runs layers
+of the tower itself has prune(stage, layer, x)."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class Features:
+    """What projectors read of n images with N patches, the CLS token left out.
+
+    last: [n, N, C]; levels: [n, N, L C], several layers of the tower on channels; cls_attention: [n, N], how much the
+    CLS token attends to each patch; keys: [n, N, C], a layer's; text: [n, d], the question's last hidden state."""
+
+    last: torch.Tensor
+    levels: torch.Tensor | None = None
+    cls_attention: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    text: torch.Tensor | None = None
+
+
+class Mlp(nn.Sequential):
+    """LLaVA's projector, on every token: [n, V, C] -> [n, V, d]."""
+
+    def __init__(self, p):
+        d = p["out_width"]
+        super().__init__(nn.Linear(p["in_width"], d), nn.GELU(), nn.Linear(d, d))
+
+
+def cls_attention(attention, state, heads):
+    """[n, 1 + N, C], the normed input of a tower's attention -> [n, N]: how much its CLS token attends to each patch,
+    the mean over so many heads."""
+    split = lambda t: t.unflatten(-1, (heads, -1)).transpose(1, 2).float()
+    q, k = split(attention.q_proj(state[:, :1])), split(attention.k_proj(state))
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    return scores.softmax(-1).mean(1)[:, 0, 1:]
+
+
+def run_layer(layer, x):
+    """A layer of the tower."""
+    y = layer(x, attention_mask=None)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def scale_factor(p):
+    """That of weights which serve only one."""
+    value = p["scale_factor"]
+    return value[0] if isinstance(value, list) else value
 
 
 def as_grid(x, grid):

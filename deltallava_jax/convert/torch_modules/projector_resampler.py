@@ -17,9 +17,9 @@ class Resampler(nn.Module):
         self.attn = nn.MultiheadAttention(d, d // p["head_dim"], batch_first=True)
         self.ln_q, self.ln_kv = nn.LayerNorm(d, eps=1e-6), nn.LayerNorm(d, eps=1e-6)
 
-    def forward(self, last, levels, budget):
-        x, position = self.ln_kv(self.kv_proj(last)), self.pos_embed
-        if len(position) != last.shape[1]:
+    def forward(self, features, budget):
+        x, position = self.ln_kv(self.kv_proj(features.last)), self.pos_embed
+        if len(position) != x.shape[1]:
             position = resize_table(position, self.p["grid"]).to(x.dtype)
         q = (self.ln_q(self.query) + self.pos_embed).expand(len(x), -1, -1)
         return self.attn(q, x + position, x, need_weights=False)[0]
@@ -34,8 +34,8 @@ class Closed(nn.Module):
         self.ln_post = nn.LayerNorm(p["out_width"], eps=1e-6)
         self.proj = nn.Parameter(torch.zeros(p["out_width"], p["out_width"]))
 
-    def forward(self, last, levels, budget):
-        return self.ln_post(self.attn_pool(last, levels, budget)) @ self.proj
+    def forward(self, features, budget):
+        return self.ln_post(self.attn_pool(features, budget)) @ self.proj
 
 
 def Projector(p):

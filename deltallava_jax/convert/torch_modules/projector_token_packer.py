@@ -20,10 +20,10 @@ class Projector(nn.Module):
         self.clip_attn = nn.MultiheadAttention(width, width // p["head_dim"], batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(width, d), nn.GELU(), nn.Linear(d, d))
 
-    def forward(self, last, levels, budget):
+    def forward(self, features, budget):
         side = math.isqrt(budget)
-        q = self.ln_q_1(self.q_proj_1(as_tokens(resize(last, self.p["grid"], side))))
-        k, v = self.ln_k_1(self.k_proj_1(levels)), self.ln_v_1(self.v_proj_1(levels))
+        q = self.ln_q_1(self.q_proj_1(as_tokens(resize(features.last, self.p["grid"], side))))
+        k, v = self.ln_k_1(self.k_proj_1(features.levels)), self.ln_v_1(self.v_proj_1(features.levels))
         k, v = windows(k, side), windows(v, side)
         y, _ = self.clip_attn(q.reshape(-1, 1, q.shape[-1]), k, v, need_weights=False)
         return self.mlp(y.reshape(q.shape[0], budget, -1))
