@@ -10,6 +10,9 @@ from deltallava_jax.config.checks import ConfigError, require, require_at_least
 from deltallava_jax.config.model import ModelConfig
 
 
+ASPECTS = ("square", "pad", "squash")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The training data and its packing. ``row_length`` S bounds text plus visual tokens of a row."""
@@ -18,6 +21,7 @@ class DataConfig:
     json: tuple[str, ...] = ()  # JSON or JSONL files of LLaVA's records
     weights: tuple[float, ...] = ()  # how often each of the files is taken; empty: once
     images: str = ""  # the folder that image paths of the records begin from
+    aspect: str = "square"  # how images become square: shortest side and crop, padded, or squashed
     template: str = "vicuna_v1"
     turns: int = 0  # easy_vqa: questions a conversation; 0: all of an image's questions
     independent_rounds: bool = False  # a conversation's questions see its image but not each other
@@ -39,6 +43,7 @@ class DataConfig:
             not self.weights or (len(self.weights) == len(self.json) and min(self.weights) > 0),
             f"data.weights={self.weights}; expected a number above 0 for each of the {len(self.json)} files",
         )
+        require(self.aspect in ASPECTS, f"data.aspect is {self.aspect!r}; known: {', '.join(ASPECTS)}")
         require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction}; expected 0 to 1")
 
 
