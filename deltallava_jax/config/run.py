@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from deltallava_jax.config.checks import ConfigError, require, require_at_least
 from deltallava_jax.config.model import ModelConfig
 
-
 ASPECTS = ("square", "pad", "squash")
 
 

@@ -45,8 +45,8 @@ def load_image(
     """RGB uint8 [size, size, 3] of a file (local, or gs://...), a file's bytes or an opened image.
 
     aspect: square, pad or squash. fill: the padding's colour, by default CLIP's. An animation gives its first frame.
-    Alpha is dropped, not blended, and the colours below it show, as in LLaVA's code. Unlike there, an EXIF orientation is
-    applied: what a question asks about is upright. 16-bit grey is scaled to 8 bits.
+    Alpha is dropped, not blended, so that the colours below it show, as in LLaVA's code. Unlike there, an EXIF
+    orientation is applied (people asked about upright images) and 16-bit grey is scaled to 8 bits, not clipped.
 
     Raises ConfigError for an unknown aspect, and BadSample, naming the file in one line, for a source that is missing,
     no image, damaged or cut short, or beyond MAX_PIXELS, MAX_SIDE or MAX_RATIO."""
