@@ -80,10 +80,10 @@ def evaluate(
 
 def _pixels(cfg: Config, images: list[int], blind: bool) -> np.ndarray:
     """Pixels [n, H, W, 3] of the images, or noise."""
-    size = cfg.model.vision.image_size
+    size, fill = cfg.model.vision.image_size, cfg.model.vision.mean_color
     if blind:
         return np.random.default_rng(cfg.seed).integers(0, 256, (len(images), size, size, 3)).astype(np.uint8)
-    return np.stack([load_image(easy_vqa.image_path("test", image), size) for image in images])
+    return np.stack([load_image(easy_vqa.image_path("test", i), size, cfg.data.aspect, fill) for i in images])
 
 
 def _encode(params: Params, cfg: Config, pixels: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray | None]:

@@ -23,12 +23,15 @@ LENGTH_STEP = 64  # prompts are padded to a multiple, so that few lengths are co
 
 @dataclass
 class Model:
-    """What ``deltallava_jax.load`` returns. ``tokenizer`` is None where the checkpoint holds none."""
+    """What ``deltallava_jax.load`` returns. ``tokenizer`` is None where the checkpoint holds none.
+
+    aspect: how images become square, as in DataConfig."""
 
     cfg: ModelConfig
     params: Params
     tokenizer: Tokenizer | None
     template: str = "vicuna_v1"
+    aspect: str = "square"
 
     def generate(
         self,
@@ -73,7 +76,8 @@ class Model:
         if not images:
             return np.zeros((0, 1, self.cfg.decoder.width), self.cfg.dtype), None
         budget = projectors.check_budget(self.cfg.projector, budget)
-        pixels = np.stack([load_image(image, self.cfg.vision.image_size) for image in images])
+        size, fill = self.cfg.vision.image_size, self.cfg.vision.mean_color
+        pixels = np.stack([load_image(image, size, self.aspect, fill) for image in images])
         return encode(self.params, self.cfg, pixels, prompt, budget=budget)
 
 
