@@ -1,20 +1,23 @@
 """Image files to pixels, as the towers' own processors make them, and files that are no images."""
 
+import dataclasses
 import os
 import warnings
 from io import BytesIO
 
 import numpy as np
 import pytest
+import tiny
 from golden import outputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deltallava_jax.config import ASPECTS, ConfigError, DataConfig, VisionConfig, preset
+from deltallava_jax.config import ASPECTS, ConfigError, DataConfig, VisionConfig, override, preset
 from deltallava_jax.data import easy_vqa, images
 from deltallava_jax.data.conversation import BadSample
 from deltallava_jax.data.images import load_image
+from deltallava_jax.evaluation import easy_vqa as evaluation
 from deltallava_jax.models.vision import normalize
 
 RNG = np.random.default_rng(0)
@@ -155,6 +158,25 @@ def test_an_unknown_aspect_names_the_known_ones():
         load_image(Image.new("RGB", (8, 8)), 8, "anyres")
     with pytest.raises(ConfigError, match="data.aspect is 'anyres'; known: square, pad, squash"):
         DataConfig(aspect="anyres")
+
+
+@pytest.mark.parametrize("aspect", ASPECTS)
+def test_evaluation_prepares_images_as_training_did(tmp_path, monkeypatch, aspect):
+    file, encoded = save(tmp_path / "a.png", pixels(40, 100)), []
+    tower = dict(image_size=64, patch_size=8, width=32, image_mean=(0.9, 0.5, 0.1))
+    data = DataConfig(template="brief", aspect=aspect)
+    cfg = override(tiny.get_config(), {f"model.vision.{key}": str(value) for key, value in tower.items()})
+    cfg = dataclasses.replace(cfg, data=data)
+
+    def encode(params, cfg, images, budget):
+        encoded.append(images)
+        raise StopIteration
+
+    monkeypatch.setattr(easy_vqa, "image_path", lambda split, image: file)
+    monkeypatch.setattr(evaluation, "_encode", encode)
+    with pytest.raises(StopIteration):
+        evaluation.evaluate(None, cfg, None, limit=2, progress=False)
+    np.testing.assert_array_equal(encoded[0][0], load_image(file, 64, aspect, (229, 127, 25)))
 
 
 # ------------------------------------------------------------------ what files hold

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deltallava_jax.config import ConfigError, DataConfig, VisionConfig
+from deltallava_jax.config import ASPECTS, ConfigError, DataConfig, VisionConfig
 from deltallava_jax.data import easy_vqa
 from deltallava_jax.data.conversation import IMAGE, BadSample
 from deltallava_jax.data.easy_vqa import EasyVqa
+from deltallava_jax.data.images import load_image
 from deltallava_jax.data.packing import PackPlan
 from deltallava_jax.data.pipeline import Element, Rows, elements
 from deltallava_jax.data.sources import Record, training_source
@@ -237,6 +238,18 @@ def test_the_shares_of_two_processes_make_up_the_batch(rows, plan, stream):
         halves = {name: np.concatenate([getattr(a.batch, name), getattr(b.batch, name)]) for name in fields}
         joined.append(Element(dataclasses.replace(a.batch, **halves), a.budget, a.faults + b.faults))
     assert_equal(joined, stream[:3])
+
+
+@pytest.mark.parametrize("aspect", ASPECTS)
+def test_images_become_square_as_the_data_say_in_the_towers_colour(folder, tokenizer, aspect):
+    wide = folder[0].images[0]
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 100, 3), dtype=np.uint8)).save(wide)
+    spoil(folder, 1, images=(wide.read_bytes(),))
+    tower = VisionConfig(image_size=SIZE, image_mean=(0.9, 0.5, 0.1))
+    batch, faults = Rows(folder, tokenizer, dataclasses.replace(BRIEF, aspect=aspect), tower).build([[0, 1]], 60, 2)
+    assert faults == ()
+    for image in batch.images[0]:
+        np.testing.assert_array_equal(image, load_image(wide, SIZE, aspect, (229, 127, 25)))
 
 
 # ------------------------------------------------------------------ holes
