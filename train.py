@@ -76,7 +76,7 @@ def main(cfg: Config, workdir: Path) -> None:
         raise ConfigError(
             f"decoder.vocab_size={cfg.model.decoder.vocab_size}, but {tokenizer_file} has {tokenizer.vocab_size} tokens"
         )
-    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision.image_size)
+    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision)
     lengths, images = rows.lengths()
     plan = PackPlan(
         lengths, images, budgets=budgets[:1] if cfg.training.every_budget else budgets,

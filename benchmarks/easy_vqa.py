@@ -203,7 +203,7 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
         )
         mesh, source = make_mesh(cfg, jax.devices()[:1]), training_source(cfg.data)
         tokenizer = tokenizers.train(source.texts(), cfg.model.decoder.vocab_size)
-        rows = Rows(source, tokenizer, cfg.data, cfg.model.vision.image_size)
+        rows = Rows(source, tokenizer, cfg.data, cfg.model.vision)
         budget = next((b for b in projectors.budgets(cfg.model.projector) if b <= tokens), GRID**2)
         plan = PackPlan(
             *rows.lengths(), budgets=(budget,), rows=cfg.data.rows, row_length=cfg.data.row_length,

@@ -36,6 +36,7 @@ def base(
         else ("data/LLaVA-Tuning/llava_v1_5_mix665k.json",),
         images="data/LLaVA-Pretrain/images" if pretrain else "data/LLaVA-Tuning",
         template="plain" if pretrain else template,
+        aspect="squash" if vision.startswith("siglip") else "square" if pretrain else "pad",
         rows=8 * max(1, round(needed / 8)),
         row_length=ROW,
         workers=8,

@@ -17,6 +17,7 @@ from deltallava_jax.config.model import (
 )
 from deltallava_jax.config.presets import PRESETS, compose, preset
 from deltallava_jax.config.run import (
+    ASPECTS,
     Config,
     DataConfig,
     EvaluationConfig,
@@ -28,6 +29,7 @@ from deltallava_jax.config.values import from_dict, load_config, override, parse
 
 __all__ = [
     "ABLATIONS",
+    "ASPECTS",
     "PRESETS",
     "Config",
     "ConfigError",

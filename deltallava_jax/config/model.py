@@ -39,6 +39,11 @@ class VisionConfig:
         """Patches a side; like the Hugging Face towers, a remainder of the image is cut off."""
         return self.image_size // self.patch_size
 
+    @property
+    def mean_color(self) -> tuple[int, ...]:
+        """The mean as an 8-bit colour, truncated: what padded images are filled with."""
+        return tuple(int(mean * 255) for mean in self.image_mean)
+
 
 ABLATIONS = ("none", "no_emhsa", "no_delta", "no_tb")
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from deltallava_jax.config.checks import ConfigError, require, require_at_least
 from deltallava_jax.config.model import ModelConfig
 
+ASPECTS = ("square", "pad", "squash")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -19,6 +21,7 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # how often each of the files is taken; empty: once
     images: str = ""  # the folder that image paths of the records begin from
     array_record: str = ""  # instead of these: a folder that ``data build`` made
+    aspect: str = "square"  # how images become square: shortest side and crop, padded, or squashed
     template: str = "vicuna_v1"
     turns: int = 0  # easy_vqa: questions a conversation; 0: all of an image's questions
     independent_rounds: bool = False  # a conversation's questions see its image but not each other
@@ -41,6 +44,7 @@ class DataConfig:
             not self.weights or (len(self.weights) == len(self.json) and min(self.weights) > 0),
             f"data.weights={self.weights}; expected a number above 0 for each of the {len(self.json)} files",
         )
+        require(self.aspect in ASPECTS, f"data.aspect is {self.aspect!r}; known: {', '.join(ASPECTS)}")
         require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction}; expected 0 to 1")
 
 

@@ -17,7 +17,16 @@ from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from deltallava_jax.config import ConfigError, ModelConfig, ProjectorConfig, VisionConfig, from_dict, preset, to_dict
+from deltallava_jax.config import (
+    ASPECTS,
+    ConfigError,
+    ModelConfig,
+    ProjectorConfig,
+    VisionConfig,
+    from_dict,
+    preset,
+    to_dict,
+)
 from deltallava_jax.convert.families import DECODERS, PAIRS, TOWERS, decoder_family, refuse, tower_family
 from deltallava_jax.convert.tensors import ConversionError, Tensor, find
 from deltallava_jax.models import projectors, vlm
@@ -71,9 +80,9 @@ class Layout:
 class Pretrained:
     """A model from a checkpoint: ``cfg`` and ``params`` hold the parts that it has.
 
-    layout, hf (its config.json) and origin (what that says in our terms) tell how it was written; kept: the files
-    beside the weights; extra: tensors that the model has no use for, such as SigLIP's pooling head, kept for exports
-    in the same layout; template: the conversations' that it was trained on."""
+    layout, hf (its config.json), origin and origin_aspect (what it says in our terms) tell how it was written; kept:
+    the files beside the weights; extra: tensors that the model has no use for, such as SigLIP's pooling head, kept for
+    exports in the same layout; template, aspect: of the data it was trained on, as in DataConfig."""
 
     cfg: ModelConfig
     params: Params
@@ -83,6 +92,8 @@ class Pretrained:
     kept: list[Path] = field(default_factory=list)
     extra: dict[str, Tensor] = field(default_factory=dict)
     template: str = "vicuna_v1"
+    aspect: str = "square"
+    origin_aspect: str = "square"
 
     @property
     def size(self) -> int:
@@ -132,6 +143,7 @@ def read(
         raise ConversionError(f"{path} has no config.json, which says what model it is")
     try:
         cfg = _config(path, hf, layout, tensors, vision)
+        aspect = _aspect(path, hf, cfg.vision, vision)
     except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise ConversionError(f"{folder / 'config.json'} holds a value that cannot be: {error!r}") from error
     tower = None
@@ -142,7 +154,7 @@ def read(
     if tower is not None:
         params = {"vision": tower.params["vision"], **params}
     kept = sorted(file for file in folder.iterdir() if _is_kept(file)) if path.is_dir() else []
-    return Pretrained(cfg, params, layout, cfg, hf, kept, extra)
+    return Pretrained(cfg, params, layout, cfg, hf, kept, extra, aspect=aspect, origin_aspect=aspect)
 
 
 def read_projector(path: Path, dtype: str | None = None) -> Pretrained:
@@ -257,8 +269,28 @@ def _unknown(path: Path, kind: str | None) -> ConversionError:
 
 
 def _preprocessor(path: Path) -> dict:
-    file = path / "preprocessor_config.json"
-    return read_json(file) if path.is_dir() and file.is_file() else {}
+    """Settings of the image processor; transformers 5 saves them inside the whole processor's."""
+    whole, alone = path / "processor_config.json", path / "preprocessor_config.json"
+    settings = read_json(whole).get("image_processor") if whole.is_file() else None
+    return settings or (read_json(alone) if alone.is_file() else {})
+
+
+def _aspect(path: Path, hf: dict, cfg: VisionConfig | None, vision: Path | None) -> str:
+    """How images become square, by config.json, else by the image processor, else by the tower's family."""
+    told = hf.get("image_aspect_ratio")
+    if told == "square" and PROJECTOR_KEY not in hf:  # to the original code: whatever the tower's processor does
+        told = None
+    if told is not None and told not in ASPECTS:
+        raise ConversionError(f"option image_aspect_ratio={told!r} is not supported; known: {', '.join(ASPECTS)}")
+    if told is not None or cfg is None:
+        return told or "square"
+    folder = _tower_folder(path, hf["mm_vision_tower"], vision) if "mm_vision_tower" in hf else path
+    pixels = _preprocessor(folder or path)
+    if pixels.get("do_pad"):
+        return "pad"
+    size = pixels.get("size")
+    squashed = "height" in size if isinstance(size, dict) else cfg.family == "siglip"
+    return "squash" if squashed else "square"
 
 
 def _tower_folder(path: Path, name: str, vision: Path | None) -> Path | None:

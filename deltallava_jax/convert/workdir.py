@@ -41,11 +41,11 @@ def open_model(path: Path, *, dtype: str | None = None, vision: Path | None = No
 
 
 def load_model(path: Path, dtype: str | None = None) -> Model:
-    """A model ready to answer, with the tokenizer and template beside it."""
+    """A model ready to answer, with the tokenizer and template beside it and its images' aspect."""
     model = open_model(path, dtype=dtype)
     folder = path if path.is_dir() else path.parent
     tokenizer = tokens.load(folder) if any((folder / name).is_file() for name in tokens.FILES) else None
-    return Model(model.cfg, model.params, tokenizer, model.template)
+    return Model(model.cfg, model.params, tokenizer, model.template, model.aspect)
 
 
 def read_workdir(path: Path) -> Pretrained:
@@ -62,16 +62,19 @@ def read_workdir(path: Path) -> Pretrained:
     if began is not None and cfg.optimizer.frozen:
         params = _with_frozen(params, read_workdir(began).params, checkpoints.frozen_paths(step))
     layout = origin = None
-    hf, extra = {}, {}
+    hf, extra, origin_aspect = {}, {}, "square"
     kept = [path / name for name in ("tokenizer.json", "tokenizer_config.json") if (path / name).is_file()]
     if source is not None:
         about = read_json(source / "origin.json")
         layout = Layout(**about["layout"]) if about["layout"] else None
         origin = from_dict(ModelConfig, about["model"])
+        origin_aspect = about.get("aspect", "square")
         kept = sorted(file for file in source.iterdir() if file.name not in ("origin.json", "extra.safetensors"))
         hf = read_json(source / "config.json") if (source / "config.json").is_file() else {}
         extra = find(source / "extra.safetensors") if (source / "extra.safetensors").is_file() else {}
-    return Pretrained(cfg.model, params, layout, origin, hf, kept, extra, cfg.data.template)
+    return Pretrained(
+        cfg.model, params, layout, origin, hf, kept, extra, cfg.data.template, cfg.data.aspect, origin_aspect
+    )
 
 
 def _with_frozen(params: Params, original: Params, frozen: list[str]) -> Params:
@@ -81,7 +84,7 @@ def _with_frozen(params: Params, original: Params, frozen: list[str]) -> Params:
 
 def write_workdir(model: Pretrained, folder: Path, name: str) -> None:
     """A workdir with the model as step 0: to evaluate, to export, or to train from (--config.init_from)."""
-    config = Config(name=name, model=model.cfg, data=DataConfig(template=model.template))
+    config = Config(name=name, model=model.cfg, data=DataConfig(template=model.template, aspect=model.aspect))
     (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2))
     source = folder / "source"
     source.mkdir()
@@ -95,6 +98,7 @@ def write_workdir(model: Pretrained, folder: Path, name: str) -> None:
     about = {
         "layout": dataclasses.asdict(model.layout) if model.layout else None,
         "model": to_dict(model.origin or model.cfg),
+        "aspect": model.origin_aspect if model.origin else model.aspect,
     }
     (source / "origin.json").write_text(json.dumps(about, indent=2))
     if model.extra:
@@ -143,4 +147,4 @@ def compose(
     cfg = ModelConfig(v, projector_cfg, d, dtype=text.cfg.dtype)
     kept = [file for file in text.kept if file.name not in ("config.json", "preprocessor_config.json")]
     kept += [file for file in tower.kept if file.name == "preprocessor_config.json"]
-    return Pretrained(cfg, params, None, None, text.hf, kept)
+    return Pretrained(cfg, params, None, None, text.hf, kept, aspect=tower.aspect)

@@ -137,6 +137,7 @@ def write_llava(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES)
         "mm_vision_select_feature": "patch",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
+        "image_aspect_ratio": model.aspect,
         "scale_factor": cfg.projector.scale_factors[0],
         PROJECTOR_KEY: to_dict(cfg.projector),
     }
@@ -154,9 +155,9 @@ def _hf_kind(hf: dict) -> str | None:
 
 
 def unchanged(model: Pretrained) -> bool:
-    """Whether the kept config.json still describes the model."""
+    """Whether the kept config.json and its companions still describe the model."""
     parts = lambda cfg: (cfg.vision, cfg.projector, cfg.decoder)
-    return model.origin is not None and parts(model.origin) == parts(model.cfg)
+    return model.origin is not None and (parts(model.origin), model.origin_aspect) == (parts(model.cfg), model.aspect)
 
 
 # ------------------------------------------------------------------ config.json and its companions
@@ -238,10 +239,14 @@ def _write_processor(model: Pretrained, folder: Path, plain: bool) -> None:
     """preprocessor_config.json, processor_config.json and tokenizer_config.json."""
     vision = model.cfg.vision
     side = {"height": vision.image_size, "width": vision.image_size}
-    pixels = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True, "size": {"shortest_edge": vision.image_size}, "resample": 3,
-        "do_center_crop": True, "crop_size": side,
+    crop = {"size": {"shortest_edge": vision.image_size}, "do_center_crop": True, "crop_size": side}
+    resizing = {
+        "square": {"image_processor_type": "CLIPImageProcessor", **crop},
+        "pad": {"image_processor_type": "LlavaImageProcessor", "do_pad": True, **crop},
+        "squash": {"image_processor_type": "SiglipImageProcessor", "size": side},
+    }
+    pixels = resizing[model.aspect] | {
+        "do_resize": True, "resample": 3,
         "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": list(vision.image_mean), "image_std": list(vision.image_std),
         "do_convert_rgb": True,
@@ -258,7 +263,7 @@ def _write_processor(model: Pretrained, folder: Path, plain: bool) -> None:
         processor = {"processor_class": "DeltaLlavaProcessor", "auto_map": {"AutoProcessor": code}}
         if projectors.reads_question(model.cfg.projector):
             processor["question_end"] = TEMPLATES[model.template].question_end
-    _write_json(folder / "preprocessor_config.json", pixels)  # as images.load_image does, whatever the tower's own does
+    _write_json(folder / "preprocessor_config.json", pixels)
     _write_json(folder / "processor_config.json", processor)
     if (folder / "tokenizer.json").exists():
         file = folder / "tokenizer_config.json"

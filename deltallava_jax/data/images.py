@@ -1,30 +1,159 @@
-"""Image files -> uint8 pixels of the tower's size."""
+"""Image files -> uint8 pixels of the tower's size, to the bit as the towers' own processors make them (Pillow's).
+
+``square``: shortest side to ``size``, the long side truncated, centre crop: CLIP's processor. ``pad``: onto a square
+canvas of the tower's mean colour first, as LLaVA-1.5's second stage and evaluation. ``squash``: both sides to ``size``:
+SigLIP's processor."""
 
 from __future__ import annotations
 
+import os
+import stat
 from contextlib import nullcontext
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from etils import epath
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from deltallava_jax.config import ASPECTS, ConfigError, VisionConfig
 from deltallava_jax.data.conversation import BadSample
 
+# Of a file: together they bound the memory and time that one image can take. Pillow warns of a decompression bomb above
+# the first, and refuses twice as many pixels itself.
+MAX_PIXELS, MAX_SIDE, MAX_RATIO = 89_478_485, 2**15, 100
+# Pillow reads many more, some through other programs (EPS starts Ghostscript): not for files from anywhere.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+STRIP = 2**22  # pixels of the padded canvas that exist at a time
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-def load_image(source: str | Path | Image.Image, size: int) -> np.ndarray:
-    """RGB uint8 [size, size, 3] of a file or an opened image: shortest side resized to ``size`` (bicubic), centre
-    crop, as CLIP's processor does.
 
-    Raises BadSample, naming the file, for one that is missing, unreadable or a decompression bomb."""
+def load_image(
+    source: str | Path | bytes | Image.Image,
+    size: int,
+    aspect: str = "square",
+    fill: tuple[int, int, int] = VisionConfig().mean_color,
+) -> np.ndarray:
+    """RGB uint8 [size, size, 3] of a file (local, or gs://...), a file's bytes or an opened image.
+
+    aspect: square, pad or squash. fill: the padding's colour, by default CLIP's. An animation gives its first frame.
+    Alpha is dropped, not blended, so that the colours below it show, as in LLaVA's code. Unlike there, an EXIF
+    orientation is applied (people asked about upright images) and 16-bit grey is scaled to 8 bits, not clipped.
+
+    Raises ConfigError for an unknown aspect, and BadSample, naming the file in one line, for a source that is missing,
+    no image, damaged or cut short, or beyond MAX_PIXELS, MAX_SIDE or MAX_RATIO."""
+    if aspect not in ASPECTS:
+        raise ConfigError(f"aspect is {aspect!r}; known: {', '.join(ASPECTS)}")
     try:
-        with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
-            image = image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadSample(f"image {source}: {type(error).__name__}: {error}") from error
-    width, height = image.size
-    if (width, height) != (size, size):
-        shortest = min(width, height)
-        wide, high = size * width // shortest, size * height // shortest
-        left, top = (wide - size) // 2, (high - size) // 2
-        image = image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        with _open(source) as image:
+            image = _upright_rgb(image)
+    except Exception as error:  # on broken data Pillow's decoders raise nearly any type
+        raise BadSample(f"image {_name(source)}: {_reason(error)}") from error
+    if aspect == "square":
+        image = _cropped(image, size)
+    elif aspect == "pad":
+        image = _padded(image, size, fill)
+    else:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image)
+
+
+# ------------------------------------------------------------------ reading
+
+
+def _open(source):
+    if isinstance(source, Image.Image):
+        return nullcontext(source)
+    if isinstance(source, bytes):
+        return Image.open(BytesIO(source), formats=FORMATS)
+    if "://" in os.fspath(source):
+        return Image.open(BytesIO(epath.Path(source).read_bytes()), formats=FORMATS)
+    if not stat.S_ISREG(os.stat(source).st_mode):
+        raise BadSample("not a file")  # a pipe would be waited for
+    return Image.open(source, formats=FORMATS)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """The (first) frame in RGB, turned as its EXIF orientation says."""
+    long, short = max(image.size), min(image.size)
+    if short < 1 or long * short > MAX_PIXELS or long > MAX_SIDE or long > MAX_RATIO * short:
+        raise BadSample(
+            f"{image.width} x {image.height} pixels; expected at most {MAX_PIXELS:,} in all, {MAX_SIDE:,} a side "
+            f"and {MAX_RATIO} times as many on one side as on the other"
+        )
+    image.load()
+    transpose = _transpose(image)
+    if image.mode.startswith("I"):
+        image = _to_8_bits(image)
+    elif image.mode == "F":
+        raise BadSample("pixels are floating point numbers, whose range is unknown")
+    elif "transparency" in image.info:  # of no use to RGB, and some values are refused or warned of
+        image = image.copy()
+        del image.info["transparency"]
+    image = image.convert("RGB")
+    return image if transpose is None else image.transpose(transpose)
+
+
+def _transpose(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # broken EXIF says nothing about the pixels
+        return None
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey by its high bytes, as Pillow reads 16-bit colour; its convert would clip at 255."""
+    grey = np.asarray(image.convert("I"))
+    if grey.min() < 0 or grey.max() >= 2**16:
+        raise BadSample(f"grey values from {grey.min()} to {grey.max()}; expected 16 bits")
+    return Image.fromarray((grey >> 8).astype(np.uint8))
+
+
+def _name(source) -> str:
+    if isinstance(source, bytes):
+        return f"of {len(source):,} bytes"
+    if isinstance(source, Image.Image):
+        source = getattr(source, "filename", "") or f"of mode {source.mode}"
+    name = str(source)
+    return name if name.isprintable() else repr(name)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"no image of a known format ({', '.join(FORMATS)})"
+    text = str(error) if isinstance(error, BadSample) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
+
+
+# ------------------------------------------------------------------ resizing
+
+
+def _cropped(image: Image.Image, size: int) -> Image.Image:
+    short = min(image.size)
+    wide, high = size * image.width // short, size * image.height // short
+    left, top = (wide - size) // 2, (high - size) // 2
+    image = image.resize((wide, high), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _padded(image: Image.Image, size: int, fill: tuple[int, int, int]) -> Image.Image:
+    """As if resized from the whole canvas: Pillow resizes the width before the height and each row alone, so that the
+    canvas is only needed in strips. A long image's would take gigabytes."""
+    side = max(image.size)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    narrow = Image.new("RGB", (size, side), fill)
+    step = max(1, STRIP // side)
+    for start in range(0, image.height, step):
+        stop = min(start + step, image.height)
+        strip = Image.new("RGB", (side, stop - start), fill)
+        strip.paste(image.crop((0, start, image.width, stop)), (left, 0))
+        narrow.paste(strip.resize((size, stop - start), Image.Resampling.BICUBIC), (0, top + start))
+    return narrow.resize((size, size), Image.Resampling.BICUBIC)

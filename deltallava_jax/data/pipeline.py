@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-from deltallava_jax.config import ConfigError, DataConfig
+from deltallava_jax.config import ConfigError, DataConfig, VisionConfig
 from deltallava_jax.data.conversation import TEMPLATES, BadSample, Tokenized, rounds, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.lengths import measure
@@ -34,7 +34,7 @@ class Element:
 class Rows:
     """Builds rows from record ids; sent to the workers."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, cfg: DataConfig, image_size: int):
+    def __init__(self, source: Source, tokenizer: Tokenizer, cfg: DataConfig, vision: VisionConfig):
         if cfg.template not in TEMPLATES:
             raise ConfigError(f"data.template is {cfg.template!r}; known: {', '.join(TEMPLATES)}")
         end = TEMPLATES[cfg.template].end
@@ -44,7 +44,7 @@ class Rows:
             )
         if cfg.independent_rounds and not TEMPLATES[cfg.template].user.startswith("{}"):
             raise ConfigError(f"data.independent_rounds needs a template without a question prefix, not {cfg.template}")
-        self.source, self.tokenizer, self.cfg, self.image_size = source, tokenizer, cfg, image_size
+        self.source, self.tokenizer, self.cfg, self.vision = source, tokenizer, cfg, vision
 
     def tokenize(self, record: Record) -> Tokenized:
         """The record's tokens. Raises BadSample for turns out of order, or markers that do not match the images."""
@@ -60,7 +60,7 @@ class Rows:
 
     def build(self, rows: list[list[int]], text: int, images: int) -> tuple[Batch, tuple[str, ...]]:
         """A batch of ``rows`` with T = text and I = images, and the faults met."""
-        B, size = len(rows), self.image_size
+        B, size, fill = len(rows), self.vision.image_size, self.vision.mean_color
         batch = Batch(
             tokens=np.zeros((B, text), np.int32),
             loss_mask=np.zeros((B, text), bool),
@@ -79,7 +79,7 @@ class Rows:
                     record = self.source[index]
                     name = record.id
                     tokenized = self.tokenize(record)
-                    pixels = [load_image(path, size) for path in record.images]
+                    pixels = [load_image(image, size, self.cfg.aspect, fill) for image in record.images]
                     end = min(start + len(tokenized.ids), text)
                     if (tokenized.image_positions + start >= end).any():
                         raise BadSample(f"an image lies beyond the row's {text} text tokens")

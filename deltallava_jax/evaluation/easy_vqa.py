@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from deltallava_jax.config import Config
 from deltallava_jax.data import easy_vqa
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, tokenize
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, end_id, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.inference.generate import encode, greedy, prompt_batch
@@ -61,7 +61,7 @@ def evaluate(
                 if asks
                 else (visual[shown], None if valid is None else valid[shown])
             ),
-            max_new_tokens=cfg.evaluation.max_new_tokens, eos=tokenizer.eos,
+            max_new_tokens=cfg.evaluation.max_new_tokens, eos=end_id(template, tokenizer),
         )  # fmt: skip
         answers += [tokenizer.decode(row) for row in np.asarray(tokens)]
     right: dict[str, list[bool]] = {}
@@ -80,10 +80,10 @@ def evaluate(
 
 def _pixels(cfg: Config, images: list[int], blind: bool) -> np.ndarray:
     """Pixels [n, H, W, 3] of the images, or noise."""
-    size = cfg.model.vision.image_size
+    size, fill = cfg.model.vision.image_size, cfg.model.vision.mean_color
     if blind:
         return np.random.default_rng(cfg.seed).integers(0, 256, (len(images), size, size, 3)).astype(np.uint8)
-    return np.stack([load_image(easy_vqa.image_path("test", image), size) for image in images])
+    return np.stack([load_image(easy_vqa.image_path("test", i), size, cfg.data.aspect, fill) for i in images])
 
 
 def _encode(params: Params, cfg: Config, pixels: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray | None]:

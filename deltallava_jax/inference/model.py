@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from deltallava_jax.config import ConfigError, ModelConfig
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, Tokenized, tokenize
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, Tokenized, end_id, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.inference.generate import encode, greedy, prompt_batch
@@ -23,12 +23,15 @@ LENGTH_STEP = 64  # prompts are padded to a multiple, so that few lengths are co
 
 @dataclass
 class Model:
-    """What ``deltallava_jax.load`` returns. ``tokenizer`` is None where the checkpoint holds none."""
+    """What ``deltallava_jax.load`` returns. ``tokenizer`` is None where the checkpoint holds none.
+
+    aspect: how images become square, as in DataConfig."""
 
     cfg: ModelConfig
     params: Params
     tokenizer: Tokenizer | None
     template: str = "vicuna_v1"
+    aspect: str = "square"
 
     def generate(
         self,
@@ -51,12 +54,14 @@ class Model:
         if self.tokenizer is None:
             raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
         images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+        end = self.tokenizer.eos
         if self.cfg.whole:
-            markers = prompt.count(IMAGE)
+            template = TEMPLATES[self.template]
+            end, markers = end_id(template, self.tokenizer), prompt.count(IMAGE)
             if markers not in (0, len(images)):
                 raise ConfigError(f"the prompt holds {markers} {IMAGE} markers, but {len(images)} images are given")
             text = prompt if markers else f"{IMAGE}\n" * len(images) + prompt
-            tokenized = tokenize([(text, None)], TEMPLATES[self.template], self.tokenizer)
+            tokenized = tokenize([(text, None)], template, self.tokenizer)
         elif images:
             raise ConfigError("the model has no vision tower, so it cannot read images")
         else:
@@ -65,7 +70,7 @@ class Model:
         prompt = prompt_batch([tokenized], length)
         ids = greedy(
             self.params, self.cfg, prompt, *self._visual(images, prompt, budget),
-            max_new_tokens=max_new_tokens, eos=self.tokenizer.eos,
+            max_new_tokens=max_new_tokens, eos=end,
         )  # fmt: skip
         return self.tokenizer.decode(np.asarray(ids)[0])
 
@@ -73,7 +78,8 @@ class Model:
         if not images:
             return np.zeros((0, 1, self.cfg.decoder.width), self.cfg.dtype), None
         budget = projectors.check_budget(self.cfg.projector, budget)
-        pixels = np.stack([load_image(image, self.cfg.vision.image_size) for image in images])
+        size, fill = self.cfg.vision.image_size, self.cfg.vision.mean_color
+        pixels = np.stack([load_image(image, size, self.aspect, fill) for image in images])
         return encode(self.params, self.cfg, pixels, prompt, budget=budget)
 
 

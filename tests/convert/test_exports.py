@@ -37,8 +37,16 @@ from transformers import (  # noqa: E402
     LlavaForConditionalGeneration,
 )
 
-from deltallava_jax.config import Config, ConfigError, FastVConfig, OptimizerConfig, ProjectorConfig, to_dict  # noqa: E402
-from deltallava_jax.convert.read import Pretrained  # noqa: E402
+from deltallava_jax.config import (  # noqa: E402
+    ASPECTS,
+    Config,
+    ConfigError,
+    FastVConfig,
+    OptimizerConfig,
+    ProjectorConfig,
+    to_dict,
+)
+from deltallava_jax.convert.read import Pretrained, read  # noqa: E402
 from deltallava_jax.convert.tensors import ConversionError  # noqa: E402
 from deltallava_jax.convert.workdir import compose, load_model, read_workdir, write_workdir  # noqa: E402
 from deltallava_jax.convert.write import write_hf, write_llava  # noqa: E402
@@ -425,7 +433,7 @@ def vicuna(question: str) -> str:
 
 def ready(model: Pretrained, folder) -> Model:
     """With the tokenizer of the decoder's folder."""
-    return Model(model.cfg, model.params, tokens.load(folder))
+    return Model(model.cfg, model.params, tokens.load(folder), aspect=model.aspect)
 
 
 def assert_processor_agrees(processor, config, tokenizer, pictures, opened: int = 1):
@@ -453,13 +461,42 @@ def test_a_tokenizer_of_ours_pads(composed, pictures, tmp_path):
     assert (inputs["attention_mask"] == 0).sum() == (inputs["input_ids"] == 0).sum() > 0
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
-def test_pictures_are_prepared_as_ours_are(tower, composed, pictures, tmp_path):
-    """A picture of unequal sides; what training saw is what the export sees."""
-    model = composed(tower, "llama3", "mlp")
-    processor = AutoProcessor.from_pretrained(exported(model, tmp_path / "mlp"))
-    mine = vision.normalize(load_image(pictures[0], SIDE)[None], model.cfg.vision)[0]
+@pytest.mark.parametrize("aspect", ASPECTS)
+@pytest.mark.parametrize("tower, projector", [("clip", "mlp"), ("siglip", "mlp"), ("clip", "delta")])
+def test_pictures_are_prepared_as_ours_are(tower, projector, aspect, composed, pictures, tmp_path):
+    """Pictures of unequal sides; what training saw is what the export sees, and what is read from it again."""
+    model = composed(tower, "llama3", projector, **(DELTA if projector == "delta" else {}))
+    assert model.aspect == {"clip": "square", "siglip": "squash"}[tower]
+    folder = exported(dataclasses.replace(model, aspect=aspect), tmp_path / "export")
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    for picture in pictures:
+        mine = load_image(picture, SIDE, aspect, model.cfg.vision.mean_color)
+        mine = vision.normalize(mine[None], model.cfg.vision)[0]
+        theirs = processor.image_processor(picture, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    assert read(folder).aspect == aspect
+
+
+def test_a_processor_that_transformers_saved_says_the_same(composed, tmp_path):
+    """It puts the image processor's settings into processor_config.json."""
+    model = dataclasses.replace(composed("clip", "llama3", "mlp"), aspect="pad")
+    folder = exported(model, tmp_path / "mlp")
+    AutoProcessor.from_pretrained(folder).save_pretrained(folder)
+    (folder / "preprocessor_config.json").unlink()
+    assert read(folder).aspect == "pad"
+
+
+@pytest.mark.parametrize("through_a_workdir", [False, True])
+def test_a_model_trained_on_other_pictures_than_it_came_with(through_a_workdir, saved, opened, pictures, tmp_path):
+    """The source's processor crops; the export pads."""
+    model, work = dataclasses.replace(opened("llava"), aspect="pad"), tmp_path / "work"
+    if through_a_workdir:
+        work.mkdir()
+        write_workdir(model, work, "work")
+        model = read_workdir(work)
+    processor = AutoProcessor.from_pretrained(exported(model, tmp_path / "hf"))
     theirs = processor.image_processor(pictures[0], return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    mine = vision.normalize(load_image(pictures[0], SIDE, "pad")[None], model.cfg.vision)[0]
     np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 

@@ -254,6 +254,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
         (llava, "mm_vision_select_feature", "cls_patch", "expected 'patch'"),
         (llava, "mm_use_im_start_end", True, "expected False"),
         (llava, "quantization_config", {"bits": 4}, "not supported"),
+        (llava, "image_aspect_ratio", "anyres", "known: square, pad, squash"),
+        (llava_hf, "image_aspect_ratio", ["pad"], "known: square, pad, squash"),
     ],
 )
 def test_an_option_that_would_change_the_numbers_is_refused_by_name(tmp_path, target, make, option, value, expected):

@@ -16,7 +16,7 @@ import transformers  # noqa: E402
 from checkpoints import assert_same_bits, convert, copy_with, renamed, tensors, write_tensors  # noqa: E402
 from rows import random_params  # noqa: E402
 
-from deltallava_jax.config import ProjectorConfig  # noqa: E402
+from deltallava_jax.config import ASPECTS, ProjectorConfig  # noqa: E402
 from deltallava_jax.convert.read import Pretrained, read  # noqa: E402
 from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir  # noqa: E402
 from deltallava_jax.convert.write import write_hf, write_llava  # noqa: E402
@@ -149,6 +149,16 @@ def test_llava_of_siglip(saved, opened, tmp_path):
     write_llava(model, llava)
     assert_same_params(read(llava).params, model.params)
     assert all(name.startswith(("model.", "lm_head.")) for name in tensors(llava))
+
+
+@pytest.mark.parametrize("aspect", ASPECTS)
+@pytest.mark.parametrize("name", ["llava", "llava_siglip"])
+def test_the_original_layout_says_how_images_become_square(name, aspect, opened, tmp_path):
+    llava, again = folders(tmp_path, "llava", "again")
+    write_llava(dataclasses.replace(opened(name), aspect=aspect), llava)
+    assert read(llava).aspect == aspect
+    write_llava(read(llava), again)
+    assert_same_folder(again, llava)
 
 
 def test_a_layer_counted_from_the_front(saved, tmp_path):

@@ -2,6 +2,7 @@
 
 The runs of train.py are in this process and on one device; most stop before the first step."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -20,12 +21,13 @@ import deltallava_jax
 import eval as evaluation_door
 import train as door
 from deltallava_jax.analysis import plan as analysis
-from deltallava_jax.config import ConfigError
+from deltallava_jax.config import ASPECTS, ConfigError, workdir_config
 from deltallava_jax.convert.read import Pretrained
 from deltallava_jax.convert.tensors import ConversionError
 from deltallava_jax.convert.workdir import read_workdir, write_workdir
 from deltallava_jax.data import sources, tokens
 from deltallava_jax.data.conversation import TEMPLATES, BadSample, Template, tokenize
+from deltallava_jax.data.images import load_image
 from deltallava_jax.inference import model as inference
 from deltallava_jax.models import vlm
 from deltallava_jax.models.names import flatten
@@ -107,6 +109,45 @@ def test_the_template_is_the_workdirs(folders, tmp_path):
     assert deltallava_jax.load(tmp_path / "brief").template == "brief"
 
 
+CLIP_PROCESSOR = {"size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
+SQUASHING = {"size": {"height": 32, "width": 32}}
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "file", "settings", "aspect"),
+    [
+        (llava_hf, None, None, None, "square"),
+        (llava_hf, None, "preprocessor_config.json", CLIP_PROCESSOR, "square"),
+        (llava_hf, None, "preprocessor_config.json", {"size": 32}, "square"),
+        (llava_hf, None, "preprocessor_config.json", SQUASHING, "squash"),
+        (llava_hf, None, "preprocessor_config.json", CLIP_PROCESSOR | {"do_pad": True}, "pad"),
+        (llava_hf, None, "processor_config.json", {"image_processor": CLIP_PROCESSOR | {"do_pad": True}}, "pad"),
+        (llava_hf, None, "processor_config.json", {"image_token": "<image>"}, "square"),
+        (llava_hf, "pad", "preprocessor_config.json", CLIP_PROCESSOR, "pad"),
+        (llava, None, None, None, "square"),
+        (llava, "pad", None, None, "pad"),
+        (llava, "square", None, None, "square"),
+        (llava, "square", "some/tower/preprocessor_config.json", SQUASHING, "squash"),
+        (llava, "pad", "some/tower/preprocessor_config.json", SQUASHING, "pad"),
+    ],
+)
+def test_how_images_become_square_is_taken_over(make, option, file, settings, aspect, tmp_path):
+    """From config.json or the image processor, of the model or of its tower, into a workdir and loaded models."""
+    source = make(tmp_path / "source", **({} if option is None else {"image_aspect_ratio": option}))
+    if file is not None:
+        (source / file).write_text(json.dumps(settings))
+    convert(source, tmp_path / "work")
+    assert workdir_config(tmp_path / "work").data.aspect == aspect
+    assert deltallava_jax.load(source).aspect == deltallava_jax.load(tmp_path / "work").aspect == aspect
+
+
+def test_a_composed_model_has_the_towers_aspect(folders, tmp_path):
+    shutil.copytree(folders["clip"], tmp_path / "clip")
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(SQUASHING))
+    convert("--vision", tmp_path / "clip", "--decoder", folders["llama"], "--projector", "mlp", tmp_path / "work")
+    assert workdir_config(tmp_path / "work").data.aspect == "squash"
+
+
 def test_loading_what_is_not_there_or_no_model(tmp_path):
     with pytest.raises(ConversionError, match=f"{tmp_path / 'none'} does not exist"):
         deltallava_jax.load(tmp_path / "none")
@@ -153,6 +194,14 @@ def test_an_image_is_a_path_text_or_a_picture_alone_or_in_a_list(models, picture
     for images in (str(file), picture, picture.convert("RGBA"), [file], (file,), [picture]):
         assert ask(model, images) == answer
     assert ask(models["hf"], file) == ask(models["llava"], file) == answer
+
+
+@pytest.mark.parametrize("aspect", ASPECTS)
+def test_an_image_becomes_square_as_in_training(aspect, models, pictures, monkeypatch):
+    shown, encode = [], inference.encode
+    monkeypatch.setattr(inference, "encode", lambda *a, **k: shown.append(a[2]) or encode(*a, **k))
+    ask(dataclasses.replace(models["workdir"], aspect=aspect), pictures[0])
+    np.testing.assert_array_equal(shown[0][0], load_image(pictures[0], 32, aspect))
 
 
 def test_the_answer_depends_on_which_images_in_which_order(models, pictures):

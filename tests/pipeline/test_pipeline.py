@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deltallava_jax.config import ConfigError, DataConfig
+from deltallava_jax.config import ASPECTS, ConfigError, DataConfig, VisionConfig
 from deltallava_jax.data import easy_vqa
 from deltallava_jax.data.conversation import IMAGE, BadSample
 from deltallava_jax.data.easy_vqa import EasyVqa
+from deltallava_jax.data.images import load_image
 from deltallava_jax.data.packing import PackPlan
 from deltallava_jax.data.pipeline import Element, Rows, elements
 from deltallava_jax.data.sources import Record, training_source
 
 BRIEF = DataConfig(template="brief", independent_rounds=True)
 SIZE = 64
+TOWER = VisionConfig(image_size=SIZE)
 
 
 @dataclass
@@ -110,7 +112,7 @@ def few() -> EasyVqa:
 
 @pytest.fixture(scope="module")
 def rows(few, tokenizer) -> Rows:
-    return Rows(few, tokenizer, BRIEF, SIZE)
+    return Rows(few, tokenizer, BRIEF, TOWER)
 
 
 def make_plan(rows: Rows, budgets=(16,), count=4, row_length=512) -> PackPlan:
@@ -150,7 +152,7 @@ def test_a_batch_holds_its_records_one_after_the_other(rows, few, tokenizer):
 
 
 def test_rounds_that_see_each_other_have_no_branches(few, tokenizer, rows):
-    batch, _ = Rows(few, tokenizer, dataclasses.replace(BRIEF, independent_rounds=False), SIZE).build([[3, 1]], 400, 2)
+    batch, _ = Rows(few, tokenizer, dataclasses.replace(BRIEF, independent_rounds=False), TOWER).build([[3, 1]], 400, 2)
     branched, _ = rows.build([[3, 1]], 400, 2)
     assert batch.branches is None and branched.branches.max() > 1
     np.testing.assert_array_equal(batch.tokens, branched.tokens)
@@ -169,12 +171,12 @@ def test_a_conversation_longer_than_the_row_is_cut(rows, few):
 
 def test_an_unknown_template_names_the_known_ones(few, tokenizer):
     with pytest.raises(ConfigError, match="data.template is 'llama'; known: vicuna_v1, plain, chatml, llama_3, brief"):
-        Rows(few, tokenizer, DataConfig(template="llama"), SIZE)
+        Rows(few, tokenizer, DataConfig(template="llama"), TOWER)
 
 
 def test_independent_rounds_need_a_template_without_a_prefix(few, tokenizer):
     with pytest.raises(ConfigError, match="independent_rounds needs a template without a question prefix"):
-        Rows(few, tokenizer, DataConfig(template="vicuna_v1", independent_rounds=True), SIZE)
+        Rows(few, tokenizer, DataConfig(template="vicuna_v1", independent_rounds=True), TOWER)
 
 
 # ------------------------------------------------------------------ the element stream
@@ -238,6 +240,18 @@ def test_the_shares_of_two_processes_make_up_the_batch(rows, plan, stream):
     assert_equal(joined, stream[:3])
 
 
+@pytest.mark.parametrize("aspect", ASPECTS)
+def test_images_become_square_as_the_data_say_in_the_towers_colour(folder, tokenizer, aspect):
+    wide = folder[0].images[0]
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 100, 3), dtype=np.uint8)).save(wide)
+    spoil(folder, 1, images=(wide.read_bytes(),))
+    tower = VisionConfig(image_size=SIZE, image_mean=(0.9, 0.5, 0.1))
+    batch, faults = Rows(folder, tokenizer, dataclasses.replace(BRIEF, aspect=aspect), tower).build([[0, 1]], 60, 2)
+    assert faults == ()
+    for image in batch.images[0]:
+        np.testing.assert_array_equal(image, load_image(wide, SIZE, aspect, (229, 127, 25)))
+
+
 # ------------------------------------------------------------------ holes
 
 
@@ -271,7 +285,7 @@ def test_a_bad_record_is_a_hole_with_its_reason_and_its_neighbours_stay(folder, 
     folder[5].images[0].unlink()
     spoil(folder, 3, conversation=as_turns(f"{IMAGE}{IMAGE} which?", "one"))
     spoil(folder, 6, conversation=as_turns("a", "b")[:1] * 2)
-    rows = Rows(folder, tokenizer, BRIEF, SIZE)
+    rows = Rows(folder, tokenizer, BRIEF, TOWER)
 
     batch, faults = rows.build([[0, 2, 1], [3, 4], [5, 6], [7]], 60, 3)
     reasons = dict(fault.split(": ", 1) for fault in faults)
@@ -293,7 +307,7 @@ def test_a_bad_record_is_a_hole_with_its_reason_and_its_neighbours_stay(folder, 
 @pytest.mark.parametrize(("markers", "images"), [(0, 1), (2, 1), (1, 0), (1, 2)])
 def test_markers_and_images_must_agree(folder, tokenizer, markers, images):
     spoil(folder, 0, images=folder[0].images * images, conversation=as_turns(f"{IMAGE * markers} which?", "one"))
-    rows = Rows(folder, tokenizer, BRIEF, SIZE)
+    rows = Rows(folder, tokenizer, BRIEF, TOWER)
     with pytest.raises(BadSample, match=f"{markers} <image> markers, but {images} images"):
         rows.tokenize(folder[0])
     lengths, counts = rows.lengths()
@@ -303,7 +317,7 @@ def test_markers_and_images_must_agree(folder, tokenizer, markers, images):
 def test_an_image_beyond_the_cut_is_a_hole(folder, tokenizer):
     question = f"{IMAGE} {'which number is it? ' * 9} {IMAGE}"
     spoil(folder, 0, images=folder[0].images * 2, conversation=as_turns(question, "one"))
-    rows = Rows(folder, tokenizer, BRIEF, SIZE)
+    rows = Rows(folder, tokenizer, BRIEF, TOWER)
     batch, faults = rows.build([[0, 1]], 40, 2)
     assert faults == ("r0: an image lies beyond the row's 40 text tokens",)
     assert batch.segments.max() == 1 and batch.image_positions[0].tolist() == [1, 40]
@@ -311,6 +325,6 @@ def test_an_image_beyond_the_cut_is_a_hole(folder, tokenizer):
 
 def test_a_record_whose_answers_all_lie_beyond_the_cut_is_a_hole(folder, tokenizer):
     spoil(folder, 0, conversation=as_turns(f"{IMAGE}{'which number is it? ' * 9}", "one"))
-    batch, faults = Rows(folder, tokenizer, BRIEF, SIZE).build([[0], [1]], 40, 1)
+    batch, faults = Rows(folder, tokenizer, BRIEF, TOWER).build([[0], [1]], 40, 1)
     assert faults == ("r0: no supervised token in its first 40 tokens",)
     assert batch.segments.max(axis=1).tolist() == [0, 1]
