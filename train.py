@@ -32,7 +32,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, Path]:
 def main(cfg: Config, workdir: Path) -> None:
     from deltallava_jax.analysis.plan import memory_table, parameter_table
     from deltallava_jax.data import tokens
-    from deltallava_jax.data.packing import PackPlan
+    from deltallava_jax.data.packing import plan_for
     from deltallava_jax.data.pipeline import Rows
     from deltallava_jax.data.sources import training_source
     from deltallava_jax.evaluation import TASKS
@@ -78,18 +78,20 @@ def main(cfg: Config, workdir: Path) -> None:
         )
     rows = Rows(source, tokenizer, cfg.data, cfg.model.vision)
     lengths, images = rows.lengths()
-    plan = PackPlan(
-        lengths, images, budgets=budgets[:1] if cfg.training.every_budget else budgets,
-        rows=cfg.data.rows, row_length=cfg.data.row_length, images_per_row=cfg.data.images_per_row, seed=cfg.seed,
-    )  # fmt: skip
+    plan = plan_for(cfg.data, lengths, images, budgets[:1] if cfg.training.every_budget else budgets, cfg.seed)
     steps = cfg.training.steps or plan.steps_for(cfg.training.epochs)
 
     # ---------------------------------------------------------------- model
     step = TrainStep(cfg, mesh, steps)
     say(parameter_table(step.shapes))
-    say(f"{len(source):,} conversations, {steps:,} steps, budgets {budgets}, mesh {dict(mesh.shape)}")
-    text, places = plan.capacities[budgets[0]]
-    say(memory_table(step.shapes, step.compile(batch_shapes(cfg, mesh, text, places), budgets[0])))
+    say(
+        f"{len(source):,} conversations, {len(source) / plan.steps_for(1):.1f} a step, {steps:,} steps, "
+        f"budgets {budgets}, mesh {dict(mesh.shape)}"
+    )
+    first = plan.step(0)
+    if cut := int((lengths > first.text).sum()):
+        say(f"{cut:,} conversations are longer than a row's {first.text} text tokens and will be cut")
+    say(memory_table(step.shapes, step.compile(batch_shapes(cfg, mesh, first.text, first.images), first.budget)))
 
     # ---------------------------------------------------------------- training
     def evaluate(params, metrics, number):
@@ -101,10 +103,14 @@ def main(cfg: Config, workdir: Path) -> None:
             metrics.say(f"step {number}: {report['task']} {report['accuracy']:.4f} at {budget} tokens ({by_type})")
             metrics.scalars(number, {f"{report['task']}_{budget}": report["accuracy"]}, "eval")
 
-    if train(cfg, step, rows, plan, workdir, steps, evaluate=evaluate):
+    can_evaluate = cfg.data.dataset in TASKS
+    if train(cfg, step, rows, plan, workdir, steps, evaluate=evaluate if can_evaluate else None):
         minutes = (time.monotonic() - began) / 60
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
-        say(f"done in {minutes:.1f} min, {peak:.1f} GiB at most; next: python eval.py --workdir {workdir}")
+        say(
+            f"done in {minutes:.1f} min, {peak:.1f} GiB at most"
+            + (f"; next: python eval.py --workdir {workdir}" if can_evaluate else "")
+        )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class DataConfig:
     independent_rounds: bool = False  # a conversation's questions see its image but not each other
     rows: int = 16  # rows of the global batch
     row_length: int = 2048
+    packed: bool = True  # False: LLaVA-1.5's batches, a conversation a row, padded, grouped by modality
     images_per_row: int = 0  # 0: chosen from the data for each budget
     workers: int = 1  # processes that load data; 0: in the training process
     max_bad_fraction: float = 0.01  # of the samples seen; more than this stops the run

@@ -1,4 +1,4 @@
-"""The pack plan: which conversations share a row, known before any of them is read.
+"""The plan of all batches: which conversations share a batch and a row, known before any of them is read.
 
 From the token lengths and image counts of all records, (seed, epoch, budgets) determine every batch as rows of record
 ids. A batch is therefore random access by its step number, the data iterator's whole state is one integer, and any
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltallava_jax.config import ConfigError
+from deltallava_jax.config import ConfigError, DataConfig
 from deltallava_jax.sequence import budget_at
 
 LOOKAHEAD = 16  # records set aside for the next batch before this one counts as full
@@ -19,14 +19,52 @@ LOOKAHEAD = 16  # records set aside for the next batch before this one counts as
 
 @dataclass(frozen=True)
 class Step:
-    """One batch of the plan: record ids of each row, and the budget its rows were filled for."""
+    """One batch of the plan: record ids of each row, the budget its rows were filled for, and their T and I."""
 
     epoch: int
     budget: int
     rows: list[list[int]]
+    text: int
+    images: int
 
 
-class PackPlan:
+class Plan:
+    """What plans have in common: the steps of all epochs, one after the other."""
+
+    def __init__(
+        self, lengths: np.ndarray, images: np.ndarray, budgets: tuple[int, ...], rows: int, row_length: int, seed: int
+    ):
+        if not len(lengths):
+            raise ConfigError("the data set has no records")
+        self.lengths, self.images = np.asarray(lengths), np.asarray(images)
+        self.budgets, self.rows, self.row_length, self.seed = budgets, rows, row_length, seed
+        self._epochs: list[list[Step]] = []
+        self._starts = [0]
+
+    def _plan_epoch(self, epoch: int, first_step: int) -> list[Step]:
+        raise NotImplementedError
+
+    def _reach(self, *, epoch: int | None = None, step: int | None = None) -> None:
+        while (epoch is not None and len(self._epochs) <= epoch) or (step is not None and self._starts[-1] <= step):
+            planned = self._plan_epoch(len(self._epochs), self._starts[-1])
+            self._epochs.append(planned)
+            self._starts.append(self._starts[-1] + len(planned))
+
+    def step(self, number: int) -> Step:
+        """The batch of a step, counted from 0 over all epochs."""
+        self._reach(step=number)
+        epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._epochs[epoch][number - self._starts[epoch]]
+
+    def steps_for(self, epochs: float) -> int:
+        """Steps that ``epochs`` epochs take, a fraction of the last one rounded up."""
+        whole = int(epochs)
+        self._reach(epoch=int(np.ceil(epochs)) - 1)
+        part = int(np.ceil((epochs - whole) * len(self._epochs[whole]) - 1e-9)) if epochs > whole else 0
+        return self._starts[whole] + part
+
+
+class PackPlan(Plan):
     """Fills rows of S slots: sum of text lengths <= T, images <= I, T + I * (V - 1) = S for the step's budget V."""
 
     def __init__(
@@ -43,13 +81,8 @@ class PackPlan:
         """lengths: text tokens of each record with one placeholder an image; images: image count of each record.
 
         Raises ConfigError if a row of ``row_length`` cannot hold the images."""
-        if not len(lengths):
-            raise ConfigError("the data set has no records")
-        self.lengths, self.images = np.asarray(lengths), np.asarray(images)
-        self.budgets, self.rows, self.row_length, self.seed = budgets, rows, row_length, seed
+        super().__init__(lengths, images, budgets, rows, row_length, seed)
         self.capacities = {budget: self._capacity(budget, images_per_row) for budget in budgets}
-        self._epochs: list[list[Step]] = []
-        self._starts = [0]
 
     def _capacity(self, budget: int, images_per_row: int) -> tuple[int, int]:
         """(T, I): I from the data's mean text per image unless given, leaving room for the longest record."""
@@ -94,24 +127,59 @@ class PackPlan:
                 rows[row].append(record)
                 text_left[row] -= length
                 images_left[row] -= self.images[record]
-            steps.append(Step(epoch, budget, rows))
+            steps.append(Step(epoch, budget, rows, text, images))
         return steps
 
-    def _reach(self, *, epoch: int | None = None, step: int | None = None) -> None:
-        while (epoch is not None and len(self._epochs) <= epoch) or (step is not None and self._starts[-1] <= step):
-            planned = self._plan_epoch(len(self._epochs), self._starts[-1])
-            self._epochs.append(planned)
-            self._starts.append(self._starts[-1] + len(planned))
 
-    def step(self, number: int) -> Step:
-        """The batch of a step, counted from 0 over all epochs."""
-        self._reach(step=number)
-        epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self._epochs[epoch][number - self._starts[epoch]]
+BUCKET = 256  # padded batches have lengths that are multiples, so that few are compiled
 
-    def steps_for(self, epochs: float) -> int:
-        """Steps that ``epochs`` epochs take, a fraction of the last one rounded up."""
-        whole = int(epochs)
-        self._reach(epoch=int(np.ceil(epochs)) - 1)
-        part = int(np.ceil((epochs - whole) * len(self._epochs[whole]) - 1e-9)) if epochs > whole else 0
-        return self._starts[whole] + part
+
+class GroupedPlan(Plan):
+    """LLaVA-1.5's batches: a conversation a row, padded to the longest; all rows have images or none has, so that text
+    alone does not pay for the tower; longer rows come first (haotian-liu/LLaVA, llava/train/llava_trainer.py)."""
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        images: np.ndarray,
+        *,
+        budgets: tuple[int, ...],
+        rows: int,
+        row_length: int,
+        seed: int = 0,
+    ):
+        """As PackPlan; ``row_length`` is the most slots of a row. Raises ConfigError if it cannot hold the images."""
+        super().__init__(lengths, images, budgets, rows, row_length, seed)
+        most, budget = int(self.images.max()), max(budgets)
+        if row_length - most * (budget - 1) < 2:
+            raise ConfigError(f"data.row_length={row_length} cannot hold {most} images of {budget} tokens and text")
+
+    def _plan_epoch(self, epoch: int, first_step: int) -> list[Step]:
+        rng = np.random.default_rng((self.seed, epoch))
+        whole, rest = [], []
+        for group in (np.flatnonzero(self.images > 0), np.flatnonzero(self.images == 0)):
+            group = rng.permutation(group)
+            end = len(group) // self.rows * self.rows
+            whole += list(group[:end].reshape(-1, self.rows))
+            rest.append(group[end:])
+        rest = np.concatenate(rest)
+        batches = [whole[place] for place in rng.permutation(len(whole))]
+        batches += [rest[start : start + self.rows] for start in range(0, len(rest), self.rows)]
+        return [self._step(epoch, first_step + number, batch) for number, batch in enumerate(batches)]
+
+    def _step(self, epoch: int, number: int, batch: np.ndarray) -> Step:
+        budget = budget_at(self.seed, number, self.budgets)
+        batch = batch[np.argsort(-self.lengths[batch], kind="stable")]
+        images = int(self.images[batch].max())
+        text = -(-int(self.lengths[batch].max()) // BUCKET) * BUCKET
+        text = min(max(text, BUCKET), self.row_length - images * (budget - 1))
+        rows = [[int(record)] for record in batch] + [[] for _ in range(self.rows - len(batch))]
+        return Step(epoch, budget, rows, text, images)
+
+
+def plan_for(cfg: DataConfig, lengths: np.ndarray, images: np.ndarray, budgets: tuple[int, ...], seed: int) -> Plan:
+    """The plan that a configuration asks for."""
+    settings = dict(budgets=budgets, rows=cfg.rows, row_length=cfg.row_length, seed=seed)
+    if cfg.packed:
+        return PackPlan(lengths, images, images_per_row=cfg.images_per_row, **settings)
+    return GroupedPlan(lengths, images, **settings)

@@ -16,7 +16,7 @@ from deltallava_jax.config import ConfigError, DataConfig, VisionConfig
 from deltallava_jax.data.conversation import TEMPLATES, BadSample, Tokenized, rounds, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.lengths import measure
-from deltallava_jax.data.packing import PackPlan
+from deltallava_jax.data.packing import Plan
 from deltallava_jax.data.sources import Record, Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.sequence import Batch
@@ -108,7 +108,7 @@ class _BuildStep:
     """One step number -> its Element, for this process's share of the rows. Runs in the workers."""
 
     rows: Rows
-    plan: PackPlan
+    plan: Plan
     process: int
     processes: int
 
@@ -116,12 +116,12 @@ class _BuildStep:
         step = self.plan.step(int(number))
         share = len(step.rows) // self.processes
         mine = step.rows[self.process * share : (self.process + 1) * share]
-        batch, faults = self.rows.build(mine, *self.plan.capacities[step.budget])
+        batch, faults = self.rows.build(mine, step.text, step.images)
         return Element(batch, step.budget, faults)
 
 
 def elements(
-    rows: Rows, plan: PackPlan, start: int, stop: int, *, workers: int, process: int = 0, processes: int = 1
+    rows: Rows, plan: Plan, start: int, stop: int, *, workers: int, process: int = 0, processes: int = 1
 ) -> Iterator[Element]:
     """Elements of steps start to stop - 1, in order, built ahead in ``workers`` processes (0: in this one)."""
     numbers = grain.MapDataset.range(start, stop)

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from deltallava_jax.config import Config
-from deltallava_jax.data.packing import PackPlan
+from deltallava_jax.data.packing import Plan
 from deltallava_jax.data.pipeline import Rows, elements
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.selection import llavolta
@@ -29,7 +29,7 @@ def train(
     cfg: Config,
     step: TrainStep,
     rows: Rows,
-    plan: PackPlan,
+    plan: Plan,
     workdir: Path,
     steps: int,
     *,
@@ -126,7 +126,7 @@ def _count_faults(cfg: Config, record: dict, element, metrics: Metrics, workdir:
         )
 
 
-def _describe(rows: Rows, plan: PackPlan, step: int) -> str:
+def _describe(rows: Rows, plan: Plan, step: int) -> str:
     """The record ids of a step's batch."""
     planned = plan.step(step - 1)
     ids = [rows.source[index].id for row in planned.rows for index in row]
