@@ -276,11 +276,12 @@ def test_an_image_is_upright(orientation, kind):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("exif", [b"", b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\xff", b"no exif", bytes(range(256))])
-def test_broken_exif_leaves_the_image_as_it_is(exif):
+def test_broken_exif_leaves_the_image_as_it_is(exif, kind):
     image = Image.fromarray(pixels(16, 16))
-    expected = load_image(encoded(image, "JPEG"), 16)
-    np.testing.assert_array_equal(load_image(encoded(image, "JPEG", exif=exif), 16), expected)
+    expected = load_image(encoded(image, kind), 16)
+    np.testing.assert_array_equal(load_image(encoded(image, kind, exif=exif), 16), expected)
 
 
 # ------------------------------------------------------------------ bad files
@@ -316,6 +317,14 @@ def test_a_file_that_is_no_image_is_named(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     assert_refused(tmp_path / "a.png", "JPEG, PNG, GIF")
     assert_refused(content, f"image of {len(content)} bytes: no image of a known format")
+
+
+def test_a_reason_of_several_lines_becomes_one(monkeypatch):
+    def load(image):
+        raise RuntimeError("first line\n\tsecond line")
+
+    monkeypatch.setattr(Image.Image, "load", load)
+    assert_refused(Image.new("RGB", (8, 8)), "image of mode RGB: RuntimeError: first line second line")
 
 
 def test_formats_that_start_other_programs_are_refused(tmp_path):
