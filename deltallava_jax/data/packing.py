@@ -15,6 +15,7 @@ from deltallava_jax.config import ConfigError, DataConfig
 from deltallava_jax.sequence import budget_at
 
 LOOKAHEAD = 16  # records set aside for the next batch before this one counts as full
+NEARLY_ALL = 0.999  # of the records with an image fit a row whole; longer ones are cut
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ class Plan:
 
 
 class PackPlan(Plan):
-    """Fills rows of S slots: sum of text lengths <= T, images <= I, T + I * (V - 1) = S for the step's budget V."""
+    """Fills rows of S slots: sum of text lengths <= T, images <= I, T + I * (V - 1) = S for the step's budget V.
+
+    Texts without an image that are longer than T share steps of their own, with T = S and no image, so that they need
+    not be cut and do not pay for the tower."""
 
     def __init__(
         self,
@@ -83,18 +87,24 @@ class PackPlan(Plan):
         Raises ConfigError if a row of ``row_length`` cannot hold the images."""
         super().__init__(lengths, images, budgets, rows, row_length, seed)
         self.capacities = {budget: self._capacity(budget, images_per_row) for budget in budgets}
+        shortest = min(text for text, _ in self.capacities.values())
+        self._apart = (self.images == 0) & (self.lengths > shortest)
 
     def _capacity(self, budget: int, images_per_row: int) -> tuple[int, int]:
-        """(T, I): I from the data's mean text per image unless given, leaving room for the longest record."""
+        """(T, I): I from the data's mean text per image unless given, leaving room for nearly every record with one."""
         most, total = int(self.images.max()), int(self.images.sum())
         if total == 0:
             return self.row_length, 0
-        mean = max(self.lengths.sum() / total, 1.0)
         wanted = images_per_row
         if not wanted:  # the number of images that fills rows of average records best
-            room = (self.row_length - int(self.lengths.max())) // max(budget - 1, 1)
-            candidates = range(most, max(most, min(room, self.row_length)) + 1)
-            wanted = max(candidates, key=lambda count: min(count, (self.row_length - count * (budget - 1)) / mean))
+            longest = int(np.quantile(self.lengths[self.images > 0], NEARLY_ALL))
+            room = (self.row_length - longest) // max(budget - 1, 1)
+            counts = np.arange(most, max(most, min(room, self.row_length)) + 1)
+            text = self.row_length - counts * (budget - 1)
+            alone = np.sort(self.lengths[self.images == 0])
+            short = np.concatenate([[0], np.cumsum(alone)])[np.searchsorted(alone, text, side="right")]
+            mean = np.maximum((self.lengths[self.images > 0].sum() + short) / total, 1.0)
+            wanted = int(counts[np.argmax(np.minimum(counts, text / mean))])
         text = self.row_length - wanted * (budget - 1)
         if text < 2 or wanted < most:
             raise ConfigError(
@@ -104,31 +114,48 @@ class PackPlan(Plan):
 
     def _plan_epoch(self, epoch: int, first_step: int) -> list[Step]:
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
-        waiting, taken, steps = [], 0, []
-        while waiting or taken < len(order):
+        together, apart = order[~self._apart[order]], order[self._apart[order]]
+        alone, none = [], []
+        while len(apart) or none:
+            rows, none, apart = self._fill(none, apart, self.row_length, 0)
+            alone.append(rows)
+        # Spread over the epoch, whose length is estimated: one after so many others.
+        every = int(self.lengths[together].sum() / max(len(alone), 1) / (self.rows * self.row_length)) + 1
+        steps, waiting = [], []
+        while len(together) or waiting or alone:
             budget = budget_at(self.seed, first_step + len(steps), self.budgets)
             text, images = self.capacities[budget]
-            text_left, images_left = np.full(self.rows, text), np.full(self.rows, images)
-            rows: list[list[int]] = [[] for _ in range(self.rows)]
-            candidates, waiting = waiting, []
-            while len(waiting) < LOOKAHEAD:
-                if candidates:
-                    record = candidates.pop(0)
-                elif taken < len(order):
-                    record, taken = int(order[taken]), taken + 1
-                else:
-                    break
-                length = min(int(self.lengths[record]), text)
-                fits = (text_left >= length) & (images_left >= self.images[record])
-                if not fits.any():
-                    waiting.append(record)
-                    continue
-                row = int(np.where(fits, text_left, text + 1).argmin())  # the fullest row that still has room
-                rows[row].append(record)
-                text_left[row] -= length
-                images_left[row] -= self.images[record]
+            if alone and ((len(steps) + 1) % (every + 1) == 0 or not (len(together) or waiting)):
+                steps.append(Step(epoch, budget, alone.pop(0), self.row_length, 0))
+                continue
+            rows, waiting, together = self._fill(waiting, together, text, images)
             steps.append(Step(epoch, budget, rows, text, images))
         return steps
+
+    def _fill(
+        self, waiting: list[int], order: np.ndarray, text: int, images: int
+    ) -> tuple[list[list[int]], list[int], np.ndarray]:
+        """(rows of a batch, the records that wait for the next one, the rest of the order)."""
+        text_left, images_left = np.full(self.rows, text), np.full(self.rows, images)
+        rows: list[list[int]] = [[] for _ in range(self.rows)]
+        candidates, waiting, taken = waiting, [], 0
+        while len(waiting) < LOOKAHEAD:
+            if candidates:
+                record = candidates.pop(0)
+            elif taken < len(order):
+                record, taken = int(order[taken]), taken + 1
+            else:
+                break
+            length = min(int(self.lengths[record]), text)
+            fits = (text_left >= length) & (images_left >= self.images[record])
+            if not fits.any():
+                waiting.append(record)
+                continue
+            row = int(np.where(fits, text_left, text + 1).argmin())  # the fullest row that still has room
+            rows[row].append(record)
+            text_left[row] -= length
+            images_left[row] -= self.images[record]
+        return rows, waiting + candidates, order[taken:]
 
 
 BUCKET = 256  # padded batches have lengths that are multiples, so that few are compiled

@@ -138,6 +138,8 @@ class TrainStep:
 
     def compile(self, batch: Batch, budget: int, pooling: llavolta.Pooling | None = None) -> jax.stages.Compiled:
         """The program for batches like ``batch`` (arrays or shapes, with shardings)."""
+        if not batch.image_positions.shape[1]:  # without images all budgets are one program
+            budget, pooling = projectors.budgets(self.cfg.model.projector)[0], None
         signature = (budget, pooling, *batch.tokens.shape, batch.image_positions.shape[1])
         if signature not in self.compiled:
             self.compiled[signature] = self._jit.lower(self.shapes, batch, budget, pooling).compile()

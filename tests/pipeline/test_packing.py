@@ -60,8 +60,8 @@ def test_no_row_holds_more_than_it_has_room_for(case):
         assert text + images * (budget - 1) == plan.row_length
         assert text >= 2 and images >= plan.images.max()
     for step in planned(plan, 2):
-        text, images = plan.capacities[step.budget]
-        assert len(step.rows) == plan.rows
+        text, images = step.text, step.images
+        assert (text, images) in (plan.capacities[step.budget], (plan.row_length, 0)) and len(step.rows) == plan.rows
         for row in step.rows:  # a record longer than a row is cut to its length and has it for itself
             assert np.minimum(plan.lengths[row], text).sum() <= text
             assert plan.images[row].sum() <= images
@@ -84,6 +84,20 @@ def test_any_step_can_be_asked_for_first(case):
         assert make(case).step(number) == expected[number]
     plan = make(case)
     assert [plan.step(number) for number in reversed(range(len(expected)))] == expected[::-1]
+
+
+def test_long_texts_share_steps_without_images_and_are_not_cut():
+    lengths, images = easy_like(400)
+    lengths[::20], images[::20] = 400, 0
+    plan = PackPlan(lengths, images, budgets=(64, 16), rows=4, row_length=512)
+    steps = planned(plan, 1)
+    apart = [step for step in steps if not step.images]
+    assert {record for step in apart for row in step.rows for record in row} == set(range(0, 400, 20))
+    assert all(step.text == 512 for step in apart) and 0 < len(apart) <= 6
+    assert steps[0] not in apart and any(not a.images and b.images for a, b in zip(steps, steps[1:]))  # spread
+    assert all(lengths[row].max(initial=0) <= step.text for step in steps for row in step.rows)
+    images[:] = 1  # the same lengths with an image each stay together with the others
+    assert all(step.images for step in planned(PackPlan(lengths, images, budgets=(16,), rows=4, row_length=512), 1))
 
 
 def test_budgets_are_the_ones_drawn_for_each_step():

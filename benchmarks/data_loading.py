@@ -1,0 +1,183 @@
+"""Images a second through our data pipeline and the PyTorch way, and how much of a batch is padding.
+
+    python benchmarks/make_llava.py data/synthetic --records 3000
+    python benchmarks/data_loading.py data/synthetic --tokenizer tests/data/llama_tokenizer
+
+The peer is what LLaVA's training does: torch's DataLoader, PIL, square padding, CLIP's image processor (Pillow), a
+padded collator, one conversation a row. Both read the same records with as many workers and give the same pixels."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+BUDGET, ROW_LENGTH, BATCH = 144, 2048, 16
+
+
+class Padded:
+    """LLaVA's LazySupervisedDataset: a record as ids and float pixels."""
+
+    def __init__(self, folder: Path, records: list[int], tokenizer):
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        self.folder, self.entries = folder, json.loads((folder / "data.json").read_text())
+        self.records, self.tokenizer = records, tokenizer
+        size = dict(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+        self.processor = CLIPImageProcessorPil(**size)
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, place):
+        import torch
+        from PIL import Image
+
+        from deltallava_jax.data.conversation import TEMPLATES, rounds, tokenize
+
+        entry = self.entries[self.records[place]]
+        tokenized = tokenize(rounds(entry["conversations"]), TEMPLATES["vicuna_v1"], self.tokenizer)
+        images = entry.get("image", [])
+        pixels = []
+        for name in [images] if isinstance(images, str) else images:
+            image = Image.open(self.folder / name).convert("RGB")
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), (122, 116, 104))
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            pixels.append(self.processor(square, return_tensors="np")["pixel_values"][0])
+        return torch.from_numpy(tokenized.ids), [torch.from_numpy(image) for image in pixels]
+
+
+def collate(samples):
+    import torch
+
+    ids = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in samples], batch_first=True)
+    images = [image for _, images in samples for image in images]
+    return ids, torch.stack(images) if images else None, [len(ids) for ids, _ in samples], len(images)
+
+
+def peer(folder: Path, records: list[int], tokenizer, workers: int) -> dict:
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(
+        Padded(folder, records, tokenizer), BATCH, num_workers=workers, collate_fn=collate, persistent_workers=True
+    )
+    next(iter(loader))  # the workers have started
+    images = live = slots = 0
+    began = time.perf_counter()
+    for ids, pixels, lengths, count in loader:
+        images += count
+        live += sum(lengths) + count * (BUDGET - 1)
+        slots += len(lengths) * (ids.shape[1] + (BUDGET - 1) * (pixels is not None))
+    return {"images": images, "seconds": time.perf_counter() - began, "live": live / slots}
+
+
+def ours(rows, records: list[int], workers: int) -> dict:
+    from deltallava_jax.data.packing import PackPlan
+    from deltallava_jax.data.pipeline import elements
+
+    plan = PackPlan(*rows.lengths(), budgets=(BUDGET,), rows=4, row_length=ROW_LENGTH)
+    steps = plan.steps_for(1)
+    stream = elements(rows, plan, 0, steps + 1, workers=workers)
+    next(stream)  # the workers have started
+    images = live = slots = 0
+    began = time.perf_counter()
+    for _ in range(steps):
+        batch = next(stream).batch
+        count = int((batch.image_positions < batch.tokens.shape[1]).sum())
+        images += count
+        live += int((batch.segments > 0).sum()) + count * (BUDGET - 1)
+        slots += batch.tokens.shape[0] * ROW_LENGTH
+    return {"images": images, "seconds": time.perf_counter() - began, "live": live / slots}
+
+
+def same_pixels(folder: Path, rows, records: list[int], tokenizer, count: int = 64) -> str:
+    """How many images have the peer's pixels, of ``count`` without an EXIF orientation, which the peer ignores."""
+    from PIL import Image
+
+    from deltallava_jax.data.images import load_image
+
+    data, equal, seen = Padded(folder, records, tokenizer), 0, 0
+    mean, std = (np.array(data.processor.image_mean), np.array(data.processor.image_std))
+    for place in range(len(records)):
+        images = rows.source[place].images
+        if seen == count or not images or Image.open(images[0]).getexif().get(0x0112, 1) != 1:
+            continue
+        theirs = data[place][1][0].numpy().transpose(1, 2, 0)
+        theirs = np.rint((theirs * std + mean) * 255).astype(np.uint8)
+        equal, seen = equal + np.array_equal(theirs, load_image(images[0], 336, "pad")), seen + 1
+    return f"{equal} of {seen}"
+
+
+class Chosen:
+    """Some records of a source."""
+
+    def __init__(self, source, records):
+        self.source, self.records = source, records
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        return self.source[self.records[index]]
+
+
+def main() -> None:
+    from deltallava_jax.config import DataConfig, VisionConfig
+    from deltallava_jax.data import tokens
+    from deltallava_jax.data.conversation import BadSample
+    from deltallava_jax.data.images import load_image
+    from deltallava_jax.data.llava_json import LlavaJson
+    from deltallava_jax.data.pipeline import Rows
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="made by make_llava.py")
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--records", type=int, default=1500)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "data_loading.json")
+    options = parser.parse_args()
+    tokenizer = tokens.load(options.tokenizer)
+    source = LlavaJson(options.folder / "data.json", options.folder)
+    sound = []
+    for index in range(min(options.records, len(source))):  # the peer survives no broken record
+        try:
+            record = source[index]
+            whole = sum(turn["value"].count("<image>") for turn in record.conversation) == len(record.images)
+            if whole and all(turn["value"].strip() for turn in record.conversation):
+                [load_image(image, 8) for image in record.images]
+                sound.append(index)
+        except BadSample:
+            continue
+    cfg = DataConfig(aspect="pad", template="vicuna_v1")
+    rows = Rows(Chosen(source, sound), tokenizer, cfg, VisionConfig())
+    results = {"ours": [], "peer": []}
+    for _ in range(2):  # in turns
+        results["ours"].append(ours(rows, sound, options.workers))
+        results["peer"].append(peer(options.folder, sound, tokenizer, options.workers))
+    rate = {name: max(run["images"] / run["seconds"] for run in runs) for name, runs in results.items()}
+    report = {
+        "date": str(date.today()), "hardware": f"{os.cpu_count()} CPU cores, {options.workers} workers",
+        "versions": {"python": platform.python_version()}, "records": len(sound),
+        "command": " ".join(["python", "benchmarks/data_loading.py", *map(str, sys.argv[1:])]),
+        "images_per_second": {name: round(value, 1) for name, value in rate.items()},
+        "ratio": round(rate["ours"] / rate["peer"], 2),
+        "share_of_slots_that_hold_a_token": {name: round(runs[0]["live"], 3) for name, runs in results.items()},
+        "images_with_equal_pixels": same_pixels(options.folder, rows, sound, tokenizer),
+    }  # fmt: skip
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
