@@ -14,9 +14,10 @@ from deltallava_jax.data.packing import PackPlan
 from deltallava_jax.data.pipeline import elements
 from deltallava_jax.models import vlm
 from deltallava_jax.models.names import flatten
+from deltallava_jax.models.selection import llavolta
 from deltallava_jax.parallel.mesh import make_mesh, put_rows
 from deltallava_jax.training.optimizer import schedule, split
-from deltallava_jax.training.step import TrainStep, gradients, init_state
+from deltallava_jax.training.step import TrainStep, batch_shapes, gradients, init_state
 
 
 @functools.cache
@@ -92,6 +93,32 @@ def test_elastic_training_compiles_once_for_each_signature():
     assert {budget for _, budget in batches} == {16, 4, 1}
     assert len(compiled) == len(step.compiled) == 3
     assert jnp.isfinite(metrics["loss"])
+
+
+def test_llavoltas_last_stage_is_the_plain_step_and_the_others_are_not():
+    cfg = config(**{"training.llavolta": "((4, 1), (2, 0), (1, 0))"})
+    mesh = make_mesh(cfg, jax.devices()[:1])
+    rows, plan, _ = run_of(config())
+    batch = put_rows(next(elements(rows, plan, 0, 1, workers=0)).batch, mesh)
+
+    def one(cfg, number):
+        pooling = llavolta.stage_at(cfg.training.llavolta, number, 9)
+        state, metrics = TrainStep(cfg, mesh, 9)(init_state(cfg, mesh, 9), batch, 4, pooling)
+        return float(metrics["loss"]), flatten(state.trained)
+
+    plain, first, last = one(config(), 8), one(cfg, 0), one(cfg, 8)
+    assert last[0] == plain[0] != first[0]
+    for path, leaf in plain[1].items():
+        np.testing.assert_array_equal(last[1][path], leaf, err_msg=path)
+    assert all(np.isfinite(leaf).all() for leaf in first[1].values())
+
+
+def test_rows_of_text_alone_are_one_program_for_all_budgets():
+    cfg = config(**{"model.projector.scale_factor": "(2,4,8)"})
+    mesh = make_mesh(cfg, jax.devices()[:1])
+    step = TrainStep(cfg, mesh, 100)
+    text = batch_shapes(cfg, mesh, 96, 0)
+    assert step.compile(text, 16) is step.compile(text, 1) and len(step.compiled) == 1
 
 
 def test_frozen_parts_stay_and_are_unknown_to_the_optimizer():
