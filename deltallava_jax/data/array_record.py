@@ -13,7 +13,7 @@ from tqdm import tqdm
 from deltallava_jax.config import ConfigError
 from deltallava_jax.data.conversation import BadSample
 from deltallava_jax.data.llava_json import LlavaJson
-from deltallava_jax.data.sources import Record
+from deltallava_jax.data.sources import Mixture, Record
 
 SHARD = 2000  # records of a shard
 NAME = "llava-train.array_record-{:05d}-of-{:05d}"
@@ -27,13 +27,13 @@ def _features():
     return tfds.features.FeaturesDict({"id": text(), "conversations": text(), "images": tfds.features.Sequence(image)})
 
 
-def build(source: LlavaJson, folder: Path, workers: int) -> dict:
+def build(source: LlavaJson | Mixture, folder: Path, workers: int) -> dict:
     """Writes the folder: {"records", "bytes", "faults": [...]}. Records with an image that cannot be opened are left
     out and listed. Raises ConfigError if the folder was begun from other records."""
     shards = max(1, -(-len(source) // SHARD))
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "source.json"
-    about = {"fingerprint": source.fingerprint, "images": source.images, "records": len(source)}
+    about = {"fingerprint": source.fingerprint, "records": len(source)}
     if begun.exists() and json.loads(begun.read_text()) != about:
         raise ConfigError(f"{folder} was begun from other records; give a new folder, or remove it first")
     begun.write_text(json.dumps(about))
@@ -55,7 +55,7 @@ def build(source: LlavaJson, folder: Path, workers: int) -> dict:
     }
 
 
-def _range(source: LlavaJson, number: int, shards: int) -> tuple[int, int, int]:
+def _range(source: LlavaJson | Mixture, number: int, shards: int) -> tuple[int, int, int]:
     """(first record, end, how many) of a shard."""
     start, stop = len(source) * number // shards, len(source) * (number + 1) // shards
     return start, stop, stop - start
@@ -65,7 +65,7 @@ def _report(folder: Path, number: int, shards: int) -> Path:
     return folder / "shards" / f"{number:05d}-of-{shards:05d}.json"
 
 
-def _write_shard(task: tuple[LlavaJson, Path, int, int]) -> int:
+def _write_shard(task: tuple[LlavaJson | Mixture, Path, int, int]) -> int:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     source, folder, number, shards = task
