@@ -88,7 +88,13 @@ def systems(runs: list[dict]) -> str:
                 f"{max(filter(None, flops)) / 1e6:.1f}" if any(flops) else "",
             ]
         )
-    head = ["System", *(f"{tokens} tokens" for tokens in TOKENS), "Seeds", "Projector parameters", "Projector MFLOPs"]
+    head = [
+        "System",
+        *(f"{tokens} token{'' if tokens == '1' else 's'}" for tokens in TOKENS),
+        "Seeds",
+        "Projector parameters",
+        "Projector MFLOPs",
+    ]
     return "\n".join(
         [
             "## Systems on easy-VQA",
