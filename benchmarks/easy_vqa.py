@@ -1,12 +1,13 @@
-"""Every system on easy-VQA, trained from scratch on the same data for as many epochs at the same base size.
+"""Every system on easy-VQA: a fresh projector between the same tower and decoder, the same data, steps and sizes.
 
     python benchmarks/easy_vqa.py                                        # all runs of the table; a finished one is kept
     python benchmarks/easy_vqa.py --systems delta,mlp --tokens 16 --seeds 0,1
     python benchmarks/easy_vqa.py --step-times                           # step time, as a ratio to the MLP's
     python benchmarks/report.py                                          # docs/results.md from the result files
 
-A run is train.py and eval.py on configs/systems/SYSTEM.py; its result is one file in benchmarks/results/easy_vqa/.
-Started again, it goes on where it stopped."""
+The tower and the decoder are those of one model, trained from scratch with the MLP. As in LLaVA's second stage the
+tower is frozen, projector and decoder train. A run is convert, train.py and eval.py on configs/systems/SYSTEM.py; its
+result is one file in benchmarks/results/easy_vqa/. Started again, it goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -25,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results" / "easy_vqa"
 GRID = 8  # patches a side
+# The run that tower and decoder come from; it reads the tower's last layer, so that all layers are trained.
+BASE, BASE_SETTINGS = "mlp", {"training.epochs": 6, "training.eval_every": 0, "model.projector.select_layer": -1}
 
 
 def scaled(tokens: int) -> dict:
@@ -102,9 +105,11 @@ def run(system: str, tokens: int | None, seed: int, epochs: float, runs: Path) -
     else:
         workdir, evaluated = runs / name, {}
         changes = TRAINED[system](tokens) if tokens else {}
-    settings = changes | {"seed": seed, "training.epochs": epochs, "training.eval_every": 0}
     config = ROOT / "configs" / "systems" / f"{system}.py"
     if system in TRAINED:
+        start = begin(config, changes, seed, runs / f"{name}-start", runs / "base")
+        settings = {"seed": seed, "training.epochs": epochs, "training.eval_every": 0, "init_from": start}
+        settings |= changes | {"optimizer.frozen": "('^vision/',)"}
         call("train.py", "--config", config, "--workdir", workdir, settings)
     call("eval.py", "--workdir", workdir, evaluated)
     minutes = (time.monotonic() - began) / 60
@@ -127,8 +132,23 @@ def run(system: str, tokens: int | None, seed: int, epochs: float, runs: Path) -
     print(f"{name}: {result['accuracy']} in {minutes:.1f} min", flush=True)
 
 
-def call(script: str, *arguments) -> None:
-    line = [sys.executable, str(ROOT / script)]
+def begin(config: Path, changes: dict, seed: int, start: Path, base: Path) -> Path:
+    """A workdir with the base's tower and decoder and a fresh projector; the base is trained if it is not there."""
+    finished = base / "finished"
+    if not finished.exists():
+        config_of_base = ROOT / "configs" / "systems" / f"{BASE}.py"
+        call("train.py", "--config", config_of_base, "--workdir", base, BASE_SETTINGS)
+        finished.touch()
+    if not start.exists():
+        projector = "model.projector."
+        settings = [f"--set={key[len(projector) :]}={v}" for key, v in changes.items() if key.startswith(projector)]
+        call("-m", "deltallava_jax", "convert", "--vision", base, "--decoder", base, "--config", config, *settings,
+             "--seed", seed, start)  # fmt: skip
+    return start
+
+
+def call(*arguments) -> None:
+    line = [sys.executable]
     for argument in arguments:
         if isinstance(argument, dict):
             line += [f"--config.{key}={value}" for key, value in argument.items()]
@@ -242,7 +262,7 @@ def main() -> None:
     parser.add_argument("--systems", default="", help="comma-separated; all runs of docs/results.md without it")
     parser.add_argument("--tokens", default="16,4")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--epochs", type=float, default=1.75)
+    parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmark", help="the workdirs")
     parser.add_argument("--step-times", action="store_true")
     options = parser.parse_args()
