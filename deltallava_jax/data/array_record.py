@@ -4,6 +4,7 @@ A shard is finished or not there, so a build that was cut short goes on where it
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 from pathlib import Path
@@ -77,7 +78,7 @@ def _write_shard(task: tuple[LlavaJson | Mixture, Path, int, int]) -> int:
     for index in range(start, stop):
         try:
             record = source[index]
-            images = [_file(path) for path in record.images]
+            images = [io.BytesIO(path.read_bytes()) for path in record.images]  # TFDS takes no bytes, but files
         except (BadSample, OSError) as error:
             faults.append(f"record {index}: {error}")
             continue
@@ -90,13 +91,6 @@ def _write_shard(task: tuple[LlavaJson | Mixture, Path, int, int]) -> int:
     report.parent.mkdir(exist_ok=True)
     report.write_text(json.dumps({"records": count, "bytes": size, "faults": faults}))
     return records
-
-
-def _file(path):
-    """The file's bytes, as the Image feature takes them without TensorFlow."""
-    import io
-
-    return io.BytesIO(path.read_bytes())
 
 
 def _write_metadata(folder: Path, reports: list[dict]) -> None:

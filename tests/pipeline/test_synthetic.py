@@ -105,6 +105,10 @@ def test_array_records_give_the_same_rows(source, llama, tmp_path, monkeypatch):
         assert [bytes(image) for image in record.images] == [path.read_bytes() for path in original.images]
         counts[record.id] += 1
     assert set(counts.values()) == {1}
+    stream = epoch(stored, llama, workers=2)
+    faulty = EACH * (len(FOUND_AS["unreadable"]) + len(FOUND_AS["malformed"]) + len(FOUND_AS["markers"]))
+    assert sum(len(element.faults) for element in stream) == faulty
+    assert sum(int(element.batch.segments.max(axis=1).sum()) for element in stream) == made["records"] - faulty
     rows = Rows(stored, llama, DataConfig(aspect="pad"), VISION)
     same = Rows(source, llama, DataConfig(aspect="pad"), VISION)
     first = next(i for i in range(RECORDS) if source[i].id == stored[0].id)
