@@ -1,15 +1,19 @@
-"""What a run tells: a progress line, metrics.jsonl (one line a step), TensorBoard files."""
+"""What a run tells: a progress line, metrics.jsonl (one line a step), TensorBoard files. One process tells."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from tqdm import tqdm
+
+from deltallava_jax.parallel import hosts
 
 
 class NonFiniteLoss(RuntimeError):
@@ -23,20 +27,27 @@ class NonFiniteLoss(RuntimeError):
 class Metrics:
     """Takes each step's device values without waiting for them: a step is written when the next one is pushed.
 
-    After a restart the records of steps that are trained again are cut from metrics.jsonl."""
+    seen(step, values) is called for each step that is written, on all processes; only the leading one writes and
+    prints. After a restart the records of steps that are trained again are cut from metrics.jsonl."""
 
-    def __init__(self, workdir: Path, start: int, steps: int, log_every: int):
-        from tensorboardX import SummaryWriter
+    def __init__(
+        self, workdir: Path, start: int, steps: int, log_every: int, seen: Callable[[int, dict], None] | None = None
+    ):
+        self._leads, self._log_every, self._seen = hosts.leads(), max(log_every, 1), seen
+        if self._leads:
+            from tensorboardX import SummaryWriter
 
-        self._path, self._log_every = workdir / "metrics.jsonl", max(log_every, 1)
-        kept = []
-        if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines(True) if _step_of(line) <= start]
-        self._file = self._path.open("w")
-        self._file.writelines(kept)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            path = workdir / "metrics.jsonl"
+            _cut(path, start)
+            self._file = path.open("a")
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        else:
+            self._file = open(os.devnull, "w")
+            self._board = None
         interval = 0.5 if sys.stderr.isatty() else 15.0
-        self._bar = tqdm(total=steps, initial=start, unit="step", mininterval=interval, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=steps, initial=start, unit="step", mininterval=interval, dynamic_ncols=True, disable=not self._leads
+        )
         self._pending: tuple[int, dict] | None = None
         self._tokens = self._images = 0
         self._since = time.monotonic()
@@ -56,6 +67,8 @@ class Metrics:
             raise NonFiniteLoss(f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}", step)
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+        if self._seen is not None:
+            self._seen(step, values)
         self._tokens, self._images = self._tokens + values["tokens"], self._images + values["images"]
         self._bar.update(1)
         if step % self._log_every == 0:
@@ -71,7 +84,7 @@ class Metrics:
 
     def scalars(self, step: int, values: dict[str, float], group: str = "train") -> None:
         """Adds scalars to the TensorBoard files."""
-        for name, value in values.items():
+        for name, value in values.items() if self._board else ():
             if math.isfinite(value):
                 self._board.add_scalar(f"{group}/{name}", value, step)
 
@@ -82,15 +95,30 @@ class Metrics:
 
     def say(self, line: str) -> None:
         """A line above the progress bar."""
-        self._bar.write(line, file=sys.stderr)
+        if self._leads:
+            self._bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
-def _step_of(line: str) -> float:
+def _cut(path: Path, last: int) -> None:
+    """Cuts off the lines after step ``last``; what stays is not written again."""
+    if not path.exists():
+        return
+    length = 0
+    with path.open("rb+") as file:
+        for line in file:
+            if _step_of(line) > last:
+                break
+            length += len(line)
+        file.truncate(length)
+
+
+def _step_of(line: bytes) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):  # a line cut short by a kill
