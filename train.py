@@ -17,6 +17,8 @@ from deltallava_jax import cli
 from deltallava_jax.config import Config, ConfigError, load_config, override, to_dict
 from deltallava_jax.parallel import hosts
 
+FREE = ("dtype", "remat", "loss_chunk")  # of the model: how it is computed, not what
+
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     """(config, the other options) of a command line. Raises ConfigError."""
@@ -54,6 +56,9 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
 
     # ---------------------------------------------------------------- processes and devices
     hosts.connect(options)
+    can_evaluate = cfg.data.dataset in TASKS
+    if cfg.training.keep_best and not can_evaluate:
+        raise ConfigError(f"training.keep_best: no evaluation during training for data.dataset={cfg.data.dataset}")
     mesh = make_mesh(cfg)
     budgets = projectors.budgets(cfg.model.projector)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -65,7 +70,13 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     if latest is not None and config_file.exists():
         now, before = flatten(to_dict(cfg)), flatten(json.loads(config_file.read_text()))
         for key in sorted(key for key in now if now[key] != before.get(key)):
-            say(f"note: {key} is {now[key]!r} now; the workdir was begun with {before.get(key)!r}")
+            changed = f"{key.replace('/', '.')} is {now[key]!r} now; the workdir was begun with {before.get(key)!r}"
+            if key.startswith("model/") and key in before and key.split("/")[1] not in FREE:
+                raise ConfigError(
+                    f"{workdir} holds another model: {changed}. Use its settings, or another --workdir; with "
+                    f"--config.init_from={workdir} that begins with these weights, where they fit"
+                )
+            say(f"note: {changed}")
     elif latest is None and hosts.leads():  # the others read what it writes
         if cfg.init_from:
             if not (Path(cfg.init_from) / "checkpoints").is_dir():
@@ -101,7 +112,8 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     say(memory_table(step.shapes, step.compile(batch_shapes(cfg, mesh, first.text, first.images), first.budget)))
 
     # ---------------------------------------------------------------- training
-    def evaluate(params, metrics, number):
+    def evaluate(params, metrics, number) -> float:
+        accuracies = []
         for budget in budgets:
             report = TASKS[cfg.data.dataset](
                 params, cfg, tokenizer, budget=budget, limit=cfg.evaluation.limit, progress=False
@@ -109,8 +121,9 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
             by_type = ", ".join(f"{kind} {score['accuracy']:.4f}" for kind, score in report["by_type"].items())
             metrics.say(f"step {number}: {report['task']} {report['accuracy']:.4f} at {budget} tokens ({by_type})")
             metrics.scalars(number, {f"{report['task']}_{budget}": report["accuracy"]}, "eval")
+            accuracies.append(report["accuracy"])
+        return sum(accuracies) / len(accuracies)
 
-    can_evaluate = cfg.data.dataset in TASKS
     if train(cfg, step, rows, plan, workdir, steps, evaluate=evaluate if can_evaluate else None):
         minutes = (time.monotonic() - began) / 60
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes

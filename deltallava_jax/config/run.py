@@ -87,13 +87,18 @@ class TrainingConfig:
     log_every: int = 10
     eval_every: int = 0
     checkpoint_every: int = 500
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest
+    keep_best: int = 0  # and so many with the highest accuracy, of those saved at a step that was evaluated
     llavolta: tuple[tuple[int, ...], ...] = ()  # (stride, decoder layer) of equal parts: visual tokens are pooled
     every_budget: bool = False  # an elastic model: each step averages the loss of all budgets, not one that is drawn
 
     def __post_init__(self):
-        require_at_least(0, "training", self, "steps", "log_every", "eval_every", "checkpoint_every")
+        require_at_least(0, "training", self, "steps", "log_every", "eval_every", "checkpoint_every", "keep_best")
         require_at_least(1, "training", self, "keep_checkpoints")
+        require(
+            not self.keep_best or self.eval_every > 0,
+            f"training.keep_best={self.keep_best} needs training.eval_every: the best are those of highest accuracy",
+        )
         for stage in self.llavolta:
             require(
                 len(stage) == 2 and stage[0] >= 1,

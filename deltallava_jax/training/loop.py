@@ -36,16 +36,16 @@ def train(
     workdir: Path,
     steps: int,
     *,
-    evaluate: Callable[[Params, Metrics, int], None] | None = None,
+    evaluate: Callable[[Params, Metrics, int], float] | None = None,
 ) -> bool:
     """Trains up to ``steps`` from the workdir's newest checkpoint, or from the start: fresh parameters, or those of
     ``init_from``. True when all steps are done.
 
-    evaluate(params, metrics, step) is called every training.eval_every steps, on each process with whole parameters.
-    SIGTERM, to any process: all save the same, current step and return False. Raises NonFiniteLoss (nothing is saved
-    after the last good step), TooManyFaults, CheckpointError."""
+    evaluate(params, metrics, step) -> accuracy is called every training.eval_every steps, on each process with whole
+    parameters. SIGTERM, to any process: all save the same, current step and return False. Raises NonFiniteLoss (nothing
+    is saved after the last good step), TooManyFaults, CheckpointError."""
     every = cfg.training
-    checkpoints = Checkpoints(workdir, every.keep_checkpoints, create=True)
+    checkpoints = Checkpoints(workdir, every.keep_checkpoints, every.keep_best, create=True)
     latest = checkpoints.latest()
     if latest is None:
         state = init_state(cfg, step.mesh, steps, _initial_params(cfg, step))
@@ -71,13 +71,14 @@ def train(
                 metrics.push(number, values)
                 _report_faults(element, metrics, workdir)
                 stopping = stop(number) and number < steps
-                if stopping or number == steps or (every.checkpoint_every and number % every.checkpoint_every == 0):
-                    metrics.flush()  # a step that is not finite is never saved
-                    checkpoints.save(number, state, record)
-                if evaluate and every.eval_every and (number == steps or number % every.eval_every == 0):
+                accuracy = None
+                if evaluate and every.eval_every and _due(number, every.eval_every, steps) and not stopping:
                     metrics.flush()
-                    evaluate(hosts.whole(state.params), metrics, number)
+                    accuracy = evaluate(hosts.whole(state.params), metrics, number)
                     metrics.restart_clock()
+                if stopping or _due(number, every.checkpoint_every, steps):
+                    metrics.flush()  # a step that is not finite is never saved
+                    checkpoints.save(number, state, record, accuracy)
                 if stopping:
                     metrics.say(f"SIGTERM: saving step {number}; the same command resumes from it")
                     return False
@@ -93,6 +94,11 @@ def train(
         checkpoints.close()
         with contextlib.suppress(AttributeError):
             data.close()
+
+
+def _due(number: int, interval: int, steps: int) -> bool:
+    """Whether a step is the last, or one of every so many (0: none)."""
+    return number == steps or (interval > 0 and number % interval == 0)
 
 
 def _initial_params(cfg: Config, step: TrainStep) -> Params | None:
