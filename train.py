@@ -28,6 +28,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
     parser.add_argument("--config", required=True, help="a Python file with get_config()")
     parser.add_argument("--workdir", required=True, type=Path, help="checkpoints, metrics and results go here")
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
+    parser.add_argument("--profile", metavar="N:M", help="writes a profiler trace of steps N to M to WORKDIR/profile")
     hosts.add_arguments(parser)
     known, rest = parser.parse_known_args(arguments)
     return override(load_config(known.config), cli.overrides(rest, "train.py")), known
@@ -45,10 +46,12 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     from deltallava_jax.parallel.mesh import make_mesh
     from deltallava_jax.training.checkpoints import Checkpoints
     from deltallava_jax.training.loop import train
+    from deltallava_jax.training.profile import parse_steps
     from deltallava_jax.training.step import TrainStep, batch_shapes
 
     began, workdir = time.monotonic(), options.workdir
     cfg.model.require_whole("training")
+    profile = parse_steps(options.profile) if options.profile else None
 
     def say(line: str) -> None:
         if hosts.leads():
@@ -124,7 +127,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
             accuracies.append(report["accuracy"])
         return sum(accuracies) / len(accuracies)
 
-    if train(cfg, step, rows, plan, workdir, steps, evaluate=evaluate if can_evaluate else None):
+    if train(cfg, step, rows, plan, workdir, steps, evaluate=evaluate if can_evaluate else None, profile=profile):
         minutes = (time.monotonic() - began) / 60
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
         say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from collections.abc import Callable
@@ -52,6 +53,8 @@ def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     except KeyboardInterrupt:
         hosts.leave(interrupted)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            hosts.leave(f"error: {error}. Please make room on that disk and start the same command again")
         if not jax.distributed.is_initialized():
             raise
         hosts.leave(hosts.lost(error) or traceback.format_exc())

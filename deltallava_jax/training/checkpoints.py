@@ -18,8 +18,8 @@ from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.training.optimizer import join
 from deltallava_jax.training.step import TrainState
 
-# Orbax logs the errors of its threads with tracebacks and raises them too: the user gets them once, as CheckpointError.
-logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
+# What orbax logs with tracebacks it also raises: the user gets it once, as CheckpointError.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class CheckpointError(ValueError):

@@ -21,6 +21,7 @@ from deltallava_jax.parallel import hosts
 from deltallava_jax.parallel.mesh import put_rows
 from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
 from deltallava_jax.training.metrics import Metrics, NonFiniteLoss
+from deltallava_jax.training.profile import Trace
 from deltallava_jax.training.step import TrainStep, init_state
 
 
@@ -37,13 +38,15 @@ def train(
     steps: int,
     *,
     evaluate: Callable[[Params, Metrics, int], float] | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> bool:
     """Trains up to ``steps`` from the workdir's newest checkpoint, or from the start: fresh parameters, or those of
     ``init_from``. True when all steps are done.
 
     evaluate(params, metrics, step) -> accuracy is called every training.eval_every steps, on each process with whole
-    parameters. SIGTERM, to any process: all save the same, current step and return False. Raises NonFiniteLoss (nothing
-    is saved after the last good step), TooManyFaults, CheckpointError."""
+    parameters. profile: the first and last step to trace, into WORKDIR/profile. SIGTERM, to any process: all save the
+    same, current step and return False. Raises NonFiniteLoss (nothing is saved after the last good step),
+    TooManyFaults, CheckpointError."""
     every = cfg.training
     checkpoints = Checkpoints(workdir, every.keep_checkpoints, every.keep_best, create=True)
     latest = checkpoints.latest()
@@ -56,6 +59,7 @@ def train(
     metrics = Metrics(
         workdir, start, steps, every.log_every, functools.partial(_count_faults, cfg, workdir, record, plan)
     )
+    trace = Trace(profile, workdir / "profile")
     if start:
         metrics.say(f"resuming from step {start} of {steps}")
     data = elements(
@@ -67,7 +71,10 @@ def train(
             for number, element in enumerate(data, start + 1):
                 batch = put_rows(element.batch, step.mesh)
                 pooling = llavolta.stage_at(every.llavolta, number - 1, steps)
+                trace.before(number)
                 state, values = step(state, batch, element.budget, pooling)
+                if told := trace.after(number, values):
+                    metrics.say(told)
                 metrics.push(number, values)
                 _report_faults(element, metrics, workdir)
                 stopping = stop(number) and number < steps
@@ -89,6 +96,7 @@ def train(
         batch = _describe(rows, plan, error.step)
         raise NonFiniteLoss(f"{error}; {kept}. The batch: {batch}", error.step) from error
     finally:
+        trace.close()
         metrics.close()
         checkpoints.wait()
         checkpoints.close()

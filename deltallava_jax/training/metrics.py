@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,13 @@ import jax
 from tqdm import tqdm
 
 from deltallava_jax.parallel import hosts
+
+GIB = 2**30
+
+
+def host_memory() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -49,7 +57,7 @@ class Metrics:
             total=steps, initial=start, unit="step", mininterval=interval, dynamic_ncols=True, disable=not self._leads
         )
         self._pending: tuple[int, dict] | None = None
-        self._tokens = self._images = 0
+        self._steps = self._tokens = self._images = 0
         self._since = time.monotonic()
 
     def push(self, step: int, values: dict) -> None:
@@ -65,15 +73,16 @@ class Metrics:
         values = {name: value.item() for name, value in jax.device_get(values).items()}
         if not values.pop("finite"):
             raise NonFiniteLoss(f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}", step)
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._tokens, self._images = self._tokens + values["tokens"], self._images + values["images"]
+        self._steps += 1
+        told = step % self._log_every == 0
+        rates = self._rates() if told else {}
+        self._file.write(json.dumps({"step": step, **values, **rates}) + "\n")
         self._file.flush()
         if self._seen is not None:
             self._seen(step, values)
-        self._tokens, self._images = self._tokens + values["tokens"], self._images + values["images"]
         self._bar.update(1)
-        if step % self._log_every == 0:
-            elapsed = time.monotonic() - self._since
-            rates = {"tokens_per_second": self._tokens / elapsed, "images_per_second": self._images / elapsed}
+        if told:
             self._bar.set_postfix_str(
                 f"loss {values['loss']:.4f}, {rates['tokens_per_second']:,.0f} tokens/s, "
                 f"{rates['images_per_second']:,.1f} images/s",
@@ -81,6 +90,22 @@ class Metrics:
             )
             self.scalars(step, {**values, **rates})
             self.restart_clock()
+
+    def _rates(self) -> dict[str, float]:
+        """Speed since the last report, and memory in GiB now: of this process, and where the device tells, of its
+        first device at most."""
+        elapsed = time.monotonic() - self._since
+        rates = {
+            "seconds_per_step": elapsed / self._steps,
+            "tokens_per_second": self._tokens / elapsed,
+            "tokens_per_second_per_device": self._tokens / elapsed / jax.device_count(),
+            "images_per_second": self._images / elapsed,
+            "host_memory": host_memory() / GIB,
+        }
+        device = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in device:
+            rates["device_memory"] = device["peak_bytes_in_use"] / GIB
+        return rates
 
     def scalars(self, step: int, values: dict[str, float], group: str = "train") -> None:
         """Adds scalars to the TensorBoard files."""
@@ -90,7 +115,7 @@ class Metrics:
 
     def restart_clock(self) -> None:
         """Leaves the time since the last report (compiling, evaluating, saving) out of the rates."""
-        self._tokens = self._images = 0
+        self._steps = self._tokens = self._images = 0
         self._since = time.monotonic()
 
     def say(self, line: str) -> None:
@@ -100,9 +125,10 @@ class Metrics:
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with contextlib.suppress(OSError):  # a full disk: what is lost is of steps after the last checkpoint
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
 
 
 def _cut(path: Path, last: int) -> None:

@@ -19,10 +19,19 @@ def environment(devices=1):
     return {**os.environ, "XLA_FLAGS": flags}
 
 
-def start(workdir, *settings, devices=1, **options):
-    command = [sys.executable, "train.py", "--config", tiny.FILE, "--workdir", workdir, *settings]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(devices), **pipes, **options)
+def start(workdir, *settings, devices=1):
+    return _run("train.py", "--config", tiny.FILE, "--workdir", workdir, *settings, devices=devices)
+
+
+def evaluate(workdir, *settings):
+    return _run("eval.py", "--workdir", workdir, *settings)
+
+
+def _run(*command, devices=1):
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def start_several(count, workdir, *settings, devices=1):
