@@ -160,10 +160,10 @@ def supervise(arguments: list[str]) -> None:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == -signal.SIGABRT and "JAX distributed service" in kept:
         sys.exit(f"\nerror: {_who(kept)} stopped; {RESUME}")  # the progress bar may have left the line open
-    sys.stderr.write(kept)
     if code < 0:
+        sys.stderr.write(kept)
         sys.exit(f"\nerror: this process was ended by {signal.Signals(-code).name}; {RESUME}")
-    sys.exit(code)
+    sys.exit(code)  # what it had to say it has said
 
 
 def _relay(reader: int) -> str:

@@ -19,28 +19,46 @@ def environment(devices=1):
     return {**os.environ, "XLA_FLAGS": flags}
 
 
-def start(workdir, *settings, devices=1):
-    return _run("train.py", "--config", tiny.FILE, "--workdir", workdir, *settings, devices=devices)
+def start(workdir, *settings, devices=1, variables={}):
+    return _run(
+        "train.py", "--config", tiny.FILE, "--workdir", workdir, *settings, devices=devices, variables=variables
+    )
 
 
 def evaluate(workdir, *settings):
     return _run("eval.py", "--workdir", workdir, *settings)
 
 
-def _run(*command, devices=1):
-    command = [sys.executable, *map(str, command)]
+def _run(*command, devices=1, variables={}):
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment(devices) | variables,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
 def start_several(count, workdir, *settings, devices=1):
     """``count`` processes as one run, each with so many devices."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    explicit = ["--coordinator", address, "--processes", count, "--process"]
+    explicit = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", count, "--process"]
     return [start(workdir, *settings, *explicit, number, devices=devices) for number in range(count)]
+
+
+def start_as_slurm(count, workdir, *settings):
+    """The same with the variables of srun on one node."""
+    job = free_port(61440) - 61440  # jax derives the coordinator's port from the job's number
+    shared = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(count)}
+    tasks = [{"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)} for number in range(count)]
+    return [start(workdir, *settings, variables=shared | task) for task in tasks]
+
+
+def free_port(start=0):
+    """A port that nothing listens on: any, or the first from ``start`` on."""
+    while True:
+        with socket.socket() as candidate:
+            try:
+                candidate.bind(("127.0.0.1", start))
+                return candidate.getsockname()[1]
+            except OSError:
+                start += 1
 
 
 def finish(process, code=0):

@@ -1,16 +1,19 @@
 """Several real processes as one run: the losses of one, each other's end noticed, resumed by any number of them."""
 
+import argparse
 import re
 import signal
 import time
 
 import numpy as np
 import pytest
-from processes import finish, lines, start, start_several, wait_for
+from processes import finish, lines, start, start_as_slurm, start_several, wait_for
 
+from deltallava_jax.config import ConfigError
+from deltallava_jax.parallel import hosts
 from deltallava_jax.training.checkpoints import Checkpoints
 
-SETTINGS = ("--config.training.steps=40", "--config.training.checkpoint_every=5")
+SETTINGS = ("--config.training.steps=60", "--config.training.checkpoint_every=5")
 COUNTS = ("tokens", "images", "conversations", "supervised")  # of the whole batch: they tell batches apart
 
 
@@ -37,7 +40,8 @@ def assert_told_of(process, other):
 
 
 def test_runs_of_several_processes(alone, tmp_path):
-    """Two processes, one killed; two again, one of them told to stop; four, the coordinator killed; one to the end."""
+    """Two processes, one killed; as many again, one of them told to stop; half as many; twice as many, the coordinator
+    killed: in all the same batches, and the losses of one process."""
     sharded = (*SETTINGS, "--config.mesh.fsdp=2")
     first, second = start_several(2, tmp_path, *sharded, "--config.training.eval_every=6",
                                   "--config.evaluation.limit=64", devices=2)  # fmt: skip
@@ -54,20 +58,68 @@ def test_runs_of_several_processes(alone, tmp_path):
     second.send_signal(signal.SIGTERM)
     (_, told), (_, silent) = finish(first), finish(second)
     stopped = len(lines(tmp_path))
-    assert "resuming from step 5 of 40" in told and f"SIGTERM: saving step {stopped};" in told and stopped < 40
+    assert "resuming from step 5 of 60" in told and f"SIGTERM: saving step {stopped};" in told and stopped < 40
     assert "decoder/embed" in told and not {"decoder/embed", "resuming", "SIGTERM:"} & set(silent.split())  # one logs
     assert Checkpoints(tmp_path).latest() == stopped
 
-    four = start_several(4, tmp_path, *sharded)
-    wait_for(tmp_path, stopped + 3, *four)
-    four[0].kill()
-    for process in four[1:]:
-        assert_told_of(process, "process 0, the coordinator,")
-    finish(four[0], code=-signal.SIGKILL)
+    half = start(tmp_path, *SETTINGS)
+    wait_for(tmp_path, stopped + 6, half)
+    half.kill()
+    half.communicate()
 
-    _, err = finish(start(tmp_path, *SETTINGS))
-    assert "resuming from step" in err
+    coordinator, other = start_as_slurm(2, tmp_path, *sharded)
+    wait_for(tmp_path, stopped + 12, coordinator, other)
+    coordinator.kill()
+    assert_told_of(other, "process 0, the coordinator,")
+    finish(coordinator, code=-signal.SIGKILL)
+    resumed = Checkpoints(tmp_path).latest()
+    assert resumed > stopped + 3
+
     ours = lines(tmp_path)
+    assert of(ours, "step") == of(alone[: len(ours)], "step") and len(ours) >= stopped + 12
     for name in COUNTS:
-        assert of(ours, name) == of(alone, name)
-    np.testing.assert_allclose(of(ours, "loss"), of(alone, "loss"), rtol=1e-3)
+        assert of(ours, name) == of(alone[: len(ours)], name)
+    np.testing.assert_allclose(of(ours, "loss"), of(alone[: len(ours)], "loss"), rtol=1e-4)
+
+
+SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, False),
+        (SRUN | {"SLURM_NTASKS": "2"}, True),
+        (SRUN | {"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, False),  # in a batch script, without srun
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True),
+    ],
+)
+def test_where_several_processes_are_recognised(monkeypatch, variables, expected):
+    for name in (*SRUN, "SLURM_NTASKS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hosts, "glob", lambda pattern: [])  # no TPU here
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert hosts.several(options()) == expected
+
+
+def options(*arguments):
+    parser = argparse.ArgumentParser()
+    hosts.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--coordinator", "a:1", "--processes", "2"), "--coordinator, --processes and --process belong together"),
+        (("--coordinator", "a:1", "--processes", "2", "--process", "2"), "a process from 0 to 1"),
+        (("--coordinator", "a", "--processes", "2", "--process", "0"), "expected HOST:PORT"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(arguments, told):
+    with pytest.raises(ConfigError, match=told):
+        hosts.several(options(*arguments))
