@@ -8,7 +8,6 @@ runs/NAME_start, made by ``convert``; stage 1 goes to runs/NAME_pretrain, where 
 
 from deltallava_jax import config as c
 
-ROW = 2048
 MEAN_TEXT = {"pretrain": 40, "finetune": 300}  # tokens of a conversation, about: decides the rows of a batch
 CONVERSATIONS = {"pretrain": 256, "finetune": 128}
 
@@ -28,7 +27,8 @@ def base(
     if stage not in MEAN_TEXT:
         raise c.ConfigError(f"the configuration has the stages pretrain and finetune, not {stage!r}")
     pretrain = stage == "pretrain"
-    needed = CONVERSATIONS[stage] * (MEAN_TEXT[stage] + tokens) / ROW
+    row = 2048 if tokens <= 256 else 4096  # few long conversations would leave gaps in a short row
+    needed = CONVERSATIONS[stage] * (MEAN_TEXT[stage] + tokens) / row
     data = c.DataConfig(
         dataset="llava",
         json=("data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",)
@@ -38,7 +38,7 @@ def base(
         template="plain" if pretrain else template,
         aspect="squash" if vision.startswith("siglip") else "square" if pretrain else "pad",
         rows=8 * max(1, round(needed / 8)),
-        row_length=ROW,
+        row_length=row,
         workers=8,
     )
     return c.Config(
