@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 from deltallava_jax.config.checks import ConfigError, require, require_at_least
-from deltallava_jax.config.model import ModelConfig
+from deltallava_jax.config.model import DTYPES, ModelConfig
 
 ASPECTS = ("square", "pad", "squash")
 
@@ -65,12 +65,14 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    mu_dtype: str = "float32"  # of Adam's first moment; bfloat16 saves two bytes a trained parameter
     accumulation: int = 1
     frozen: tuple[str, ...] = ()
 
     def __post_init__(self):
         require(self.lr > 0, f"optimizer.lr={self.lr}; expected more than 0")
         require_at_least(1, "optimizer", self, "accumulation")
+        require(self.mu_dtype in DTYPES, f"optimizer.mu_dtype is {self.mu_dtype!r}; known: {', '.join(DTYPES)}")
         for pattern in self.frozen:
             try:
                 re.compile(pattern)

@@ -14,8 +14,9 @@ import numpy as np
 from deltallava_jax.config import ConfigError, DataConfig
 from deltallava_jax.sequence import budget_at
 
-LOOKAHEAD = 16  # records set aside for the next batch before this one counts as full
+POOL = 256  # records that a row is filled from, the oldest first and, towards its end, those that fill it best
 NEARLY_ALL = 0.999  # of the records with an image fit a row whole; longer ones are cut
+SAMPLE = 4096  # records on which the number of image places is tried out
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class Plan:
 class PackPlan(Plan):
     """Fills rows of S slots: sum of text lengths <= T, images <= I, T + I * (V - 1) = S for the step's budget V.
 
-    Texts without an image that are longer than T share steps of their own, with T = S and no image, so that they need
-    not be cut and do not pay for the tower."""
+    Where there are images, records without one share steps of their own, with T = S and no image: they are not cut at
+    the shorter T and do not pay for the tower."""
 
     def __init__(
         self,
@@ -86,25 +87,23 @@ class PackPlan(Plan):
 
         Raises ConfigError if a row of ``row_length`` cannot hold the images."""
         super().__init__(lengths, images, budgets, rows, row_length, seed)
+        self._apart = (self.images == 0) & (self.lengths > 0) & self.images.any()
         self.capacities = {budget: self._capacity(budget, images_per_row) for budget in budgets}
-        shortest = min(text for text, _ in self.capacities.values())
-        self._apart = (self.images == 0) & (self.lengths > shortest)
 
     def _capacity(self, budget: int, images_per_row: int) -> tuple[int, int]:
-        """(T, I): I from the data's mean text per image unless given, leaving room for nearly every record with one."""
+        """(T, I): unless given, the least I that fills rows of a sample nearly best, with room for nearly every record
+        that has an image."""
         most, total = int(self.images.max()), int(self.images.sum())
         if total == 0:
             return self.row_length, 0
         wanted = images_per_row
-        if not wanted:  # the number of images that fills rows of average records best
+        if not wanted:
             longest = int(np.quantile(self.lengths[self.images > 0], NEARLY_ALL))
             room = (self.row_length - longest) // max(budget - 1, 1)
-            counts = np.arange(most, max(most, min(room, self.row_length)) + 1)
-            text = self.row_length - counts * (budget - 1)
-            alone = np.sort(self.lengths[self.images == 0])
-            short = np.concatenate([[0], np.cumsum(alone)])[np.searchsorted(alone, text, side="right")]
-            mean = np.maximum((self.lengths[self.images > 0].sum() + short) / total, 1.0)
-            wanted = int(counts[np.argmax(np.minimum(counts, text / mean))])
+            average = self.row_length / (self.lengths[self.images > 0].sum() / total + budget - 1)
+            counts = np.unique(np.clip(np.arange(-2, 2) + round(average), most, max(most, min(room, self.row_length))))
+            fills = np.array([self._fill_of_sample(budget, int(count)) for count in counts])
+            wanted = int(counts[np.argmax(fills >= fills.max() - 0.005)])
         text = self.row_length - wanted * (budget - 1)
         if text < 2 or wanted < most:
             raise ConfigError(
@@ -112,20 +111,33 @@ class PackPlan(Plan):
             )
         return text, wanted
 
+    def _fill_of_sample(self, budget: int, images: int) -> float:
+        """The share of live slots in rows of a sample with that many image places."""
+        text = self.row_length - images * (budget - 1)
+        if text < 2:
+            return 0.0
+        order = np.random.default_rng(0).permutation(np.flatnonzero(~self._apart))[:SAMPLE]
+        live = np.minimum(self.lengths[order], text).sum() + self.images[order].sum() * (budget - 1)
+        filled, pool = 0, order[:0]
+        while len(order) or len(pool):
+            rows, pool, order = self._fill(pool, order, text, images)
+            filled += sum(map(bool, rows))
+        return live / max(filled * self.row_length, 1)
+
     def _plan_epoch(self, epoch: int, first_step: int) -> list[Step]:
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
         together, apart = order[~self._apart[order]], order[self._apart[order]]
-        alone, none = [], []
-        while len(apart) or none:
+        alone, none = [], order[:0]
+        while len(apart) or len(none):
             rows, none, apart = self._fill(none, apart, self.row_length, 0)
             alone.append(rows)
         # Spread over the epoch, whose length is estimated: one after so many others.
         every = int(self.lengths[together].sum() / max(len(alone), 1) / (self.rows * self.row_length)) + 1
-        steps, waiting = [], []
-        while len(together) or waiting or alone:
+        steps, waiting = [], order[:0]
+        while len(together) or len(waiting) or alone:
             budget = budget_at(self.seed, first_step + len(steps), self.budgets)
             text, images = self.capacities[budget]
-            if alone and ((len(steps) + 1) % (every + 1) == 0 or not (len(together) or waiting)):
+            if alone and ((len(steps) + 1) % (every + 1) == 0 or not (len(together) or len(waiting))):
                 steps.append(Step(epoch, budget, alone.pop(0), self.row_length, 0))
                 continue
             rows, waiting, together = self._fill(waiting, together, text, images)
@@ -133,29 +145,36 @@ class PackPlan(Plan):
         return steps
 
     def _fill(
-        self, waiting: list[int], order: np.ndarray, text: int, images: int
-    ) -> tuple[list[list[int]], list[int], np.ndarray]:
+        self, pool: np.ndarray, order: np.ndarray, text: int, images: int
+    ) -> tuple[list[list[int]], np.ndarray, np.ndarray]:
         """(rows of a batch, the records that wait for the next one, the rest of the order)."""
-        text_left, images_left = np.full(self.rows, text), np.full(self.rows, images)
-        rows: list[list[int]] = [[] for _ in range(self.rows)]
-        candidates, waiting, taken = waiting, [], 0
-        while len(waiting) < LOOKAHEAD:
-            if candidates:
-                record = candidates.pop(0)
-            elif taken < len(order):
-                record, taken = int(order[taken]), taken + 1
-            else:
-                break
-            length = min(int(self.lengths[record]), text)
-            fits = (text_left >= length) & (images_left >= self.images[record])
-            if not fits.any():
-                waiting.append(record)
-                continue
-            row = int(np.where(fits, text_left, text + 1).argmin())  # the fullest row that still has room
-            rows[row].append(record)
-            text_left[row] -= length
-            images_left[row] -= self.images[record]
-        return rows, waiting + candidates, order[taken:]
+        rows = []
+        for _ in range(self.rows):
+            taken = POOL - len(pool)
+            pool, order = np.concatenate([pool, order[:taken]]), order[taken:]
+            chosen = self._choose(np.minimum(self.lengths[pool], text), self.images[pool], text, images)
+            rows.append(pool[chosen].tolist())
+            pool = np.delete(pool, chosen)
+        return rows, pool, order
+
+    def _choose(self, lengths: np.ndarray, images: np.ndarray, text: int, places: int) -> list[int]:
+        """Which of the records, the oldest first, fill a row of so many text tokens and image places."""
+        if not len(lengths):
+            return []
+        mean = max(lengths.sum() / max(np.maximum(images, 1).sum(), 1), 1.0)  # text of an image
+        text_left, places_left = text - np.cumsum(lengths), places - np.cumsum(images)
+        more = np.minimum(text_left / mean, places_left if places else np.inf)  # records still to come, about
+        taken = max(int((more >= 1.5).cumprod().sum()), 1)
+        chosen, free = list(range(taken)), np.arange(len(lengths)) >= taken
+        text, places = text_left[taken - 1], places_left[taken - 1]
+        while (fits := free & (lengths <= text) & (images <= places)).any():
+            more = max(round(min(text / mean, places or np.inf)), 1)
+            wanted = text / more * np.maximum(images, 1)
+            record = int(np.where(fits, np.abs(lengths - wanted), np.inf).argmin())
+            chosen.append(record)
+            free[record] = False
+            text, places = text - lengths[record], places - images[record]
+        return chosen
 
 
 BUCKET = 256  # padded batches have lengths that are multiples, so that few are compiled

@@ -142,7 +142,8 @@ class TrainStep:
             budget, pooling = projectors.budgets(self.cfg.model.projector)[0], None
         signature = (budget, pooling, *batch.tokens.shape, batch.image_positions.shape[1])
         if signature not in self.compiled:
-            self.compiled[signature] = self._jit.lower(self.shapes, batch, budget, pooling).compile()
+            with jax.set_mesh(self.mesh):
+                self.compiled[signature] = self._jit.lower(self.shapes, batch, budget, pooling).compile()
         return self.compiled[signature]
 
     def __call__(

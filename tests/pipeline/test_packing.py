@@ -86,7 +86,7 @@ def test_any_step_can_be_asked_for_first(case):
     assert [plan.step(number) for number in reversed(range(len(expected)))] == expected[::-1]
 
 
-def test_long_texts_share_steps_without_images_and_are_not_cut():
+def test_texts_without_image_share_steps_and_are_not_cut():
     lengths, images = easy_like(400)
     lengths[::20], images[::20] = 400, 0
     plan = PackPlan(lengths, images, budgets=(64, 16), rows=4, row_length=512)
@@ -129,6 +129,20 @@ def test_rows_are_at_least_nine_tenths_full(budget):
     plan = PackPlan(lengths, images, budgets=(budget,), rows=8, row_length=512)
     live = lengths.sum() + images.sum() * (budget - 1)
     assert live / (plan.steps_for(1) * 8 * 512) >= 0.9
+
+
+@pytest.mark.parametrize("budget", [144, 36, 1])
+def test_rows_of_an_instruction_mixture_are_nineteen_twentieths_full(budget):
+    rng, kinds = (
+        np.random.default_rng(0),
+        [(0.62, 60, 400, 1), (0.24, 100, 600, 1), (0.08, 60, 200, 1), (0.06, 200, 2000, 0)],
+    )
+    kind = rng.choice(4, 12_000, p=[share for share, *_ in kinds])
+    lengths = np.array([rng.integers(kinds[k][1], kinds[k][2] + 1) for k in kind])
+    images = np.array([kinds[k][3] for k in kind])
+    plan = PackPlan(lengths, images, budgets=(budget,), rows=8, row_length=2048)
+    live = lengths.sum() + images.sum() * (budget - 1)
+    assert live / (plan.steps_for(1) * 8 * 2048) >= 0.95
 
 
 @pytest.mark.parametrize(
