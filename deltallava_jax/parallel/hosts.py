@@ -19,6 +19,7 @@ from importlib import util
 from deltallava_jax.config import ConfigError
 
 HEARTBEAT = 30  # seconds: a process that gave no sign of life for so long counts as dead
+PATIENCE = 300  # seconds in which all processes must have come
 RESUME = "start the same command again on all hosts to resume from the newest checkpoint"
 
 _LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|Socket closed|Connection (closed|reset)")
@@ -62,7 +63,7 @@ def several(options: argparse.Namespace) -> bool:
 def connect(options: argparse.Namespace) -> None:
     """Makes the processes one run, in which jax.devices() are those of all. Does nothing for a lone process.
 
-    Raises ConfigError if the others do not come within five minutes."""
+    Raises ConfigError if the coordinator cannot be found; if the others do not come, the runtime aborts."""
     import jax
 
     if not several(options):
@@ -71,7 +72,11 @@ def connect(options: argparse.Namespace) -> None:
     method = {} if options.coordinator is None else {"cluster_detection_method": "deactivate"}
     try:
         jax.distributed.initialize(
-            *where, **method, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=2 * HEARTBEAT
+            *where,
+            **method,
+            initialization_timeout=PATIENCE,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=2 * HEARTBEAT,
         )
     except ValueError:  # a TPU VM that is no part of a larger slice
         if options.coordinator is not None:
@@ -134,7 +139,7 @@ def leave(message: str) -> None:
 def supervise(arguments: list[str]) -> None:
     """One of several: returns in a child process, while the parent waits for its end. Else returns at once.
 
-    Signals that the parent gets go to the child; if the parent is killed, so is the child."""
+    A SIGTERM that the parent gets goes to the child; if the parent is killed, so is the child."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_arguments(parser)
     try:
@@ -154,11 +159,16 @@ def supervise(arguments: list[str]) -> None:
         os.close(writer)
         return
     os.close(writer)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: os.kill(child, number))
+    signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to the child too
     kept = _relay(reader)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == -signal.SIGABRT and "JAX distributed service" in kept:
+        if "RegisterTask" in kept:
+            sys.exit(
+                f"error: the processes of this run did not find each other in {PATIENCE} seconds; start the command on "
+                "all hosts, where the coordinator's address can be reached"
+            )
         sys.exit(f"\nerror: {_who(kept)} stopped; {RESUME}")  # the progress bar may have left the line open
     if code < 0:
         sys.stderr.write(kept)

@@ -98,10 +98,10 @@ def train(
     finally:
         trace.close()
         metrics.close()
-        checkpoints.wait()
-        checkpoints.close()
         with contextlib.suppress(AttributeError):
             data.close()
+        checkpoints.wait()
+        checkpoints.close()
 
 
 def _due(number: int, interval: int, steps: int) -> bool:

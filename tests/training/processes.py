@@ -33,6 +33,7 @@ def _run(*command, devices=1, variables={}):
     return subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment(devices) | variables,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,  # a process group of its own, for signals
     )  # fmt: skip
 
 

@@ -3,11 +3,13 @@
 import argparse
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
-from processes import finish, lines, start, start_as_slurm, start_several, wait_for
+from processes import GUARD, ROOT, finish, free_port, lines, start, start_as_slurm, start_several, wait_for
 
 from deltallava_jax.config import ConfigError
 from deltallava_jax.parallel import hosts
@@ -78,6 +80,22 @@ def test_runs_of_several_processes(alone, tmp_path):
     for name in ("step", *COUNTS):
         assert of(ours, name) == of(alone[: len(ours)], name)
     np.testing.assert_allclose(of(ours, "loss"), of(alone[: len(ours)], "loss"), rtol=1e-4)
+
+
+def test_processes_that_do_not_find_each_other_say_so():
+    arguments = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process", "1"]
+    program = f"""
+import argparse
+from deltallava_jax.parallel import hosts
+hosts.PATIENCE = 5
+hosts.supervise({arguments})
+parser = argparse.ArgumentParser()
+hosts.add_arguments(parser)
+hosts.connect(parser.parse_args({arguments}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
+    assert done.returncode == 1 and done.stderr.startswith("error: the processes of this run did not find each other")
+    assert len(done.stderr.splitlines()) == 1
 
 
 SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}

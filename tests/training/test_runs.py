@@ -1,10 +1,12 @@
 """Whole runs of train.py and eval.py in processes of their own: killed, stopped, resumed, evaluated, refused."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from processes import evaluate, finish, lines, start, wait_for
@@ -35,11 +37,14 @@ def undisturbed(tmp_path_factory):
 
 
 def test_killed_during_a_save_and_started_again_the_losses_are_the_same_to_the_bit(undisturbed, tmp_path):
-    process = start(tmp_path, *OFTEN)
+    process = start(tmp_path, *OFTEN, "--config.data.workers=1")
     wait_for(tmp_path, 70, process)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     wait_for_a_save(tmp_path, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):  # they end with it
+        time.sleep(0.1)
     done = len(lines(tmp_path))
     assert 70 <= done < 160 and done - 3 <= Checkpoints(tmp_path).latest() <= done  # finished ones alone are chosen
     _, err = finish(start(tmp_path, *LONG))
@@ -49,10 +54,10 @@ def test_killed_during_a_save_and_started_again_the_losses_are_the_same_to_the_b
 
 
 def test_sigterm_during_a_save_saves_the_current_step(undisturbed, tmp_path):
-    process = start(tmp_path, *OFTEN)
+    process = start(tmp_path, *OFTEN, "--config.data.workers=1")
     wait_for(tmp_path, 50, process)
     wait_for_a_save(tmp_path, process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as clusters do: to the data workers too
     _, err = finish(process)
     done = len(losses(tmp_path))
     assert f"SIGTERM: saving step {done}" in err and done < 160
