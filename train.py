@@ -17,7 +17,7 @@ from deltallava_jax import cli
 from deltallava_jax.config import Config, ConfigError, load_config, override, to_dict
 from deltallava_jax.parallel import hosts
 
-FREE = ("dtype", "remat", "loss_chunk")  # of the model: how it is computed, not what
+FREE = ("dtype", "remat", "loss_chunk", "tower_images")  # of the model: how it is computed, not what
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
