@@ -14,6 +14,7 @@ from deltallava_jax import cli
 COMMANDS = {
     "data": ("deltallava_jax.data.command", "LLaVA data sets: check them, build them into ArrayRecord"),
     "convert": ("deltallava_jax.convert.command", "checkpoints of Hugging Face, LLaVA and ours, into each other"),
+    "plan": ("deltallava_jax.analysis.plan_command", "memory, operations and collectives of a run on a machine"),
 }
 
 
@@ -36,6 +37,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             module.add_arguments(command)
             command.set_defaults(main=module.main)
     options, rest = parser.parse_known_args(arguments)
+    if hasattr(options, "overrides"):
+        options.overrides, rest = rest, []
     if rest and (not hasattr(options, "paths") or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse ends a list of paths at the first option after it

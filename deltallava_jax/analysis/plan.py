@@ -1,16 +1,39 @@
-"""What a run will hold, before its first step: the parameter table and the memory of the compiled step."""
+"""What a run will hold, before its first step: the parameter table, the memory of the compiled step, and what the same
+step needs on a machine that one does not have: compiled for it by its compiler, and read."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from unittest import mock
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from deltallava_jax.analysis import flops, targets
+from deltallava_jax.analysis.collectives import Collective, collectives, received_bytes, summary
+from deltallava_jax.analysis.targets import Target
+from deltallava_jax.config import Config, MeshConfig
+from deltallava_jax.data.packing import plan_for
+from deltallava_jax.models import projectors
 from deltallava_jax.models.names import flatten
-from deltallava_jax.training.step import TrainState
+from deltallava_jax.parallel.mesh import AXES, make_mesh
+from deltallava_jax.training.step import TrainState, TrainStep, batch_shapes
 
 MIB = 2**20
+STEPS = 1000  # of the run: only constants of the learning rate's schedule depend on it
+TEXTS = {"plain": 40}  # tokens of text an image, about, in LLaVA's two stages: captions, and by default
+CONVERSATION = 300
+MFU = 0.5  # of the peak: assumed of products of these sizes; MaxText reports 0.45 to 0.65 (github.com/AI-Hypercomputer)
 
 
 def parameter_table(shapes: TrainState) -> str:
@@ -46,3 +69,153 @@ def memory_table(shapes: TrainState, program: jax.stages.Compiled) -> str:
         rows["gradients, activations"] = analysis.temp_size_in_bytes
     rows["total"] = sum(rows.values())
     return "memory of a device: " + ", ".join(f"{name} {size / MIB:,.1f} MiB" for name, size in rows.items())
+
+
+def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> dict:
+    """The plan as one JSON object. text: tokens of text an image (0: by the template). count: compile for the
+    compiler's count of operations, too.
+
+    Raises ConfigError if the target's compiler is not there or the configuration does not fit the mesh."""
+    cfg.model.require_whole("a plan")
+    mesh = make_mesh(cfg, targets.devices(target))
+    text = text or TEXTS.get(cfg.data.template, CONVERSATION)
+    budget, T, I, conversations = first_batch(cfg, text)
+    step = TrainStep(cfg, mesh, STEPS)
+    traced = step.trace(batch_shapes(cfg, mesh, T, I), budget)
+    by_part = flops.traced(traced.jaxpr)
+    budgets = projectors.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
+    with compiler_output() as output:
+        began = time.monotonic()
+        lowered = traced.lower()
+        program, used = compile_or_size(lowered)
+        seconds = time.monotonic() - began
+        counted = compiler_flops(cfg, mesh, T, I, budget) if count else None
+    found = [] if program is None else collectives(program.as_text(), mesh.size)
+    per_device = memory(step, program, used, target)
+    return dict(
+        target=str(target),
+        devices=mesh.size,
+        config=cfg.name,
+        mesh=dict(zip(AXES, mesh.devices.shape)),
+        batch=dict(
+            rows=cfg.data.rows, row_length=cfg.data.row_length, text_tokens=T, images=I, budget=budget,
+            text_per_image=text, conversations=conversations, accumulation=cfg.optimizer.accumulation,
+        ),
+        fits=per_device["total_bytes"] <= per_device["capacity_bytes"],
+        per_device=per_device,
+        flops_per_step=flops.total(by_part),
+        model_flops_per_step=flops.needed(by_part, cfg, [T + I * (each - 1) for each in budgets]),
+        flops_by_part=by_part,
+        compiler_flops_per_step=counted,
+        collectives=summary(found) if program else None,
+        largest_collective_bytes=max((one.bytes for one in found), default=0),
+        step_seconds=step_seconds(flops.total(by_part), found, target) if program and target.chip else None,
+        seconds_to_compile=round(seconds, 1),
+        rematerialization_warnings=len(re.findall("nvoluntary full remat", "".join(output))),
+        jax=jax.__version__,
+    )  # fmt: skip
+
+
+def first_batch(cfg: Config, text: int) -> tuple[int, int, int, int]:
+    """(budget, T, I, conversations): the largest budget's batch as the data plan would lay it out for conversations
+    of one image and about ``text`` tokens of text, half as much more or less."""
+    lengths = np.linspace(0.5 * text, 1.5 * text, 2048).round().astype(int).clip(2)
+    budget = projectors.budgets(cfg.model.projector)[0]
+    plan = plan_for(cfg.data, lengths, np.ones_like(lengths), (budget,), cfg.seed)
+    first = plan.step(0)
+    return budget, first.text, first.images, sum(map(len, first.rows))
+
+
+def compile_or_size(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, int]:
+    """(program, 0), or (None, bytes that it would need) where the TPU compiler refuses a program for its size."""
+    try:
+        return lowered.compile(), 0
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not used:
+            raise
+        return None, int(float(used.group(1)) * 2 ** (10 * (1 + "KMGT".index(used.group(2)))))
+
+
+def memory(step: TrainStep, program: jax.stages.Compiled | None, used: int, target: Target) -> dict[str, int]:
+    """Bytes of one device. Gradients are counted, not read: float32, sharded as their parameters, and once more where
+    microbatches are added up; activations are what else the temporaries hold."""
+    state = step.shapes
+    parameters, optimizer = device_bytes((state.trained, state.frozen)), device_bytes(state.optimizer)
+    if program is None:
+        temporary = max(used - parameters - optimizer, 0)
+    else:
+        temporary = program.memory_analysis().temp_size_in_bytes
+    gradients = device_bytes(state.trained) * (2 if step.cfg.optimizer.accumulation > 1 else 1)
+    return dict(
+        parameters_bytes=parameters,
+        optimizer_bytes=optimizer,
+        temporary_bytes=temporary,
+        gradient_bytes=min(gradients, temporary),
+        activation_bytes=max(temporary - gradients, 0),
+        total_bytes=parameters + optimizer + temporary,
+        capacity_bytes=target.capacity,
+    )
+
+
+def compiler_flops(cfg: Config, mesh: Mesh, text: int, images: int, budget: int) -> int | None:
+    """Operations of a step by the compiler's own count, element-wise work included.
+
+    It counts a loop's body once, so one and two decoder layers are compiled without loops, for the rows of one device,
+    and their difference stands for the others. None where that does not fit the device memory."""
+    share = mesh.shape["data"] * mesh.shape["fsdp"]
+    counts = []
+    for layers in (1, 2):
+        small = replace(
+            cfg,
+            model=replace(cfg.model, decoder=replace(cfg.model.decoder, layers=layers), fastv=None),
+            data=replace(cfg.data, rows=cfg.data.rows // share),
+            optimizer=replace(cfg.optimizer, accumulation=1),
+            training=replace(cfg.training, llavolta=()),
+            mesh=MeshConfig(),
+        )
+        one = make_mesh(small, mesh.devices.reshape(-1)[:1].tolist())
+        with unrolled():
+            lowered = TrainStep(small, one, STEPS).trace(batch_shapes(small, one, text, images), budget).lower()
+        program, _ = compile_or_size(lowered)
+        if program is None:
+            return None
+        counts.append(program.cost_analysis()["flops"])
+    return int(share * (counts[0] + (cfg.model.decoder.layers - 1) * (counts[1] - counts[0])))
+
+
+@contextlib.contextmanager
+def unrolled() -> Iterator[None]:
+    """Within it every scan is traced as a straight line."""
+    with mock.patch.object(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True)):
+        yield
+
+
+def step_seconds(operations: int, found: list[Collective], target: Target) -> dict[str, float | str]:
+    """An estimate from the stated peaks: products at MFU of the peak, collectives at the link's whole rate."""
+    chip = target.chip
+    compute = operations / (target.count * chip.peak_flops * MFU)
+    rate = lambda one: chip.network if chip.per_host and one.group > chip.per_host else chip.link
+    moved = sum(one.count * received_bytes(one) / rate(one) for one in found)
+    return dict(estimate=max(compute, moved), compute=compute, collectives=moved, assumption=(
+        f"{MFU:.0%} of {chip.peak_flops / 1e12:g} TFLOP/s a device; collectives at {chip.link / 1e9:g} GB/s"
+        + (f", {chip.network / 1e9:g} GB/s beyond {chip.per_host} devices" if chip.per_host else "")
+        + f", hidden behind the products where they are shorter ({chip.source})"
+    ))  # fmt: skip
+
+
+@contextlib.contextmanager
+def compiler_output() -> Iterator[list[str]]:
+    """Keeps what compilers write to the process's standard error off the screen: in the list, at the end."""
+    with tempfile.TemporaryFile() as file:
+        sys.stderr.flush()
+        screen, written = os.dup(2), []
+        os.dup2(file.fileno(), 2)
+        try:
+            yield written
+        finally:
+            sys.stderr.flush()
+            os.dup2(screen, 2)
+            os.close(screen)
+            file.seek(0)
+            written.append(file.read().decode(errors="replace"))

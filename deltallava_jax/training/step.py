@@ -136,14 +136,18 @@ class TrainStep:
             self._step, static_argnums=(2, 3), donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, P()))
         )
 
+    def trace(self, batch: Batch, budget: int, pooling: llavolta.Pooling | None = None) -> jax.stages.Traced:
+        """The program for batches like ``batch`` (arrays or shapes, with shardings), before it is compiled."""
+        with jax.set_mesh(self.mesh):
+            return self._jit.trace(self.shapes, batch, budget, pooling)
+
     def compile(self, batch: Batch, budget: int, pooling: llavolta.Pooling | None = None) -> jax.stages.Compiled:
-        """The program for batches like ``batch`` (arrays or shapes, with shardings)."""
+        """The program for batches like ``batch``."""
         if not batch.image_positions.shape[1]:  # without images all budgets are one program
             budget, pooling = projectors.budgets(self.cfg.model.projector)[0], None
         signature = (budget, pooling, *batch.tokens.shape, batch.image_positions.shape[1])
         if signature not in self.compiled:
-            with jax.set_mesh(self.mesh):
-                self.compiled[signature] = self._jit.lower(self.shapes, batch, budget, pooling).compile()
+            self.compiled[signature] = self.trace(batch, budget, pooling).lower().compile()
         return self.compiled[signature]
 
     def __call__(

@@ -1,0 +1,76 @@
+"""Floating-point operations of a program's matrix products, counted in what JAX traced, before any compiler.
+
+A multiply and an add are two operations; element-wise work (about 1 % of a train step) is left out. Exact for every
+system, since it is the program itself that is counted: a scan's body as often as it runs, what the backward pass
+computes again under its own name, attention as the whole square of scores that dense attention computes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+import jax
+import jax.extend.core
+
+from deltallava_jax.config import Config, DecoderConfig
+
+PASSES = ("forward", "backward", "recompute")
+# Part of the model -> its named scopes; the first one found in an operation's scopes decides.
+PARTS = {"logits": "logits", "tower": "tower", "projector": "projector", "decoder": "decoder_layers|question"}
+Flops = dict[str, dict[str, int]]  # part -> pass -> operations; "other" for what lies in no part
+
+
+def traced(program) -> Flops:
+    """Operations by part and pass of a program: ``jax.make_jaxpr(f)(...)`` or ``jax.jit(f).trace(...).jaxpr``.
+
+    Raises ValueError for a loop whose number of iterations the program does not tell."""
+    counts = {part: dict.fromkeys(PASSES, 0) for part in (*PARTS, "other")}
+    for scopes, operations in _products(program.jaxpr, "", 1):
+        part = next((part for part, pattern in PARTS.items() if re.search(pattern, scopes)), "other")
+        backward = "transpose(" in scopes
+        counts[part]["recompute" if "rematted" in scopes else "backward" if backward else "forward"] += operations
+    return {part: passes for part, passes in counts.items() if any(passes.values())}
+
+
+def total(flops: Flops, passes: tuple[str, ...] = PASSES) -> int:
+    return sum(counts[each] for counts in flops.values() for each in passes)
+
+
+def needed(flops: Flops, cfg: Config, slots: list[int]) -> int:
+    """Operations that a train step needs, the base of MFU: nothing twice, and no scores that the causal mask drops.
+
+    slots: of a row, for each of the step's budgets. Conversations that share a row see less still; that stays in."""
+    dropped = sum(masked(cfg.model.decoder, each) for each in slots) * cfg.data.rows
+    return total(flops, ("forward", "backward")) - 3 * dropped  # the backward pass has two products for each one
+
+
+def masked(cfg: DecoderConfig, slots: int) -> int:
+    """Operations of a row's forward pass on scores and values of slots that come later."""
+    return cfg.layers * 4 * (slots * (slots - 1) // 2) * cfg.width
+
+
+def _products(jaxpr: jax.extend.core.Jaxpr, scopes: str, times: int) -> Iterator[tuple[str, int]]:
+    """(named scopes, operations) of every matrix product and convolution, inner programs included."""
+    for eqn in jaxpr.eqns:
+        name, inside = eqn.primitive.name, f"{scopes}/{eqn.source_info.name_stack}"
+        shapes = [getattr(v.aval, "shape", ()) for v in (*eqn.invars[:2], eqn.outvars[0])] if eqn.outvars else []
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            yield inside, times * 2 * math.prod(shapes[2]) * math.prod(shapes[0][i] for i in contracted)
+        elif name == "conv_general_dilated":
+            out_features = shapes[1][eqn.params["dimension_numbers"].rhs_spec[0]]
+            yield inside, times * 2 * math.prod(shapes[2]) * math.prod(shapes[1]) // out_features
+        inner = [each for value in eqn.params.values() for each in _jaxprs(value)]
+        if name == "while" and any(True for each in inner for _ in _products(each, inside, 1)):
+            raise ValueError(f"a while loop in {inside} has matrix products, and nobody knows how often it runs")
+        for each in inner:
+            yield from _products(each, inside, times * eqn.params.get("length", 1))
+
+
+def _jaxprs(value) -> Iterator[jax.extend.core.Jaxpr]:
+    for each in value if isinstance(value, (tuple, list)) else (value,):
+        each = getattr(each, "jaxpr", each)
+        if hasattr(each, "eqns"):
+            yield each

@@ -1,0 +1,152 @@
+"""What a run needs on a machine, before it is rented: the very step that train.py runs, compiled for the machine.
+
+    python -m deltallava_jax plan --config configs/finetune_7b.py --target h100:8
+    python -m deltallava_jax plan --config configs/finetune_7b.py --target v5e:4x4 --mesh data=2,fsdp=8 \\
+        --config.data.rows=32 --json
+
+Targets: cpu:8, v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8, h100:2x8 (hosts x GPUs). TPUs need libtpu (requirements-plan.txt),
+GPUs JAX's CUDA plugin ('jax[cuda13]'); neither needs the hardware. Prints the memory of a device against what it has,
+operations, collectives, an estimate of the step's time, and, if it does not fit, the nearest setting that does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+from deltallava_jax import cli
+from deltallava_jax.analysis.targets import Target, parse_target, prepare
+from deltallava_jax.config import Config, ConfigError, MeshConfig, load_config, override
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="a Python file with get_config(), as for train.py")
+    parser.add_argument("--target", required=True, help="the machine: KIND:SHAPE")
+    parser.add_argument("--mesh", default="", metavar="data=1,fsdp=8", help="instead of the configuration's mesh")
+    parser.add_argument("--text", type=int, default=0, metavar="N", help="tokens of text an image in the data, about")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
+    parser.set_defaults(overrides=[])
+
+
+def main(options: argparse.Namespace) -> None:
+    target = parse_target(options.target)
+    cfg = override(load_config(options.config), cli.overrides(options.overrides, "-m deltallava_jax plan"))
+    if options.mesh:
+        cfg = replace(cfg, mesh=parse_mesh(options.mesh))
+    cfg.check_devices(target.count)
+    prepare(target)
+    from deltallava_jax.analysis.plan import measure
+
+    say(f"compiling {cfg.name} for {target}; this takes minutes")
+    plan = measure(cfg, target, options.text)
+    if not plan["fits"]:
+        plan["nearest"] = nearest(cfg, target, plan, options.text)
+    print(json.dumps(plan, indent=2) if options.json else report(plan))
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """ "data=1,fsdp=8" -> MeshConfig; axes that are not named keep its defaults."""
+    axes = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in ("data", "fsdp", "tensor") or not re.fullmatch(r"-?\d+", size):
+            raise ConfigError(f"--mesh {text}: expected axes of data, fsdp and tensor with their sizes: data=1,fsdp=8")
+        axes[name] = int(size)
+    return MeshConfig(**axes)
+
+
+def nearest(cfg: Config, target: Target, plan: dict, text: int) -> dict | None:
+    """The first of the settings next to this one that fits, compiled as well: what to change, and its memory."""
+    from deltallava_jax.analysis.plan import measure
+
+    for words, other, machine in candidates(cfg, target, plan):
+        say(f"does not fit; trying {words}")
+        tried = measure(other, machine, text, count=False)
+        if tried["fits"]:
+            return dict(change=words, target=str(machine), per_device=tried["per_device"])
+    return None
+
+
+def candidates(cfg: Config, target: Target, plan: dict) -> Iterator[tuple[str, Config, Target]]:
+    """(what changes, configuration, target), the least change first: recomputing, microbatches, sharding, devices."""
+    sharded = replace(cfg, mesh=MeshConfig(data=1, fsdp=-1))
+    fixed = plan["per_device"]["total_bytes"] - plan["per_device"]["activation_bytes"]
+    if fixed < plan["per_device"]["capacity_bytes"]:  # else no setting of the activations helps
+        if cfg.model.remat != "full":
+            cfg = replace(cfg, model=replace(cfg.model, remat="full"))
+            yield "--config.model.remat=full", cfg, target
+        data, fsdp, _ = cfg.mesh.sizes(target.count)
+        whole = cfg.data.rows // (data * fsdp)  # microbatches of a row a device
+        for parts in (n for n in (2, 4, 8) if n > cfg.optimizer.accumulation and whole % n == 0):
+            yield f"--config.optimizer.accumulation={parts}", _accumulating(cfg, parts), target
+    if cfg.mesh.sizes(target.count) != sharded.mesh.sizes(target.count):
+        yield "--mesh data=1,fsdp=-1", sharded, target
+    larger = target
+    for _ in range(3):
+        larger = larger.larger()
+        rows = -(-cfg.data.rows // larger.count) * larger.count
+        other = replace(cfg, data=replace(cfg.data, rows=rows), mesh=MeshConfig(data=1, fsdp=-1))
+        yield f"--target {larger} --mesh data=1,fsdp=-1 --config.data.rows={rows}", other, larger
+
+
+def _accumulating(cfg: Config, parts: int) -> Config:
+    return replace(cfg, optimizer=replace(cfg.optimizer, accumulation=parts))
+
+
+def report(plan: dict) -> str:
+    """The plan for people."""
+    gib = lambda size: f"{size / 2**30:,.2f} GiB"
+    memory, batch, mesh = plan["per_device"], plan["batch"], plan["mesh"]
+    lines = [
+        f"{plan['config']} on {plan['target']}: {plan['devices']} devices, mesh "
+        + ", ".join(f"{axis}={size}" for axis, size in mesh.items()),
+        f"batch: {batch['rows']} rows of {batch['row_length']}, {batch['images']} images of {batch['budget']} tokens "
+        f"and {batch['text_tokens']} tokens of text a row; about {batch['conversations']} conversations, if an image "
+        f"comes with about {batch['text_per_image']} tokens of text (--text)",
+        "",
+        "memory of a device",
+        f"  parameters   {gib(memory['parameters_bytes']):>14}",
+        f"  optimizer    {gib(memory['optimizer_bytes']):>14}",
+        f"  temporaries  {gib(memory['temporary_bytes']):>14}  (gradients {gib(memory['gradient_bytes'])}, "
+        f"activations {gib(memory['activation_bytes'])})",
+        f"  total        {gib(memory['total_bytes']):>14}  of {gib(memory['capacity_bytes'])}: "
+        + ("fits" if plan["fits"] else "DOES NOT FIT"),
+        "",
+        f"operations of a step: {plan['flops_per_step'] / 1e12:,.1f} TFLOP in matrix products, "
+        f"{plan['model_flops_per_step'] / 1e12:,.1f} without what is recomputed or masked",
+    ]
+    for part, passes in plan["flops_by_part"].items():
+        cells = ", ".join(f"{name} {count / 1e12:,.1f}" for name, count in passes.items() if count)
+        lines.append(f"  {part:<10} {cells}")
+    if plan["compiler_flops_per_step"]:
+        lines.append(f"  the compiler counts {plan['compiler_flops_per_step'] / 1e12:,.1f}, element-wise work included")
+    if plan["collectives"] is not None:
+        lines += ["", "collectives of a step on a device; bytes of the results, loops multiplied out"]
+        for one in plan["collectives"]:
+            lines.append(f"  {one['kind']:<20} {one['count']:>7,} x {gib(one['bytes']):>14}")
+    if seconds := plan["step_seconds"]:
+        lines += [
+            "",
+            f"a step: about {seconds['estimate']:.2f} s (products {seconds['compute']:.2f} s, collectives "
+            f"{seconds['collectives']:.2f} s), estimated: {seconds['assumption']}",
+        ]
+    lines += ["", f"compiled in {plan['seconds_to_compile']:.0f} s with jax {plan['jax']}"]
+    if plan["rematerialization_warnings"]:
+        lines.append(f"the compiler warns {plan['rematerialization_warnings']} times that it replicates an array whole")
+    if not plan["fits"]:
+        near = plan["nearest"]
+        lines.append(
+            f"nearest setting that fits: {near['change']} ({gib(near['per_device']['total_bytes'])} a device)"
+            if near
+            else "none of the settings next to it fits either"
+        )
+    return "\n".join(lines)
