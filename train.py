@@ -15,21 +15,26 @@ from pathlib import Path
 
 from deltallava_jax import cli
 from deltallava_jax.config import Config, ConfigError, load_config, override, to_dict
+from deltallava_jax.parallel import hosts
+
+FREE = ("dtype", "remat", "loss_chunk", "tower_images")  # of the model: how it is computed, not what
 
 
-def parse(arguments: list[str] | None = None) -> tuple[Config, Path]:
-    """(config, workdir) of a command line. Raises ConfigError."""
+def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """(config, the other options) of a command line. Raises ConfigError."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, help="a Python file with get_config()")
     parser.add_argument("--workdir", required=True, type=Path, help="checkpoints, metrics and results go here")
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
+    parser.add_argument("--profile", metavar="N:M", help="writes a profiler trace of steps N to M to WORKDIR/profile")
+    hosts.add_arguments(parser)
     known, rest = parser.parse_known_args(arguments)
-    return override(load_config(known.config), cli.overrides(rest, "train.py")), known.workdir
+    return override(load_config(known.config), cli.overrides(rest, "train.py")), known
 
 
-def main(cfg: Config, workdir: Path) -> None:
+def main(cfg: Config, options: argparse.Namespace) -> None:
     from deltallava_jax.analysis.plan import memory_table, parameter_table
     from deltallava_jax.data import tokens
     from deltallava_jax.data.packing import plan_for
@@ -41,15 +46,22 @@ def main(cfg: Config, workdir: Path) -> None:
     from deltallava_jax.parallel.mesh import make_mesh
     from deltallava_jax.training.checkpoints import Checkpoints
     from deltallava_jax.training.loop import train
+    from deltallava_jax.training.profile import parse_steps
     from deltallava_jax.training.step import TrainStep, batch_shapes
 
-    began = time.monotonic()
+    began, workdir = time.monotonic(), options.workdir
     cfg.model.require_whole("training")
+    profile = parse_steps(options.profile) if options.profile else None
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        if hosts.leads():
+            print(line, file=sys.stderr, flush=True)
 
-    # ---------------------------------------------------------------- devices
+    # ---------------------------------------------------------------- processes and devices
+    hosts.connect(options)
+    can_evaluate = cfg.data.dataset in TASKS
+    if cfg.training.keep_best and not can_evaluate:
+        raise ConfigError(f"training.keep_best: no evaluation during training for data.dataset={cfg.data.dataset}")
     mesh = make_mesh(cfg)
     budgets = projectors.budgets(cfg.model.projector)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -58,7 +70,17 @@ def main(cfg: Config, workdir: Path) -> None:
     source = training_source(cfg.data)
     tokenizer_file, config_file = workdir / "tokenizer.json", workdir / "config.json"
     latest = Checkpoints(workdir, create=True).latest()
-    if latest is None:
+    if latest is not None and config_file.exists():
+        now, before = flatten(to_dict(cfg)), flatten(json.loads(config_file.read_text()))
+        for key in sorted(key for key in now if now[key] != before.get(key)):
+            changed = f"{key.replace('/', '.')} is {now[key]!r} now; the workdir was begun with {before.get(key)!r}"
+            if key.startswith("model/") and key in before and key.split("/")[1] not in FREE:
+                raise ConfigError(
+                    f"{workdir} holds another model: {changed}. Use its settings, or another --workdir; with "
+                    f"--config.init_from={workdir} that begins with these weights, where they fit"
+                )
+            say(f"note: {changed}")
+    elif latest is None and hosts.leads():  # the others read what it writes
         if cfg.init_from:
             if not (Path(cfg.init_from) / "checkpoints").is_dir():
                 raise ConfigError(f"config.init_from={cfg.init_from} holds no checkpoints; convert makes such a folder")
@@ -67,10 +89,9 @@ def main(cfg: Config, workdir: Path) -> None:
             tokenizer = tokens.train(source.texts(), cfg.model.decoder.vocab_size)
         tokenizer.save(tokenizer_file)
         config_file.write_text(json.dumps(to_dict(cfg), indent=2))
-    elif config_file.exists():
-        now, before = flatten(to_dict(cfg)), flatten(json.loads(config_file.read_text()))
-        for key in sorted(key for key in now if now[key] != before.get(key)):
-            say(f"note: {key} is {now[key]!r} now; the workdir was begun with {before.get(key)!r}")
+    hosts.wait("workdir")
+    if not (hosts.leads() or tokenizer_file.exists()):
+        raise ConfigError(f"this process sees no {tokenizer_file}; --workdir must be a folder that all hosts share")
     tokenizer = tokens.load(tokenizer_file)
     if tokenizer.vocab_size > cfg.model.decoder.vocab_size:
         raise ConfigError(
@@ -94,7 +115,8 @@ def main(cfg: Config, workdir: Path) -> None:
     say(memory_table(step.shapes, step.compile(batch_shapes(cfg, mesh, first.text, first.images), first.budget)))
 
     # ---------------------------------------------------------------- training
-    def evaluate(params, metrics, number):
+    def evaluate(params, metrics, number) -> float:
+        accuracies = []
         for budget in budgets:
             report = TASKS[cfg.data.dataset](
                 params, cfg, tokenizer, budget=budget, limit=cfg.evaluation.limit, progress=False
@@ -102,9 +124,10 @@ def main(cfg: Config, workdir: Path) -> None:
             by_type = ", ".join(f"{kind} {score['accuracy']:.4f}" for kind, score in report["by_type"].items())
             metrics.say(f"step {number}: {report['task']} {report['accuracy']:.4f} at {budget} tokens ({by_type})")
             metrics.scalars(number, {f"{report['task']}_{budget}": report["accuracy"]}, "eval")
+            accuracies.append(report["accuracy"])
+        return sum(accuracies) / len(accuracies)
 
-    can_evaluate = cfg.data.dataset in TASKS
-    if train(cfg, step, rows, plan, workdir, steps, evaluate=evaluate if can_evaluate else None):
+    if train(cfg, step, rows, plan, workdir, steps, evaluate=evaluate if can_evaluate else None, profile=profile):
         minutes = (time.monotonic() - began) / 60
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
         say(
@@ -114,4 +137,5 @@ def main(cfg: Config, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
+    hosts.supervise(sys.argv[1:])
     cli.run(lambda: main(*parse()), "interrupted; the same command resumes from the newest checkpoint")

@@ -8,7 +8,8 @@ runs/NAME_start, made by ``convert``; stage 1 goes to runs/NAME_pretrain, where 
 
 from deltallava_jax import config as c
 
-MEAN_TEXT = {"pretrain": 40, "finetune": 300}  # tokens of a conversation, about: decides the rows of a batch
+ROW = 3072  # slots of a row, about: long enough that few large conversations leave no gaps
+MEAN_TEXT = {"pretrain": 40, "finetune": 300}  # tokens of a conversation, about: decides how large a batch is
 CONVERSATIONS = {"pretrain": 256, "finetune": 128}
 
 
@@ -27,8 +28,8 @@ def base(
     if stage not in MEAN_TEXT:
         raise c.ConfigError(f"the configuration has the stages pretrain and finetune, not {stage!r}")
     pretrain = stage == "pretrain"
-    row = 2048 if tokens <= 256 else 4096  # few long conversations would leave gaps in a short row
-    needed = CONVERSATIONS[stage] * (MEAN_TEXT[stage] + tokens) / row
+    slots = CONVERSATIONS[stage] * (MEAN_TEXT[stage] + tokens)
+    rows = 16 * max(1, round(slots / ROW / 16))  # so that 8 or 16 devices share them
     data = c.DataConfig(
         dataset="llava",
         json=("data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",)
@@ -37,8 +38,8 @@ def base(
         images="data/LLaVA-Pretrain/images" if pretrain else "data/LLaVA-Tuning",
         template="plain" if pretrain else template,
         aspect="squash" if vision.startswith("siglip") else "square" if pretrain else "pad",
-        rows=8 * max(1, round(needed / 8)),
-        row_length=row,
+        rows=rows,
+        row_length=128 * round(slots / rows / 128),
         workers=8,
     )
     return c.Config(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,14 +27,15 @@ def overrides(rest: list[str], command: str) -> dict[str, str]:
 
 
 def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
-    """Runs a door's main with JAX's compiled programs kept between runs; exits 1 with a message on a known error
-    and on Ctrl-C."""
+    """Runs a door's main with JAX's compiled programs kept between runs; exits 1 with a message on a known error,
+    on Ctrl-C, and where another process of the run is gone."""
     import jax
 
     from deltallava_jax.config import ConfigError
     from deltallava_jax.convert.tensors import ConversionError
     from deltallava_jax.data.tokens import TokenizerError
     from deltallava_jax.models.names import WeightMismatch
+    from deltallava_jax.parallel import hosts
     from deltallava_jax.training.checkpoints import CheckpointError
     from deltallava_jax.training.loop import TooManyFaults
     from deltallava_jax.training.metrics import NonFiniteLoss
@@ -47,6 +49,12 @@ def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     try:
         main()
     except known as error:
-        sys.exit(f"error: {error}")
+        hosts.leave(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(interrupted)
+        hosts.leave(interrupted)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            hosts.leave(f"error: {error}. Please make room on that disk and start the same command again")
+        if not jax.distributed.is_initialized():
+            raise
+        hosts.leave(hosts.lost(error) or traceback.format_exc())

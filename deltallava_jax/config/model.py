@@ -222,6 +222,7 @@ class FastVConfig:
 
 
 REMAT_POLICIES = ("none", "dots", "full")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -237,10 +238,12 @@ class ModelConfig:
     dtype: str = "bfloat16"
     remat: str = "none"
     loss_chunk: int = 512  # row positions whose logits exist at a time
+    tower_images: int = 0  # images of a row that the tower takes at a time; 0: all
 
     def __post_init__(self):
         require_at_least(1, "model", self, "loss_chunk")
-        require(self.dtype in ("bfloat16", "float32"), f"model.dtype is {self.dtype!r}; known: bfloat16, float32")
+        require_at_least(0, "model", self, "tower_images")
+        require(self.dtype in DTYPES, f"model.dtype is {self.dtype!r}; known: {', '.join(DTYPES)}")
         require(self.remat in REMAT_POLICIES, f"model.remat is {self.remat!r}; known: {', '.join(REMAT_POLICIES)}")
         p, v, d = self.projector, self.vision, self.decoder
         require(any((p, v, d)), "model has neither vision nor projector nor decoder")

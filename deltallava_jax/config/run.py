@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 from deltallava_jax.config.checks import ConfigError, require, require_at_least
-from deltallava_jax.config.model import ModelConfig
+from deltallava_jax.config.model import DTYPES, ModelConfig
 
 ASPECTS = ("square", "pad", "squash")
 
@@ -65,12 +65,14 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    mu_dtype: str = "float32"  # of Adam's first moment; bfloat16 saves two bytes a trained parameter
     accumulation: int = 1
     frozen: tuple[str, ...] = ()
 
     def __post_init__(self):
         require(self.lr > 0, f"optimizer.lr={self.lr}; expected more than 0")
         require_at_least(1, "optimizer", self, "accumulation")
+        require(self.mu_dtype in DTYPES, f"optimizer.mu_dtype is {self.mu_dtype!r}; known: {', '.join(DTYPES)}")
         for pattern in self.frozen:
             try:
                 re.compile(pattern)
@@ -87,13 +89,18 @@ class TrainingConfig:
     log_every: int = 10
     eval_every: int = 0
     checkpoint_every: int = 500
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest
+    keep_best: int = 0  # and so many with the highest accuracy, of those saved at a step that was evaluated
     llavolta: tuple[tuple[int, ...], ...] = ()  # (stride, decoder layer) of equal parts: visual tokens are pooled
     every_budget: bool = False  # an elastic model: each step averages the loss of all budgets, not one that is drawn
 
     def __post_init__(self):
-        require_at_least(0, "training", self, "steps", "log_every", "eval_every", "checkpoint_every")
+        require_at_least(0, "training", self, "steps", "log_every", "eval_every", "checkpoint_every", "keep_best")
         require_at_least(1, "training", self, "keep_checkpoints")
+        require(
+            not self.keep_best or self.eval_every > 0,
+            f"training.keep_best={self.keep_best} needs training.eval_every: the best are those of highest accuracy",
+        )
         for stage in self.llavolta:
             require(
                 len(stage) == 2 and stage[0] >= 1,

@@ -6,6 +6,10 @@ travels with the batch, so that the parent can count it.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -133,5 +137,19 @@ def elements(
 
         if not flags.FLAGS.is_parsed():  # grain asks for absl's flags in the parent of its workers
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_begin_worker)
     return iter(dataset)
+
+
+def _begin_worker(*_) -> None:
+    """A worker lives as long as the training, which still needs it to reach the step that is saved when a cluster sends
+    SIGTERM to all processes at once; and no longer, should the training be killed."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()

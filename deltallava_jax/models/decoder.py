@@ -18,7 +18,18 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from deltallava_jax.config import DecoderConfig
-from deltallava_jax.models.layers import REMAT, Linear, Params, RMSNorm, attention, bind, init, init_stack, normal
+from deltallava_jax.models.layers import (
+    REMAT,
+    Linear,
+    Params,
+    RMSNorm,
+    attention,
+    bind,
+    by_rows,
+    init,
+    init_stack,
+    normal,
+)
 from deltallava_jax.sequence import Layout
 
 
@@ -166,7 +177,7 @@ def run(
         if layout.branches is not None:
             own, seen = layout.branches[:, :, None], layout.branches[:, None, :]
             mask &= ((seen == 0) | (seen == own))[:, None]
-        body = REMAT[remat](lambda x, layer: (bind(Layer, cfg, layer)(x, rotary, mask)[0], None))
+        body = REMAT[remat](lambda x, layer: (by_rows(bind(Layer, cfg, layer)(by_rows(x), rotary, mask)[0]), None))
         with scope:
             return jax.lax.scan(body, hidden, stack)[0], None
     if layout.branches is not None:

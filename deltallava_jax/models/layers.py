@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 Params = dict  # nested dict of jax.Array
@@ -48,6 +49,18 @@ REMAT: dict[str, Callable] = {
     "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "full": jax.checkpoint,
 }
+
+
+# ------------------------------------------------------------------ sharding
+
+ROW_AXES = ("data", "fsdp")  # the mesh axes that share the rows of a batch
+
+
+def by_rows(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """Activations between two blocks: rows divided over the mesh, the rest whole. The identity where no mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(ROW_AXES, *(None,) * (x.ndim - 1)))
 
 
 # ------------------------------------------------------------------ initialisers

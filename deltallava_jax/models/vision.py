@@ -20,6 +20,7 @@ from deltallava_jax.models.layers import (
     Params,
     attention,
     bind,
+    by_rows,
     init,
     init_stack,
     masked_attention,
@@ -181,7 +182,7 @@ def run(
     """Hidden state ``layers[0]`` -> hidden state ``layers[1]``, scanned. kept: how much each patch counts as a key."""
     first, last = layers
     stack = jax.tree.map(lambda x: x[first:last], params["layers"])
-    body = REMAT[remat](lambda x, layer: (bind(Layer, cfg, layer)(x, kept), None))
+    body = REMAT[remat](lambda x, layer: (by_rows(bind(Layer, cfg, layer)(by_rows(x), kept)), None))
     with jax.named_scope(f"tower_layers_{first}_{last}"):
         return jax.lax.scan(body, hidden, stack)[0]
 
@@ -212,7 +213,7 @@ def encode(
     images: uint8 pixels, or floats already normalised. prune: what runs the layers ``needs.pruned``."""
     check_needs(cfg, needs)
     pixels = normalize(images, cfg) if images.dtype == jnp.uint8 else images
-    hidden = embed(params, cfg, pixels.astype(dtype))
+    hidden = by_rows(embed(params, cfg, by_rows(pixels.astype(dtype))))
     skip = 1 if cfg.family == "clip" else 0
     before = {layer - 1 for layer in (needs.keys, (needs.cls_attention or (None,))[0]) if layer is not None}
     wanted = {needs.last, *needs.levels} | before

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from deltallava_jax.config import ConfigError, ModelConfig
 from deltallava_jax.models import decoder, projectors, vision
-from deltallava_jax.models.layers import Params
+from deltallava_jax.models.layers import Params, by_rows
 from deltallava_jax.models.selection import llavolta
 from deltallava_jax.sequence import Batch, Layout, layout, text_layout
 
@@ -33,11 +33,13 @@ def visual_tokens(
     *,
     budget: int | None = None,
     key: Array | None = None,
+    passes: int = 1,
 ) -> tuple[Float[Array, "n V d"], Bool[Array, "n V"] | None, Float[Array, ""] | float]:
     """Images -> V visual tokens each (the projector's largest budget by default), in the compute dtype; which of them
     are there (None: all); and what a pruned tower adds to the loss.
 
-    batch: the rows whose image places the images fill, for systems that read each image's question."""
+    batch: the rows whose image places the images fill, for systems that read each image's question.
+    passes: the tower takes the images in so many parts, one after the other."""
     text = None
     if projectors.reads_question(cfg.projector):
         if batch is None or batch.questions is None:
@@ -47,9 +49,19 @@ def visual_tokens(
         text = question_states(params, cfg, batch)
     needs = projectors.needs(cfg.projector, cfg.vision.layers)
     prune = projectors.pruning(params["projector"], cfg.projector, key)
-    features = vision.encode(params["vision"], cfg.vision, images, needs, prune=prune, dtype=cfg.dtype, remat=cfg.remat)
-    visual = projectors.project_valid(params["projector"], cfg.projector, features, text, budget=budget, key=key)
-    return *visual, features.penalty
+    encode = lambda images: vision.encode(
+        params["vision"], cfg.vision, images, needs, prune=prune, dtype=cfg.dtype, remat=cfg.remat
+    )
+    features = encode(images) if passes == 1 or needs.pruned else in_passes(encode, images, passes)
+    visual, valid = projectors.project_valid(params["projector"], cfg.projector, features, text, budget=budget, key=key)
+    return by_rows(visual), valid, features.penalty
+
+
+def in_passes(encode, images: UInt8[Array, "n H W 3"], passes: int):
+    """``encode`` of n / passes images at a time, every ``passes``-th: so each pass takes its share of every row."""
+    parts = jax.lax.map(encode, jnp.swapaxes(images.reshape(-1, passes, *images.shape[1:]), 0, 1))
+    whole = lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) if x.ndim > 1 else x.sum()
+    return jax.tree.map(whole, parts)
 
 
 def question_states(params: Params, cfg: ModelConfig, batch: Batch) -> Float[Array, "n d"]:
@@ -77,12 +89,12 @@ def merge(
 ) -> Float[Array, "B S d"]:
     """The decoder's input: text embeddings, and visual tokens in their slots."""
     tokens = jnp.take_along_axis(batch.tokens, rows.text_index, axis=1)
-    text = decoder.embed(params["decoder"], cfg.decoder, tokens, cfg.dtype)
+    text = by_rows(decoder.embed(params["decoder"], cfg.decoder, tokens, cfg.dtype))
     if visual.shape[0] == 0:
         return text
     visual = visual.reshape(batch.tokens.shape[0], -1, visual.shape[-1])  # [B, I * V, d]
     opened = jnp.take_along_axis(visual, rows.visual_index[..., None], axis=1)
-    return jnp.where(rows.is_visual[..., None], opened.astype(text.dtype), text)
+    return by_rows(jnp.where(rows.is_visual[..., None], opened.astype(text.dtype), text))
 
 
 def hidden_states(
@@ -101,7 +113,9 @@ def hidden_states(
     B, I = batch.image_positions.shape
     if I:
         images = batch.images.reshape(B * I, *batch.images.shape[2:])
-        visual, valid, penalty = visual_tokens(params, cfg, images, batch, budget=budget, key=key)
+        most = cfg.tower_images or I
+        passes = next(count for count in range(1, I + 1) if I % count == 0 and I // count <= most)
+        visual, valid, penalty = visual_tokens(params, cfg, images, batch, budget=budget, key=key, passes=passes)
     else:
         visual, valid, penalty = jnp.zeros((0, budget, cfg.decoder.width), cfg.dtype), None, 0.0
     rows = layout(batch, None if valid is None else valid.reshape(B, I, budget), budget)
@@ -148,7 +162,7 @@ def loss_sum(
     @jax.checkpoint
     def body(total, part):
         states, targets, mask = part
-        scores = decoder.logits(params["decoder"], cfg.decoder, states)
+        scores = decoder.logits(params["decoder"], cfg.decoder, by_rows(states))
         chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
         losses = jax.nn.logsumexp(scores, axis=-1) - chosen
         return total + jnp.where(mask, losses, 0.0).sum(), None

@@ -8,9 +8,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deltallava_jax.config import Config
+from deltallava_jax.models.layers import ROW_AXES
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = P(("data", "fsdp"))
+AXES = (*ROW_AXES, "tensor")
+ROWS = P(ROW_AXES)
 
 
 def make_mesh(cfg: Config, devices: list | None = None) -> Mesh:

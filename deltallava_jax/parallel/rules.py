@@ -15,10 +15,11 @@ from deltallava_jax.config import ConfigError
 RULES: tuple[tuple[str, P], ...] = (
     (r"decoder/embed/embedding$", P("tensor", "fsdp")),
     (r"decoder/head/out/kernel$", P("fsdp", "tensor")),
-    (r"layers/(q|k|v|gate|up)/kernel$", P(None, "fsdp", "tensor")),
-    (r"layers/(q|k|v|gate|up)/bias$", P(None, "tensor")),
-    (r"layers/(o|down)/kernel$", P(None, "tensor", "fsdp")),
+    (r"(vision|decoder)/layers/(q|k|v|gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"(vision|decoder)/layers/(q|k|v|gate|up)/bias$", P(None, "tensor")),
+    (r"(vision|decoder)/layers/(o|down)/kernel$", P(None, "tensor", "fsdp")),
 )
+OPTIONAL = (r"decoder/head/out/kernel$",)  # a tied head has none
 FALLBACK_SIZE = 2**16  # smaller arrays stay whole on every device
 
 
@@ -27,7 +28,7 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
     Raises ConfigError where a rule names a dimension that the mesh axis does not divide."""
     for pattern, spec in RULES:
-        if re.search(pattern, path) and len(shape) == len(spec):
+        if re.search(pattern, path):
             for size, axis in zip(shape, spec):
                 if axis and size % mesh.shape[axis]:
                     raise ConfigError(f"{path} {shape}: {size} is not divisible by mesh {axis}={mesh.shape[axis]}")
@@ -41,9 +42,13 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def shardings(tree, mesh: Mesh):
-    """NamedSharding of every leaf of a tree of arrays or shapes; an optimizer's moments lie as their parameters."""
+    """NamedSharding of every leaf of a whole model's train state; an optimizer's moments lie as their parameters.
 
-    def one(path, leaf):
-        return NamedSharding(mesh, spec_for(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh))
-
+    Raises ConfigError for a rule that matches nothing, or as ``spec_for``."""
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    paths = [name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    for pattern, _ in RULES:
+        if pattern not in OPTIONAL and not any(re.search(pattern, path) for path in paths):
+            raise ConfigError(f"the sharding rule {pattern!r} matches no parameter, e.g. {paths[0]}")
+    one = lambda path, leaf: NamedSharding(mesh, spec_for(name(path), leaf.shape, mesh))
     return jax.tree_util.tree_map_with_path(one, tree)

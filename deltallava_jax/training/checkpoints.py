@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from deltallava_jax.config import ModelConfig
 from deltallava_jax.models import vlm
@@ -15,21 +18,33 @@ from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.training.optimizer import join
 from deltallava_jax.training.step import TrainState
 
+# What orbax logs with tracebacks it also raises: the user gets it once, as CheckpointError.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing or does not fit; the message says which and what to do."""
 
 
 class Checkpoints:
-    """The newest ``keep`` checkpoints of a workdir, each with the train state and a small JSON record.
+    """The checkpoints of a workdir, each with the train state and a small JSON record: the newest ``keep``, and the
+    ``best`` ones of highest accuracy.
 
-    create: makes the folder; without it CheckpointError says what a workdir without one lacks."""
+    create: for the one who writes: makes the folder and removes what saves that were cut short left there; without it
+    CheckpointError says what a workdir without one lacks."""
 
-    def __init__(self, workdir: str | Path, keep: int = 2, *, create: bool = False):
+    def __init__(self, workdir: str | Path, keep: int = 2, best: int = 0, *, create: bool = False):
         self.path = Path(workdir).absolute() / "checkpoints"
         if not create and not self.path.is_dir():
             raise CheckpointError(f"{workdir} holds no finished checkpoint; train first")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        highest = BestN(
+            get_metric_fn=lambda metrics: metrics["accuracy"], n=best, keep_checkpoints_without_metrics=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), highest]),
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=create,
+        )
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
             "optimizer": ocp.StandardCheckpointHandler(),
@@ -41,15 +56,18 @@ class Checkpoints:
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, record: dict) -> None:
-        """Starts saving and returns before the files are written. ``record`` is JSON, e.g. the fault counts."""
+    def save(self, step: int, state: TrainState, record: dict, accuracy: float | None = None) -> None:
+        """Starts saving and returns before the files are written. ``record`` is JSON, e.g. the fault counts.
+
+        accuracy: of an evaluation at this step. Raises CheckpointError if this save or the one before fails."""
         items = ocp.args.Composite(
             params=ocp.args.StandardSave({"trained": state.trained, "frozen": state.frozen}),
             optimizer=ocp.args.StandardSave({"step": state.step, "moments": state.optimizer}),
             record=ocp.args.JsonSave(record),
         )
         if step != self.latest():
-            self._manager.save(step, args=items)
+            with self._writing():
+                self._manager.save(step, args=items, metrics=None if accuracy is None else {"accuracy": accuracy})
 
     def save_params(self, params: Params) -> None:
         """Saves parameters alone, as step 0, and returns when they are written: a model to start from.
@@ -114,15 +132,38 @@ class Checkpoints:
     def _restore(self, step: int, **items):
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, OSError) as error:
-            raise CheckpointError(f"checkpoint {self.path / str(step)} cannot be restored: {error}") from error
+        except Exception as error:  # tensorstore raises bare Exception where the file of an array is missing
+            raise self._damaged(step, _brief(error)) from error
 
     def _saved_params(self, step: int) -> dict:
         try:
             metadata = self._manager.item_metadata(step)["params"]
             return {"trained": metadata["trained"], "frozen": metadata.get("frozen", {})}
         except (ValueError, KeyError, OSError, TypeError) as error:
-            raise CheckpointError(f"checkpoint {self.path / str(step)} cannot be read: {error}") from error
+            raise self._damaged(step, "the names of its parameters cannot be read") from error
+
+    def _damaged(self, step: int, reason: str) -> CheckpointError:
+        before = max((other for other in self._manager.all_steps() if other < step), default=None)
+        after = "start anew" if before is None else f"go on from step {before}"
+        return CheckpointError(
+            f"checkpoint {self.path / str(step)} cannot be restored: {reason}. If a file of it is missing, bring it "
+            f"back from a copy, or move the folder {step} away to {after}"
+        )
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """CheckpointError for what goes wrong in orbax's threads, which may be the save before."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self._manager.reload()
+            good = self.latest()
+            kept = "no checkpoint was saved yet" if good is None else f"the checkpoint of step {good} is kept"
+            what_to_do = "make room on that disk" if "No space left" in str(error) else "set this right"
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self.path}: {_brief(error)}; {kept}. Please {what_to_do} and "
+                "start the same command again"
+            ) from error
 
     def _compare(self, step: int, saved: Params, expected: Params) -> None:
         """CheckpointError listing the names and shapes that differ."""
@@ -138,8 +179,17 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns when every save begun is complete."""
-        self._manager.wait_until_finished()
+        """Returns when every save begun is complete. Raises CheckpointError if one fails."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+
+def _brief(error: Exception) -> str:
+    """The first line of an error; of a full disk just that."""
+    if "No space left" in str(error):
+        return "No space left on device"
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
 from deltallava_jax.config import Config
 from deltallava_jax.data.packing import Plan
-from deltallava_jax.data.pipeline import Rows, elements
+from deltallava_jax.data.pipeline import Element, Rows, elements
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.selection import llavolta
+from deltallava_jax.parallel import hosts
 from deltallava_jax.parallel.mesh import put_rows
 from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
 from deltallava_jax.training.metrics import Metrics, NonFiniteLoss
+from deltallava_jax.training.profile import Trace
 from deltallava_jax.training.step import TrainStep, init_state
 
 
@@ -33,15 +37,18 @@ def train(
     workdir: Path,
     steps: int,
     *,
-    evaluate: Callable[[Params, Metrics, int], None] | None = None,
+    evaluate: Callable[[Params, Metrics, int], float] | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> bool:
     """Trains up to ``steps`` from the workdir's newest checkpoint, or from the start: fresh parameters, or those of
     ``init_from``. True when all steps are done.
 
-    evaluate(params, metrics, step) is called every training.eval_every steps. SIGTERM: saves the current step and
-    returns False. Raises NonFiniteLoss (nothing is saved after the last good step), TooManyFaults, CheckpointError."""
+    evaluate(params, metrics, step) -> accuracy is called every training.eval_every steps, on each process with whole
+    parameters. profile: the first and last step to trace, into WORKDIR/profile. SIGTERM, to any process: all save the
+    same, current step and return False. Raises NonFiniteLoss (nothing is saved after the last good step),
+    TooManyFaults, CheckpointError."""
     every = cfg.training
-    checkpoints = Checkpoints(workdir, every.keep_checkpoints, create=True)
+    checkpoints = Checkpoints(workdir, every.keep_checkpoints, every.keep_best, create=True)
     latest = checkpoints.latest()
     if latest is None:
         state = init_state(cfg, step.mesh, steps, _initial_params(cfg, step))
@@ -49,7 +56,10 @@ def train(
     else:
         state, record = checkpoints.restore(latest, step.shapes)
     start = int(state.step)
-    metrics = Metrics(workdir, start, steps, every.log_every)
+    metrics = Metrics(
+        workdir, start, steps, every.log_every, functools.partial(_count_faults, cfg, workdir, record, plan)
+    )
+    trace = Trace(profile, workdir / "profile")
     if start:
         metrics.say(f"resuming from step {start} of {steps}")
     data = elements(
@@ -57,21 +67,25 @@ def train(
         workers=cfg.data.workers, process=jax.process_index(), processes=jax.process_count(),
     )  # fmt: skip
     try:
-        with _sigterm() as stop:
+        with _preemption() as stop:
             for number, element in enumerate(data, start + 1):
                 batch = put_rows(element.batch, step.mesh)
                 pooling = llavolta.stage_at(every.llavolta, number - 1, steps)
+                trace.before(number)
                 state, values = step(state, batch, element.budget, pooling)
+                if told := trace.after(number, values):
+                    metrics.say(told)
                 metrics.push(number, values)
-                _count_faults(cfg, record, element, metrics, workdir)
-                stopping = stop.is_set() and number < steps
-                if stopping or number == steps or (every.checkpoint_every and number % every.checkpoint_every == 0):
-                    metrics.flush()  # a step that is not finite is never saved
-                    checkpoints.save(number, state, record)
-                if evaluate and every.eval_every and (number == steps or number % every.eval_every == 0):
+                _report_faults(element, metrics, workdir)
+                stopping = stop(number) and number < steps
+                accuracy = None
+                if evaluate and every.eval_every and _due(number, every.eval_every, steps) and not stopping:
                     metrics.flush()
-                    evaluate(state.params, metrics, number)
+                    accuracy = evaluate(hosts.whole(state.params), metrics, number)
                     metrics.restart_clock()
+                if stopping or _due(number, every.checkpoint_every, steps):
+                    metrics.flush()  # a step that is not finite is never saved
+                    checkpoints.save(number, state, record, accuracy)
                 if stopping:
                     metrics.say(f"SIGTERM: saving step {number}; the same command resumes from it")
                     return False
@@ -82,11 +96,17 @@ def train(
         batch = _describe(rows, plan, error.step)
         raise NonFiniteLoss(f"{error}; {kept}. The batch: {batch}", error.step) from error
     finally:
+        trace.close()
         metrics.close()
-        checkpoints.wait()
-        checkpoints.close()
         with contextlib.suppress(AttributeError):
             data.close()
+        checkpoints.wait()
+        checkpoints.close()
+
+
+def _due(number: int, interval: int, steps: int) -> bool:
+    """Whether a step is the last, or one of every so many (0: none)."""
+    return number == steps or (interval > 0 and number % interval == 0)
 
 
 def _initial_params(cfg: Config, step: TrainStep) -> Params | None:
@@ -101,28 +121,43 @@ def _initial_params(cfg: Config, step: TrainStep) -> Params | None:
 
 
 @contextlib.contextmanager
-def _sigterm():
-    """A flag that SIGTERM sets while the context is open."""
+def _preemption():
+    """stop(step): whether SIGTERM has come and this step is the one to save. Called at every step.
+
+    Several processes agree on the step, the next one that none of them has passed, whichever of them got the signal:
+    jax's runtime has caught it since jax.distributed.initialize, and does the agreeing beside the training."""
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     flag = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: flag.set())
     try:
-        yield flag
+        yield lambda step: flag.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _count_faults(cfg: Config, record: dict, element, metrics: Metrics, workdir: Path) -> None:
-    """Adds an element's faults to the record and to faults.txt; TooManyFaults past the allowed share."""
-    record["records"] += int(element.batch.segments.max(axis=1).sum()) + len(element.faults)
-    record["faults"] += len(element.faults)
+def _report_faults(element: Element, metrics: Metrics, workdir: Path) -> None:
+    """Writes the records that this process had to leave out to its own file."""
     if element.faults:
-        with (workdir / "faults.txt").open("a") as file:
+        number = jax.process_index()
+        with (workdir / (f"faults.{number}.txt" if number else "faults.txt")).open("a") as file:
             file.writelines(f"{fault}\n" for fault in element.faults)
-        metrics.say(f"left out {element.faults[0]} ({record['faults']} of {record['records']} records so far)")
+        metrics.say(f"left out {element.faults[0]}")
+
+
+def _count_faults(cfg: Config, workdir: Path, record: dict, plan: Plan, step: int, values: dict) -> None:
+    """Adds a step's records and those left out to the counts; TooManyFaults past the allowed share.
+
+    Of the planned records those that were not trained on were left out: the sum over all processes, without asking."""
+    planned = sum(map(len, plan.step(step - 1).rows))
+    record["records"] += planned
+    record["faults"] += planned - values["conversations"]
     if record["faults"] > cfg.data.max_bad_fraction * max(record["records"], 100):
         raise TooManyFaults(
             f"{record['faults']} of {record['records']} records could not be used, more than "
             f"data.max_bad_fraction={cfg.data.max_bad_fraction}; they are listed in {workdir / 'faults.txt'}"
+            + (", of other processes in faults.1.txt and so on" if jax.process_count() > 1 else "")
         )
 
 

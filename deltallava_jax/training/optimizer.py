@@ -30,8 +30,11 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
     decay = lambda params: unflatten({path: _decays(path) for path in flatten(params)})
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        optax.adamw(schedule(cfg, steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decay),
-    )
+        optax.adamw(
+            schedule(cfg, steps), cfg.b1, cfg.b2, cfg.eps,
+            mu_dtype=cfg.mu_dtype, weight_decay=cfg.weight_decay, mask=decay,
+        ),
+    )  # fmt: skip
 
 
 def _decays(path: str) -> bool:

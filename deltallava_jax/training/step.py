@@ -138,7 +138,8 @@ class TrainStep:
 
     def trace(self, batch: Batch, budget: int, pooling: llavolta.Pooling | None = None) -> jax.stages.Traced:
         """The program for batches like ``batch`` (arrays or shapes, with shardings), before it is compiled."""
-        return self._jit.trace(self.shapes, batch, budget, pooling)
+        with jax.set_mesh(self.mesh):
+            return self._jit.trace(self.shapes, batch, budget, pooling)
 
     def compile(self, batch: Batch, budget: int, pooling: llavolta.Pooling | None = None) -> jax.stages.Compiled:
         """The program for batches like ``batch``."""

@@ -112,6 +112,15 @@ def test_recomputation_changes_nothing(batch, remat, chunk, scans):
     assert str(forward(cfg)).count("remat") == scans + str(forward(changed(loss_chunk=chunk))).count("remat")
 
 
+@pytest.mark.parametrize("cfg", [MLP, ELASTIC], ids=["mlp", "delta"])
+def test_the_tower_in_parts_changes_nothing(cfg):
+    """Rows of two images, one at a time: the scan over the parts is there, loss and gradients are the same."""
+    parts, params = dataclasses.replace(cfg, tower_images=1), random_params(vlm.init_params, cfg)
+    assert_same(step(parts, params, BATCH), step(cfg, params, BATCH))
+    jaxpr = lambda cfg: jax.make_jaxpr(lambda p: vlm.loss_sum(p, cfg, BATCH, None, train=False))(params)
+    assert str(jaxpr(parts)).count("scan[") == str(jaxpr(cfg)).count("scan[") + 1
+
+
 def test_gradients_reach_what_is_used():
     """The tower up to the last layer needed, the projector and the decoder; nothing beyond."""
     _, gradients = evaluate(BATCH)

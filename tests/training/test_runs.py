@@ -5,95 +5,91 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
-import tiny
+from processes import evaluate, finish, lines, start, wait_for
 
-ROOT = tiny.FILE.parent.parent
+from deltallava_jax.training.checkpoints import Checkpoints
 
-
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """One device, and compiled programs shared between the runs."""
-    return {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
-    }
-
-
-@pytest.fixture(scope="session")
-def start(environment):
-    def start(script, *arguments):
-        command = [sys.executable, script, *map(str, arguments)]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    return start
-
-
-@pytest.fixture(scope="session")
-def train(start):
-    return lambda workdir, *settings: start("train.py", "--config", tiny.FILE, "--workdir", workdir, *settings)
+LONG = ("--config.training.steps=160", "--config.training.checkpoint_every=30")
+OFTEN = ("--config.training.steps=160", "--config.training.checkpoint_every=1")  # some save is always under way
 
 
 def losses(workdir):
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line)["loss"] for line in path.read_text().splitlines()] if path.exists() else []
+    return [line["loss"] for line in lines(workdir)]
 
 
-def wait_for(workdir, steps, process):
-    while len(losses_so_far(workdir)) < steps:
+def wait_for_a_save(workdir, process):
+    """Returns while a checkpoint is being written."""
+    while not list((workdir / "checkpoints").glob("*-tmp*")):
         assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-
-
-def losses_so_far(workdir):
-    path = workdir / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def finish(process, code=0):
-    out, err = process.communicate(timeout=1200)  # a guard against hanging; compiling four budgets takes minutes
-    assert process.returncode == code, err
-    return out, err
-
-
-LONG = ("--config.training.steps=160", "--config.training.checkpoint_every=30")
+        time.sleep(0.001)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(train, tmp_path_factory):
+def undisturbed(tmp_path_factory):
     """The workdir of an uninterrupted run of 160 steps."""
     workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    finish(train(workdir, *LONG))
+    finish(start(workdir, *LONG))
     return workdir
 
 
-def test_killed_and_started_again_the_losses_are_the_same_to_the_bit(train, undisturbed, tmp_path):
-    process = train(tmp_path, *LONG)
+def test_killed_during_a_save_and_started_again_the_losses_are_the_same_to_the_bit(undisturbed, tmp_path):
+    process = start(tmp_path, *OFTEN, "--config.data.workers=1")
     wait_for(tmp_path, 70, process)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    wait_for_a_save(tmp_path, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert 70 <= len(losses_so_far(tmp_path)) < 160
-    _, err = finish(train(tmp_path, *LONG))
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):  # they end with it
+        time.sleep(0.1)
+    done = len(lines(tmp_path))
+    assert 70 <= done < 160 and done - 3 <= Checkpoints(tmp_path).latest() <= done  # finished ones alone are chosen
+    _, err = finish(start(tmp_path, *LONG))
     assert "resuming from step" in err
     assert len(losses(tmp_path)) == 160 and losses(tmp_path) == losses(undisturbed)
+    assert not list((tmp_path / "checkpoints").glob("*-tmp*"))  # what was cut short is gone
 
 
-def test_sigterm_saves_the_current_step(train, undisturbed, tmp_path):
-    process = train(tmp_path, *LONG)
+def test_sigterm_during_a_save_saves_the_current_step(undisturbed, tmp_path):
+    process = start(tmp_path, *OFTEN, "--config.data.workers=1")
     wait_for(tmp_path, 50, process)
-    process.send_signal(signal.SIGTERM)
+    wait_for_a_save(tmp_path, process)
+    os.killpg(process.pid, signal.SIGTERM)  # as clusters do: to the data workers too
     _, err = finish(process)
     done = len(losses(tmp_path))
     assert f"SIGTERM: saving step {done}" in err and done < 160
-    assert (tmp_path / "checkpoints" / str(done)).is_dir()
-    finish(train(tmp_path, *LONG))
+    assert Checkpoints(tmp_path).latest() == done
+    finish(start(tmp_path, *LONG))
     assert losses(tmp_path) == losses(undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, too small for many checkpoints."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mounting a small file system is not allowed here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_ends_the_run_in_words_and_it_goes_on_when_there_is_room(undisturbed, small_disk):
+    run = small_disk / "run"
+    _, err = finish(start(run, *OFTEN, "--config.training.keep_checkpoints=99"), code=1)
+    kept = Checkpoints(run).latest()
+    (error,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert f"No space left on device; the checkpoint of step {kept} is kept. Please make room on that disk" in error
+    assert kept > 1 and "Traceback" not in err
+    for step in range(1, kept):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    _, err = finish(start(run, *LONG))
+    assert f"resuming from step {kept} of 160" in err
+    assert losses(run) == losses(undisturbed)
 
 
 def test_training_learns_and_leaves_what_it_says(undisturbed):
@@ -104,8 +100,8 @@ def test_training_learns_and_leaves_what_it_says(undisturbed):
     assert len(list((undisturbed / "checkpoints").iterdir())) == 2
 
 
-def test_eval_writes_the_report(start, undisturbed):
-    out, _ = finish(start("eval.py", "--workdir", undisturbed, "--limit", 200, "--blind"))
+def test_eval_writes_the_report(undisturbed):
+    out, _ = finish(evaluate(undisturbed, "--limit", 200, "--blind"))
     report = json.loads((undisturbed / "eval" / "easy_vqa.json").read_text())
     assert report["task"] == "easy_vqa" and report["n"] == 200 and report["budget"] == 4 and report["blind"]
     assert sum(kind["n"] for kind in report["by_type"].values()) == 200
@@ -114,30 +110,33 @@ def test_eval_writes_the_report(start, undisturbed):
     assert f"{report['accuracy']:.4f}" in out
 
 
-def test_an_elastic_model_trains_and_answers_at_every_budget(train, start, tmp_path):
-    _, err = finish(train(tmp_path, "--config.model.projector.scale_factor=(1,2,4,8)", "--config.training.steps=12",
+def test_an_elastic_model_trains_and_answers_at_every_budget(tmp_path):
+    _, err = finish(start(tmp_path, "--config.model.projector.scale_factor=(1,2,4,8)", "--config.training.steps=12",
                           "--config.training.eval_every=12", "--config.evaluation.limit=64"))  # fmt: skip
     assert all(f"at {budget} tokens" in err for budget in (64, 16, 4, 1))
-    finish(start("eval.py", "--workdir", tmp_path, "--limit", 64))
+    finish(evaluate(tmp_path, "--limit", 64))
     for budget in (64, 16, 4, 1):
         report = json.loads((tmp_path / "eval" / f"easy_vqa_{budget}.json").read_text())
         assert report["budget"] == budget and report["n"] == 64
-    _, err = finish(start("eval.py", "--workdir", tmp_path, "--budgets", "9"), code=1)
+    _, err = finish(evaluate(tmp_path, "--budgets", "9"), code=1)
     assert err.strip() == "error: delta makes 64, 16, 4, 1 tokens an image, not 9"
 
 
-def test_bad_workdirs_are_refused_in_words(train, start, undisturbed, tmp_path):
+def test_bad_workdirs_are_refused_in_words(undisturbed, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(undisturbed, workdir)
-    _, err = finish(train(workdir, "--config.model.decoder.mlp_width=96"), code=1)
-    assert "is of another model; use its config or another --workdir" in err and "Traceback" not in err
-    assert "decoder/layers/down/kernel: saved (2, 64, 32), expected (2, 96, 32)" in err
+    for setting, now, before in (("decoder.mlp_width", 96, 64), ("projector.scale_factor", 2, 4)):  # 4: the same shapes
+        told = (
+            f"error: {workdir} holds another model: model.{setting} is {now} now; the workdir was begun with {before}."
+        )
+        _, err = finish(start(workdir, f"--config.model.{setting}={now}"), code=1)
+        assert f"{told} Use its settings, or another --workdir" in err and "Traceback" not in err
 
     (workdir / "tokenizer.json").unlink()
-    for process in (train(workdir, *LONG), start("eval.py", "--workdir", workdir)):
+    for process in (start(workdir, *LONG), evaluate(workdir)):
         _, err = finish(process, code=1)
         assert f"error: tokenizer file {workdir / 'tokenizer.json'} is missing" in err and "Traceback" not in err
 
     assert (workdir / "checkpoints" / "160").is_dir()  # nothing was lost
-    _, err = finish(start("eval.py", "--workdir", tmp_path / "nowhere"), code=1)
+    _, err = finish(evaluate(tmp_path / "nowhere"), code=1)
     assert err.startswith("error:") and "config.json" in err

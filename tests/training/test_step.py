@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import PartitionSpec
 
 from deltallava_jax.config import ConfigError, MeshConfig, override
 from deltallava_jax.data.packing import PackPlan
@@ -15,7 +16,8 @@ from deltallava_jax.data.pipeline import elements
 from deltallava_jax.models import vlm
 from deltallava_jax.models.names import flatten
 from deltallava_jax.models.selection import llavolta
-from deltallava_jax.parallel.mesh import make_mesh, put_rows
+from deltallava_jax.parallel import rules
+from deltallava_jax.parallel.mesh import AXES, make_mesh, put_rows
 from deltallava_jax.training.optimizer import schedule, split
 from deltallava_jax.training.step import TrainStep, batch_shapes, gradients, init_state
 
@@ -57,6 +59,27 @@ def test_eight_devices_give_the_losses_of_one():
             assert flatten(moments)[path].sharding == leaf.sharding, path
     q = state.trained["decoder"]["layers"]["q"]["kernel"]
     assert q.addressable_shards[0].data.size == q.size // 4
+
+
+def test_a_sharding_rule_that_matches_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(rules, "RULES", (*rules.RULES, ("decoder/layer/q/kernel$", PartitionSpec(None, "fsdp"))))
+    with pytest.raises(ConfigError, match="'decoder/layer/q/kernel.*matches no parameter"):
+        TrainStep(config(), make_mesh(config(), jax.devices()[:1]), 100)
+
+
+def test_a_dimension_that_does_not_divide_is_refused():
+    cfg = override(config(), {"mesh.fsdp": "8", "model.decoder.mlp_width": "60"})
+    with pytest.raises(ConfigError, match="decoder/layers/down/kernel .*60 is not divisible by mesh tensor=8"):
+        TrainStep(cfg, jax.make_mesh((1, 1, 8), AXES, devices=jax.devices()), 100)
+
+
+def test_the_first_moment_in_bfloat16():
+    cfg = config(**{"optimizer.mu_dtype": "bfloat16"})
+    one, state = losses(cfg, jax.devices()[:1], 3)
+    adam = state.optimizer[1][0]
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.mu)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves((adam.nu, state.trained))} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_allclose(one, losses(config(), jax.devices()[:1], 3)[0], rtol=1e-3)
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch():

@@ -1,0 +1,104 @@
+"""A run that is killed again and again must end as one that is left alone, bit for bit; its memory must not grow:
+
+python benchmarks/soak.py                       # 2,000 steps, saves every 50, ten kills; results/soak.json
+python benchmarks/soak.py --steps 60 --every 6 --kills 2 --out soak.json
+
+The tiny model of tests/tiny.py, one process. Kills are SIGKILL, at steps and moments that --seed draws."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def start(workdir: Path, options: argparse.Namespace) -> subprocess.Popen:
+    settings = [f"--config.training.steps={options.steps}", f"--config.training.checkpoint_every={options.every}"]
+    command = [sys.executable, "train.py", "--config", "tests/tiny.py", "--workdir", str(workdir), *settings]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def records(workdir: Path) -> list[dict]:
+    """metrics.jsonl; the last line may still be written."""
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def killed(workdir: Path, options: argparse.Namespace) -> list[int]:
+    """Trains to the end with kills between; the last step that each of them left in metrics.jsonl."""
+    draw, left = random.Random(options.seed), []
+    for step in sorted(draw.sample(range(1, options.steps), options.kills)):
+        process = start(workdir, options)
+        while len(records(workdir)) < step and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.3))
+        if process.poll() is not None:
+            break  # it reached the end before this kill
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        left.append(records(workdir)[-1]["step"])
+        print(f"killed after step {left[-1]}", file=sys.stderr, flush=True)
+    assert start(workdir, options).wait() == 0
+    return left
+
+
+def arrays(workdir: Path) -> dict[str, np.ndarray]:
+    from deltallava_jax.config import workdir_config
+    from deltallava_jax.models.names import flatten
+    from deltallava_jax.training.checkpoints import Checkpoints
+
+    checkpoints = Checkpoints(workdir)
+    params = checkpoints.restore_params(checkpoints.latest(), workdir_config(workdir).model)
+    return {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "soak.json")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        alone, disturbed = Path(folder) / "alone", Path(folder) / "killed"
+        assert start(alone, options).wait() == 0
+        left = killed(disturbed, options)
+        expected, got = arrays(alone), arrays(disturbed)
+        memory = [(line["step"], line["host_memory"] * 1024) for line in records(alone)]
+        tail = np.array([pair for pair in memory if pair[0] > options.steps // 4])  # after the warming up
+        slope, _ = np.polyfit(tail[:, 0], tail[:, 1], 1)
+        result = {
+            "steps": options.steps,
+            "checkpoint_every": options.every,
+            "killed_after_steps": left,
+            "parameters": sum(leaf.size for leaf in expected.values()),
+            "parameters_equal_to_the_bit": expected.keys() == got.keys()
+            and all(np.array_equal(leaf, got[path]) for path, leaf in expected.items()),
+            "losses_equal_to_the_bit": [line["loss"] for line in records(alone)]
+            == [line["loss"] for line in records(disturbed)],
+            "memory_mib_after_a_quarter_and_at_the_end": [round(float(tail[0, 1]), 1), round(float(tail[-1, 1]), 1)],
+            "memory_growth_mib_per_1000_steps": round(float(slope) * 1000, 2),
+            "cpus": os.cpu_count(),
+        }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+    if not (result["parameters_equal_to_the_bit"] and result["losses_equal_to_the_bit"]):
+        sys.exit("the killed run is not the undisturbed one")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Several processes as one run: how they find each other, and how they end when one of them is gone.
+
+``supervise`` comes first, before jax is imported: the run goes on in a child process. When another process of the run
+dies, jax's runtime aborts this one, as no collective could end any more; the parent is there to say so in one line.
+``connect`` then makes the processes one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import re
+import signal
+import sys
+from glob import glob
+from importlib import util
+
+from deltallava_jax.config import ConfigError
+
+HEARTBEAT = 30  # seconds: a process that gave no sign of life for so long counts as dead
+PATIENCE = 300  # seconds in which all processes must have come
+RESUME = "start the same command again on all hosts to resume from the newest checkpoint"
+
+_LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|Socket closed|Connection (closed|reset)")
+_ENTRY = re.compile(r"[IWEF]\d{4} \d\d:\d\d:")  # the first line of an entry in the runtime's log
+_PEERS = re.compile(r"coordination_service|preemption_\w+\.cc|JAX distributed service|Check failure stack trace")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options for hosts that no cluster manager tells about each other."""
+    group = parser.add_argument_group("several processes (SLURM, GKE and TPU VMs are recognised without these)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, a free port on its host")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="which one this is, from 0 to N - 1")
+
+
+def several(options: argparse.Namespace) -> bool:
+    """Whether this process may be one of several: told by the options, or started by SLURM, on GKE or on a TPU VM.
+
+    A lone machine is none of these, and jax.distributed stays out of its way. Raises ConfigError for options that
+    contradict each other."""
+    explicit = (options.coordinator, options.processes, options.process)
+    if explicit != (None, None, None):
+        if None in explicit:
+            raise ConfigError("--coordinator, --processes and --process belong together")
+        if not 0 <= options.process < options.processes or not re.fullmatch(r".+:\d+", options.coordinator):
+            raise ConfigError(
+                f"--coordinator {options.coordinator} --processes {options.processes} --process {options.process}: "
+                f"expected HOST:PORT and a process from 0 to {options.processes - 1}"
+            )
+        return options.processes > 1
+    environment = os.environ
+    if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= environment.keys():  # inside srun
+        return int(environment.get("SLURM_NTASKS", "1")) > 1
+    workers = environment.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
+    if workers > 1 or int(environment.get("MEGASCALE_NUM_SLICES", "1")) > 1:  # GKE
+        return True
+    chips = glob("/dev/accel*") + glob("/dev/vfio/[0-9]*")
+    return bool(chips) and "TPU_SKIP_MDS_QUERY" not in environment and util.find_spec("libtpu") is not None
+
+
+def connect(options: argparse.Namespace) -> None:
+    """Makes the processes one run, in which jax.devices() are those of all. Does nothing for a lone process.
+
+    Raises ConfigError if the coordinator cannot be found; if the others do not come, the runtime aborts."""
+    import jax
+
+    if not several(options):
+        return
+    where = (options.coordinator, options.processes, options.process)
+    method = {} if options.coordinator is None else {"cluster_detection_method": "deactivate"}
+    try:
+        jax.distributed.initialize(
+            *where,
+            **method,
+            initialization_timeout=PATIENCE,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=2 * HEARTBEAT,
+        )
+    except ValueError:  # a TPU VM that is no part of a larger slice
+        if options.coordinator is not None:
+            raise
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"the processes of this run did not find each other: {reason}") from error
+
+
+def leads() -> bool:
+    """True in the one process that writes and prints."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def wait(name: str) -> None:
+    """Returns when all processes have come here."""
+    import jax
+
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def whole(tree):
+    """A copy of a tree of global arrays, each whole in the memory of every process."""
+    import jax
+
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def lost(error: Exception) -> str | None:
+    """What to tell the user where a collective failed because another process is gone; None for any other error."""
+    reason = next(iter(str(error).splitlines()), "")
+    if type(error).__name__ != "JaxRuntimeError" or not _LOST.search(reason):
+        return None
+    return f"error: another process stopped ({reason}); {RESUME}"
+
+
+def leave(message: str) -> None:
+    """Ends this process with an error. One of several does not wait for the others, as the interpreter's exit would."""
+    import jax
+
+    if not jax.distributed.is_initialized():
+        sys.exit(message)
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+# ---------------------------------------------------------------- the parent
+
+
+def supervise(arguments: list[str]) -> None:
+    """One of several: returns in a child process, while the parent waits for its end. Else returns at once.
+
+    A SIGTERM that the parent gets goes to the child; if the parent is killed, so is the child."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_arguments(parser)
+    try:
+        if not several(parser.parse_known_args(arguments)[0]):
+            return
+    except ConfigError:
+        return  # it is raised again where errors are reported
+    parent, (reader, writer) = os.getpid(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)  # Python's own stays as it is
+        os.dup2(writer, 2)  # the runtime's log takes the way through the parent
+        os.close(writer)
+        return
+    os.close(writer)
+    signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to the child too
+    kept = _relay(reader)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == -signal.SIGABRT and "JAX distributed service" in kept:
+        if "RegisterTask" in kept:
+            sys.exit(
+                f"error: the processes of this run did not find each other in {PATIENCE} seconds; start the command on "
+                "all hosts, where the coordinator's address can be reached"
+            )
+        sys.exit(f"\nerror: {_who(kept)} stopped; {RESUME}")  # the progress bar may have left the line open
+    if code < 0:
+        sys.stderr.write(kept)
+        sys.exit(f"\nerror: this process was ended by {signal.Signals(-code).name}; {RESUME}")
+    sys.exit(code)  # what it had to say it has said
+
+
+def _relay(reader: int) -> str:
+    """Passes the child's log on until its end; returns the entries about other processes instead of printing them."""
+    kept, keep = "", False
+    with os.fdopen(reader, errors="replace") as log:
+        for line in log:
+            if _ENTRY.match(line) or _PEERS.search(line):
+                keep = bool(_PEERS.search(line))
+            if keep:
+                kept += line
+            else:
+                sys.stderr.write(line)
+                sys.stderr.flush()
+    return kept
+
+
+def _who(log: str) -> str:
+    """The processes that the runtime's log says are gone."""
+    if found := re.search(r"unhealthy \(stopped sending heartbeats\):\n((?:\d+\n)+)", log):
+        numbers = sorted({int(number) for number in found[1].split()})
+        return f"process{'es' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+    return "process 0, the coordinator," if "leader task" in log else "another process"
