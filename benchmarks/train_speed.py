@@ -85,7 +85,7 @@ def run(stage: str, tokens: int, layout: str, steps: int) -> dict:
     """Trains ``steps`` steps after a first one, which compiles."""
     import jax
 
-    from deltallava_jax.analysis.flops import Ideal
+    from deltallava_jax.analysis.flops import StepOperations
     from deltallava_jax.analysis.targets import peak_flops
     from deltallava_jax.parallel.mesh import make_mesh, put_rows
     from deltallava_jax.training.step import TrainStep, init_state
@@ -95,8 +95,8 @@ def run(stage: str, tokens: int, layout: str, steps: int) -> dict:
     step, state = TrainStep(cfg, mesh, 1000), init_state(cfg, mesh, 1000)
     numbers = [n for n in range(plan.steps_for(1)) if plan.step(n).images][: steps + 1]
     peak = peak_flops(jax.devices()[0].device_kind)
-    at_peak = Ideal(step, (peak or 1.0) * jax.device_count())
-    seconds, ideal, counted = [], 0.0, {"conversations": 0, "images": 0, "tokens": 0}
+    needed = StepOperations(step)
+    seconds, operations, counted = [], 0, {"conversations": 0, "images": 0, "tokens": 0}
     for number in numbers:
         batch = put_rows(batch_of(cfg, plan, number), mesh)
         program = step.compile(batch, tokens)
@@ -106,7 +106,7 @@ def run(stage: str, tokens: int, layout: str, steps: int) -> dict:
         jax.block_until_ready(values)
         if number != numbers[0]:
             seconds.append(time.perf_counter() - began)
-            ideal += at_peak(batch, tokens)
+            operations += needed(batch, tokens)
             counted = {key: counted[key] + int(values[key]) for key in counted}
     whole = sum(seconds)
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -114,7 +114,7 @@ def run(stage: str, tokens: int, layout: str, steps: int) -> dict:
         "stage": stage, "tokens": tokens, "layout": layout, "rows": cfg.data.rows, "row_length": cfg.data.row_length,
         "seconds_a_step": round(statistics.median(seconds), 4),
         **{f"{key}_a_second": round(value / whole, 1) for key, value in counted.items()},
-        "mfu": round(ideal / whole, 3) if peak else None,
+        "mfu": round(operations / whole / jax.device_count() / peak, 3) if peak else None,
         "peak_memory_gib": round(stats.get("peak_bytes_in_use", 0) / 2**30, 1),
         "date": str(date.today()), "hardware": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "versions": {"jax": jax.__version__}, "steps": len(seconds), "command": "python benchmarks/train_speed.py",
