@@ -98,9 +98,11 @@ class PackPlan(Plan):
             return self.row_length, 0
         wanted = images_per_row
         if not wanted:
-            longest = int(np.quantile(self.lengths[self.images > 0], NEARLY_ALL))
+            fit = (self.images > 0) & (self.lengths <= self.row_length - most * (budget - 1))  # others are cut anyhow
+            longest = int(np.quantile(self.lengths[fit], NEARLY_ALL)) if fit.any() else self.row_length
             room = (self.row_length - longest) // max(budget - 1, 1)
-            average = self.row_length / (self.lengths[self.images > 0].sum() / total + budget - 1)
+            text = self.lengths[fit].sum() / max(self.images[fit].sum(), 1)  # of an image
+            average = self.row_length / max(text + budget - 1, 1)
             counts = np.unique(np.clip(np.arange(-2, 2) + round(average), most, max(most, min(room, self.row_length))))
             fills = np.array([self._fill_of_sample(budget, int(count)) for count in counts])
             wanted = int(counts[np.argmax(fills >= fills.max() - 0.005)])

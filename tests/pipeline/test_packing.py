@@ -86,6 +86,13 @@ def test_any_step_can_be_asked_for_first(case):
     assert [plan.step(number) for number in reversed(range(len(expected)))] == expected[::-1]
 
 
+def test_a_few_overlong_records_do_not_empty_the_rows_of_all_others():
+    lengths, images = easy_like(1000)
+    whole = PackPlan(lengths, images, budgets=(16,), rows=4, row_length=512).capacities
+    lengths[::100] = 5000
+    assert PackPlan(lengths, images, budgets=(16,), rows=4, row_length=512).capacities == whole
+
+
 def test_texts_without_image_share_steps_and_are_not_cut():
     lengths, images = easy_like(400)
     lengths[::20], images[::20] = 400, 0
