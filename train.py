@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
 def main(cfg: Config, options: argparse.Namespace) -> None:
     import jax
 
-    from deltallava_jax.analysis import flops
+    from deltallava_jax.analysis.flops import StepOperations
     from deltallava_jax.analysis.plan import memory_table, parameter_table
     from deltallava_jax.analysis.targets import peak_flops
     from deltallava_jax.data import tokens
@@ -131,21 +131,9 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
             accuracies.append(report["accuracy"])
         return sum(accuracies) / len(accuracies)
 
-    counted: dict[tuple, int] = {}
-
-    def operations(batch, budget, pooling) -> int:
-        """What a step needs, for the MFU; counted once for each program."""
-        text, images = batch.tokens.shape[1], batch.image_positions.shape[1]
-        signature = (text, images, budget, pooling)
-        if signature not in counted:
-            taken = budgets if cfg.training.every_budget else (budget,)
-            program = flops.traced(step.trace(batch, budget, pooling).jaxpr)
-            counted[signature] = flops.needed(program, cfg, [text + images * (each - 1) for each in taken])
-        return counted[signature]
-
     if train(
         cfg, step, rows, plan, workdir, steps, evaluate=evaluate if can_evaluate else None, profile=profile,
-        operations=operations, peak=peak_flops(jax.devices()[0].device_kind),
+        operations=StepOperations(step), peak=peak_flops(jax.devices()[0].device_kind),
     ):  # fmt: skip
         minutes = (time.monotonic() - began) / 60
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes

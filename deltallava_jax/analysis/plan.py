@@ -162,7 +162,11 @@ def compiler_flops(cfg: Config, mesh: Mesh, text: int, images: int, budget: int)
     """Operations of a step by the compiler's own count, element-wise work included.
 
     It counts a loop's body once, so one and two decoder layers are compiled without loops, for the rows of one device,
-    and their difference stands for the others. None where that does not fit the device memory."""
+    and their difference stands for the others. None where that does not fit the device. For GPUs XLA's CPU compiler
+    counts: without a GPU theirs gives no count."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cuda":
+        device = jax.devices("cpu")[0]
     share = mesh.shape["data"] * mesh.shape["fsdp"]
     counts = []
     for layers in (1, 2):
@@ -174,7 +178,7 @@ def compiler_flops(cfg: Config, mesh: Mesh, text: int, images: int, budget: int)
             training=replace(cfg.training, llavolta=()),
             mesh=MeshConfig(),
         )
-        one = make_mesh(small, mesh.devices.reshape(-1)[:1].tolist())
+        one = make_mesh(small, [device])
         with unrolled():
             lowered = TrainStep(small, one, STEPS).trace(batch_shapes(small, one, text, images), budget).lower()
         program, _ = compile_or_size(lowered)
