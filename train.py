@@ -35,7 +35,11 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
 
 
 def main(cfg: Config, options: argparse.Namespace) -> None:
+    import jax
+
+    from deltallava_jax.analysis.flops import StepOperations
     from deltallava_jax.analysis.plan import memory_table, parameter_table
+    from deltallava_jax.analysis.targets import peak_flops
     from deltallava_jax.data import tokens
     from deltallava_jax.data.packing import plan_for
     from deltallava_jax.data.pipeline import Rows
@@ -127,7 +131,10 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
             accuracies.append(report["accuracy"])
         return sum(accuracies) / len(accuracies)
 
-    if train(cfg, step, rows, plan, workdir, steps, evaluate=evaluate if can_evaluate else None, profile=profile):
+    if train(
+        cfg, step, rows, plan, workdir, steps, evaluate=evaluate if can_evaluate else None, profile=profile,
+        operations=StepOperations(step), peak=peak_flops(jax.devices()[0].device_kind),
+    ):  # fmt: skip
         minutes = (time.monotonic() - began) / 60
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
         say(

@@ -106,14 +106,18 @@ def ours(rows, records: list[int], workers: int) -> dict:
 MIXTURE = ((0.62, 60, 400, 1), (0.24, 100, 600, 1), (0.08, 60, 200, 1), (0.06, 200, 2000, 0))
 
 
+def draw(mixture: tuple, records: int) -> tuple[np.ndarray, np.ndarray]:
+    """(text tokens, images) of random records."""
+    rng = np.random.default_rng(0)
+    kinds = [mixture[kind] for kind in rng.choice(len(mixture), records, p=[share for share, *_ in mixture])]
+    return np.array([rng.integers(low, high + 1) for _, low, high, _ in kinds]), np.array([kind[3] for kind in kinds])
+
+
 def live_share(budget: int, records: int = 20_000) -> dict[str, float]:
     """Slots that hold a token, of all: packed by our plan, and padded in random batches as the peer's."""
     from deltallava_jax.data.packing import PackPlan
 
-    rng = np.random.default_rng(0)
-    kinds = [MIXTURE[kind] for kind in rng.choice(len(MIXTURE), records, p=[share for share, *_ in MIXTURE])]
-    lengths = np.array([rng.integers(low, high + 1) for _, low, high, _ in kinds])
-    images = np.array([count for *_, count in kinds])
+    lengths, images = draw(MIXTURE, records)
     plan = PackPlan(lengths, images, budgets=(budget,), rows=16, row_length=ROW_LENGTH)
     slots = lengths + images * (budget - 1)
     padded = slots[: records // BATCH * BATCH].reshape(-1, BATCH)

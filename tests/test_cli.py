@@ -32,6 +32,7 @@ def assert_one_line_error(done: subprocess.CompletedProcess, *words):
     ("argument", "words"),
     [
         ("--config.optimizer.lrr=1e-3", ["optimizer.lrr", "did you mean 'lr'"]),
+        ("--profile=9:3", ["--profile 9:3", "expected N:M"]),
         ("--config.model.projector.scale_factor=3", ["scale_factor=3", "8x8", "valid values: 1, 2, 4, 8"]),
     ],
 )
@@ -64,11 +65,11 @@ def parse(*arguments):
 
 
 def test_overrides_are_given_with_or_without_an_equals_sign():
-    cfg, workdir = parse(
+    cfg, options = parse(
         "--config.optimizer.lr=2e-3", "--config.model.projector.select_layer", "-2", "--config.name=a=b"
     )
     assert (cfg.optimizer.lr, cfg.model.projector.select_layer, cfg.name) == (2e-3, -2, "a=b")
-    assert workdir == Path("w")
+    assert options.workdir == Path("w") and options.coordinator is None
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Sections of a config that may be None: the parts of a model, and the scaling of rotary positions."""
 
+import argparse
 import dataclasses
 import json
 
@@ -118,7 +119,7 @@ def test_a_part_that_is_something_else(value):
 @pytest.mark.parametrize("missing", PARTS[:-1])
 def test_a_model_that_is_not_whole_cannot_be_trained_and_says_so(tmp_path, missing):
     config = override(WHOLE, {f"model.{part}": "None" for part in missing})
-    assert_error(lambda: door.main(config, tmp_path / "run"), *missing)
+    assert_error(lambda: door.main(config, argparse.Namespace(workdir=tmp_path / "run")), *missing)
     assert not (tmp_path / "run").exists()
 
 

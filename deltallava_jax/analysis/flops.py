@@ -15,6 +15,10 @@ import jax
 import jax.extend.core
 
 from deltallava_jax.config import Config, DecoderConfig
+from deltallava_jax.models import projectors
+from deltallava_jax.models.selection import llavolta
+from deltallava_jax.sequence import Batch
+from deltallava_jax.training.step import TrainStep
 
 PASSES = ("forward", "backward", "recompute")
 # Part of the model -> its named scopes; the first one found in an operation's scopes decides.
@@ -49,6 +53,22 @@ def needed(flops: Flops, cfg: Config, slots: list[int]) -> int:
 def masked(cfg: DecoderConfig, slots: int) -> int:
     """Operations of a row's forward pass on scores and values of slots that come later."""
     return cfg.layers * 4 * (slots * (slots - 1) // 2) * cfg.width
+
+
+class StepOperations:
+    """What a train step ``needs`` on a batch, counted once for each of its programs."""
+
+    def __init__(self, step: TrainStep):
+        self._step, self._counted = step, {}
+
+    def __call__(self, batch: Batch, budget: int, pooling: llavolta.Pooling | None = None) -> int:
+        text, images = batch.tokens.shape[1], batch.image_positions.shape[1]
+        signature = (text, images, budget, pooling)
+        if signature not in self._counted:
+            cfg, program = self._step.cfg, traced(self._step.trace(batch, budget, pooling).jaxpr)
+            taken = projectors.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
+            self._counted[signature] = needed(program, cfg, [text + images * (each - 1) for each in taken])
+        return self._counted[signature]
 
 
 def _products(jaxpr: jax.extend.core.Jaxpr, scopes: str, times: int) -> Iterator[tuple[str, int]]:

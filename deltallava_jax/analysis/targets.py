@@ -48,6 +48,16 @@ CHIPS = {
         ),
     )
 }  # fmt: skip
+# What jax calls the devices that are there.
+_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "NVIDIA H100": "h100", "NVIDIA H200": "h100"}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Operations a second of dense bfloat16 products of a jax device's kind; None for one that is not in CHIPS."""
+    known = [kind for kind in _KINDS if device_kind.startswith(kind)]
+    return CHIPS[_KINDS[max(known, key=len)]].peak_flops if known else None
+
+
 # The GPU compiler asks a GPU for the fastest tiling of each product; without one it takes cuBLAS for them all.
 GPU_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 EXAMPLES = "cpu:8, v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8, h100:2x8 (hosts x GPUs)"

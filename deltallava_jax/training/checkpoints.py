@@ -37,10 +37,10 @@ class Checkpoints:
         self.path = Path(workdir).absolute() / "checkpoints"
         if not create and not self.path.is_dir():
             raise CheckpointError(f"{workdir} holds no finished checkpoint; train first")
-        highest = BestN(
-            get_metric_fn=lambda metrics: metrics["accuracy"], n=best, keep_checkpoints_without_metrics=False
-        )
+        accuracy = lambda metrics: metrics["accuracy"]
+        highest = BestN(get_metric_fn=accuracy, n=best, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
+            best_fn=accuracy if best else None,  # with it the accuracies are saved too
             preservation_policy=AnyPreservationPolicy([LatestN(keep), highest]),
             enable_async_checkpointing=True,
             cleanup_tmp_directories=create,

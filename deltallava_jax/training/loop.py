@@ -19,6 +19,7 @@ from deltallava_jax.models.layers import Params
 from deltallava_jax.models.selection import llavolta
 from deltallava_jax.parallel import hosts
 from deltallava_jax.parallel.mesh import put_rows
+from deltallava_jax.sequence import Batch
 from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
 from deltallava_jax.training.metrics import Metrics, NonFiniteLoss
 from deltallava_jax.training.profile import Trace
@@ -39,14 +40,16 @@ def train(
     *,
     evaluate: Callable[[Params, Metrics, int], float] | None = None,
     profile: tuple[int, int] | None = None,
+    operations: Callable[[Batch, int, llavolta.Pooling | None], float] | None = None,
+    peak: float | None = None,
 ) -> bool:
     """Trains up to ``steps`` from the workdir's newest checkpoint, or from the start: fresh parameters, or those of
     ``init_from``. True when all steps are done.
 
     evaluate(params, metrics, step) -> accuracy is called every training.eval_every steps, on each process with whole
-    parameters. profile: the first and last step to trace, into WORKDIR/profile. SIGTERM, to any process: all save the
-    same, current step and return False. Raises NonFiniteLoss (nothing is saved after the last good step),
-    TooManyFaults, CheckpointError."""
+    parameters. profile: the first and last step to trace, into WORKDIR/profile. operations(batch, budget, pooling):
+    those of a step; peak: a device's in a second. SIGTERM, to any process: all save the same, current step and return
+    False. Raises NonFiniteLoss (nothing is saved after the last good step), TooManyFaults, CheckpointError."""
     every = cfg.training
     checkpoints = Checkpoints(workdir, every.keep_checkpoints, every.keep_best, create=True)
     latest = checkpoints.latest()
@@ -56,9 +59,8 @@ def train(
     else:
         state, record = checkpoints.restore(latest, step.shapes)
     start = int(state.step)
-    metrics = Metrics(
-        workdir, start, steps, every.log_every, functools.partial(_count_faults, cfg, workdir, record, plan)
-    )
+    count = functools.partial(_count_faults, cfg, workdir, record, plan)
+    metrics = Metrics(workdir, start, steps, every.log_every, seen=count, peak=peak)
     trace = Trace(profile, workdir / "profile")
     if start:
         metrics.say(f"resuming from step {start} of {steps}")
@@ -75,7 +77,7 @@ def train(
                 state, values = step(state, batch, element.budget, pooling)
                 if told := trace.after(number, values):
                     metrics.say(told)
-                metrics.push(number, values)
+                metrics.push(number, values, operations(batch, element.budget, pooling) if operations else 0.0)
                 _report_faults(element, metrics, workdir)
                 stopping = stop(number) and number < steps
                 accuracy = None

@@ -36,12 +36,20 @@ class Metrics:
     """Takes each step's device values without waiting for them: a step is written when the next one is pushed.
 
     seen(step, values) is called for each step that is written, on all processes; only the leading one writes and
-    prints. After a restart the records of steps that are trained again are cut from metrics.jsonl."""
+    prints. peak: operations a second that one of the devices can do, for the MFU. After a restart the records of steps
+    that are trained again are cut from metrics.jsonl."""
 
     def __init__(
-        self, workdir: Path, start: int, steps: int, log_every: int, seen: Callable[[int, dict], None] | None = None
+        self,
+        workdir: Path,
+        start: int,
+        steps: int,
+        log_every: int,
+        *,
+        seen: Callable[[int, dict], None] | None = None,
+        peak: float | None = None,
     ):
-        self._leads, self._log_every, self._seen = hosts.leads(), max(log_every, 1), seen
+        self._leads, self._log_every, self._seen, self._peak = hosts.leads(), max(log_every, 1), seen, peak
         if self._leads:
             from tensorboardX import SummaryWriter
 
@@ -56,25 +64,25 @@ class Metrics:
         self._bar = tqdm(
             total=steps, initial=start, unit="step", mininterval=interval, dynamic_ncols=True, disable=not self._leads
         )
-        self._pending: tuple[int, dict] | None = None
-        self._steps = self._tokens = self._images = 0
-        self._since = time.monotonic()
+        self._pending: tuple[int, dict, float] | None = None
+        self.restart_clock()
 
-    def push(self, step: int, values: dict) -> None:
-        """Queues a step's values and writes the step before. Raises NonFiniteLoss for that one."""
+    def push(self, step: int, values: dict, operations: float = 0.0) -> None:
+        """Queues a step's values, and the operations that it needs, and writes the step before. Raises NonFiniteLoss
+        for that one."""
         self.flush()
-        self._pending = (step, values)
+        self._pending = (step, values, operations)
 
     def flush(self) -> None:
         """Writes the queued step, waiting for its values. Raises NonFiniteLoss."""
         if self._pending is None:
             return
-        (step, values), self._pending = self._pending, None
+        (step, values, operations), self._pending = self._pending, None
         values = {name: value.item() for name, value in jax.device_get(values).items()}
         if not values.pop("finite"):
             raise NonFiniteLoss(f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}", step)
         self._tokens, self._images = self._tokens + values["tokens"], self._images + values["images"]
-        self._steps += 1
+        self._steps, self._operations = self._steps + 1, self._operations + operations
         told = step % self._log_every == 0
         rates = self._rates() if told else {}
         self._file.write(json.dumps({"step": step, **values, **rates}) + "\n")
@@ -92,16 +100,20 @@ class Metrics:
             self.restart_clock()
 
     def _rates(self) -> dict[str, float]:
-        """Speed since the last report, and memory in GiB now: of this process, and where the device tells, of its
-        first device at most."""
-        elapsed = time.monotonic() - self._since
+        """Speed since the last report; memory in GiB: of this process now, and where the device tells, the most that
+        was taken on its first device. docs/clusters.md has the formulas."""
+        elapsed, devices = time.monotonic() - self._since, jax.device_count()
         rates = {
             "seconds_per_step": elapsed / self._steps,
             "tokens_per_second": self._tokens / elapsed,
-            "tokens_per_second_per_device": self._tokens / elapsed / jax.device_count(),
+            "tokens_per_second_per_device": self._tokens / elapsed / devices,
             "images_per_second": self._images / elapsed,
             "host_memory": host_memory() / GIB,
         }
+        if self._operations:
+            rates["teraflops_per_second_per_device"] = self._operations / elapsed / devices / 1e12
+            if self._peak is not None:
+                rates["mfu"] = self._operations / elapsed / devices / self._peak
         device = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" in device:
             rates["device_memory"] = device["peak_bytes_in_use"] / GIB
@@ -115,7 +127,7 @@ class Metrics:
 
     def restart_clock(self) -> None:
         """Leaves the time since the last report (compiling, evaluating, saving) out of the rates."""
-        self._steps = self._tokens = self._images = 0
+        self._steps = self._tokens = self._images = self._operations = 0
         self._since = time.monotonic()
 
     def say(self, line: str) -> None:

@@ -24,7 +24,7 @@ from deltallava_jax.analysis import plan as analysis
 from deltallava_jax.config import ASPECTS, ConfigError, workdir_config
 from deltallava_jax.convert.read import Pretrained
 from deltallava_jax.convert.tensors import ConversionError
-from deltallava_jax.convert.workdir import read_workdir, write_workdir
+from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir
 from deltallava_jax.data import sources, tokens
 from deltallava_jax.data.conversation import TEMPLATES, BadSample, Template, tokenize
 from deltallava_jax.data.images import load_image
@@ -428,6 +428,18 @@ def test_a_source_without_checkpoints_is_refused_in_words_and_left_as_it_is(sour
     assert "init_from" in str(error.value) and str(folder) in str(error.value)
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     assert sorted(tmp_path.rglob("*")) == before, "the source was changed"
+
+
+def test_a_new_model_takes_the_projector_alone_from_a_trained_run(source, tmp_path):
+    folder, params = source()
+    cfg, _ = parse(tmp_path)
+    trained = vlm.init_params(cfg.model, jax.random.key(6))
+    (tmp_path / "stage1").mkdir()
+    write_workdir(Pretrained(cfg.model, trained), tmp_path / "stage1", "stage1")
+    model = compose(folder, folder, str(tmp_path / "stage1"), {})
+    for path, leaf in flatten(model.params).items():
+        expected = flatten(trained if path.startswith("projector/") else params)[path]
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(expected), err_msg=path)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_decoder_is_refused(source, begin, tmp_path):

@@ -5,11 +5,12 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from processes import evaluate, finish, lines, start, wait_for
+from processes import GUARD, ROOT, environment, evaluate, finish, lines, start, wait_for
 
 from deltallava_jax.training.checkpoints import Checkpoints
 
@@ -32,7 +33,7 @@ def wait_for_a_save(workdir, process):
 def undisturbed(tmp_path_factory):
     """The workdir of an uninterrupted run of 160 steps."""
     workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    finish(start(workdir, *LONG))
+    finish(start(workdir, *LONG, "--profile", "3:5"))
     return workdir
 
 
@@ -66,6 +67,15 @@ def test_sigterm_during_a_save_saves_the_current_step(undisturbed, tmp_path):
     assert losses(tmp_path) == losses(undisturbed)
 
 
+def test_two_kills_at_random_change_nothing(tmp_path):
+    """benchmarks/soak.py, in short: the same final parameters and losses, bit for bit."""
+    command = [sys.executable, "benchmarks/soak.py", "--steps=40", "--every=5", "--kills=2", "--out", tmp_path / "soak"]
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=GUARD)
+    result = json.loads((tmp_path / "soak").read_text())
+    assert result["parameters_equal_to_the_bit"] and result["losses_equal_to_the_bit"]
+    assert len(result["killed_after_steps"]) == 2
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of its own, too small for many checkpoints."""
@@ -95,7 +105,9 @@ def test_a_full_disk_ends_the_run_in_words_and_it_goes_on_when_there_is_room(und
 def test_training_learns_and_leaves_what_it_says(undisturbed):
     values = losses(undisturbed)
     assert sum(values[-20:]) < 0.5 * sum(values[:20])
-    assert list((undisturbed / "tensorboard").iterdir())
+    assert list((undisturbed / "tensorboard").iterdir()) and list((undisturbed / "profile").rglob("*.xplane.pb"))
+    assert min(line["teraflops_per_second_per_device"] for line in lines(undisturbed)) > 0
+    assert 0.1 < lines(undisturbed)[-1]["host_memory"] < 32  # GiB
     assert (undisturbed / "tokenizer.json").exists() and (undisturbed / "config.json").exists()
     assert len(list((undisturbed / "checkpoints").iterdir())) == 2
 

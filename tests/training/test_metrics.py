@@ -1,0 +1,69 @@
+"""What a run tells: a line a step, speed and memory where they are due, and nothing twice after a restart."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from deltallava_jax.analysis.targets import CHIPS, peak_flops
+from deltallava_jax.training.metrics import Metrics, NonFiniteLoss
+
+PEAK = 2e12
+
+
+def values(loss=1.0):
+    finite = np.bool_(np.isfinite(loss))
+    return {"loss": np.float32(loss), "grad_norm": np.float32(2), "finite": finite,
+            "tokens": np.int32(300), "images": np.int32(4)}  # fmt: skip
+
+
+def told(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def write(workdir, start, stop, **options):
+    metrics = Metrics(workdir, start, 9, 2, **options)
+    for step in range(start + 1, stop + 1):
+        metrics.push(step, values(), operations=6e9)
+    metrics.flush()
+    metrics.close()
+
+
+def test_speed_is_of_the_steps_since_the_last_report(tmp_path):
+    write(tmp_path, 0, 4, peak=PEAK)
+    one, two, three, four = told(tmp_path)
+    assert "mfu" not in one and "mfu" not in three and one["loss"] == 1.0
+    for line in (two, four):
+        seconds, devices = line["seconds_per_step"], jax.device_count()
+        assert line["tokens_per_second"] == pytest.approx(300 / seconds)
+        assert line["tokens_per_second_per_device"] == pytest.approx(300 / seconds / devices)
+        assert line["images_per_second"] == pytest.approx(4 / seconds)
+        assert line["teraflops_per_second_per_device"] == pytest.approx(6e9 / seconds / devices / 1e12)
+        assert line["mfu"] == pytest.approx(6e9 / seconds / devices / PEAK)
+        assert 0.05 < line["host_memory"] < 32  # GiB
+
+
+def test_after_a_restart_no_step_is_there_twice(tmp_path):
+    seen = []
+    write(tmp_path, 0, 5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # cut short by a kill
+    write(tmp_path, 3, 6, seen=lambda step, values: seen.append((step, values["loss"])))
+    assert [line["step"] for line in told(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert seen == [(4, 1.0), (5, 1.0), (6, 1.0)]
+    assert "mfu" not in told(tmp_path)[-1]  # without a known peak
+
+
+def test_a_step_that_is_not_finite_is_not_written(tmp_path):
+    metrics = Metrics(tmp_path, 0, 9, 1)
+    metrics.push(1, values(float("nan")))
+    with pytest.raises(NonFiniteLoss, match="loss nan, gradient norm 2.0 at step 1"):
+        metrics.push(2, values())
+    metrics.close()
+    assert told(tmp_path) == []
+
+
+def test_the_peak_of_a_device_that_is_there():
+    assert peak_flops("TPU v5 lite") == CHIPS["v5e"].peak_flops != peak_flops("TPU v5p") == CHIPS["v5p"].peak_flops
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12 and peak_flops("cpu") is None
