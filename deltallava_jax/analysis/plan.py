@@ -77,7 +77,8 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
 
     Raises ConfigError if the target's compiler is not there or the configuration does not fit the mesh."""
     cfg.model.require_whole("a plan")
-    mesh = make_mesh(cfg, targets.devices(target))
+    with compiler_output():  # libtpu says at length that there is no TPU
+        mesh = make_mesh(cfg, targets.devices(target))
     text = text or TEXTS.get(cfg.data.template, CONVERSATION)
     budget, T, I, conversations = first_batch(cfg, text)
     step = TrainStep(cfg, mesh, STEPS)
@@ -165,7 +166,7 @@ def compiler_flops(cfg: Config, mesh: Mesh, text: int, images: int, budget: int)
     and their difference stands for the others. None where that does not fit the device. For GPUs XLA's CPU compiler
     counts: without a GPU theirs gives no count."""
     device = mesh.devices.flat[0]
-    if device.platform == "cuda":
+    if device.platform == "gpu":
         device = jax.devices("cpu")[0]
     share = mesh.shape["data"] * mesh.shape["fsdp"]
     counts = []

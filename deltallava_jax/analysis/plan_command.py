@@ -81,13 +81,15 @@ def candidates(cfg: Config, target: Target, plan: dict) -> Iterator[tuple[str, C
     sharded = replace(cfg, mesh=MeshConfig(data=1, fsdp=-1))
     fixed = plan["per_device"]["total_bytes"] - plan["per_device"]["activation_bytes"]
     if fixed < plan["per_device"]["capacity_bytes"]:  # else no setting of the activations helps
+        words = ""
         if cfg.model.remat != "full":
-            cfg = replace(cfg, model=replace(cfg.model, remat="full"))
-            yield "--config.model.remat=full", cfg, target
+            cfg, words = replace(cfg, model=replace(cfg.model, remat="full")), "--config.model.remat=full"
+            yield words, cfg, target
         data, fsdp, _ = cfg.mesh.sizes(target.count)
         whole = cfg.data.rows // (data * fsdp)  # microbatches of a row a device
         for parts in (n for n in (2, 4, 8) if n > cfg.optimizer.accumulation and whole % n == 0):
-            yield f"--config.optimizer.accumulation={parts}", _accumulating(cfg, parts), target
+            fewer = replace(cfg, optimizer=replace(cfg.optimizer, accumulation=parts))
+            yield f"{words} --config.optimizer.accumulation={parts}".strip(), fewer, target
     if cfg.mesh.sizes(target.count) != sharded.mesh.sizes(target.count):
         yield "--mesh data=1,fsdp=-1", sharded, target
     larger = target
@@ -96,10 +98,6 @@ def candidates(cfg: Config, target: Target, plan: dict) -> Iterator[tuple[str, C
         rows = -(-cfg.data.rows // larger.count) * larger.count
         other = replace(cfg, data=replace(cfg.data, rows=rows), mesh=MeshConfig(data=1, fsdp=-1))
         yield f"--target {larger} --mesh data=1,fsdp=-1 --config.data.rows={rows}", other, larger
-
-
-def _accumulating(cfg: Config, parts: int) -> Config:
-    return replace(cfg, optimizer=replace(cfg.optimizer, accumulation=parts))
 
 
 def report(plan: dict) -> str:

@@ -1,0 +1,173 @@
+"""The plan of a run on fake CPU devices against the step that train.py runs, and its door."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+
+from deltallava_jax import __main__ as door
+from deltallava_jax.analysis import plan, plan_command
+from deltallava_jax.analysis.targets import Target, parse_target
+from deltallava_jax.config import ConfigError, MeshConfig, ModelConfig
+from deltallava_jax.models.names import flatten
+from deltallava_jax.parallel.mesh import make_mesh
+from deltallava_jax.training.step import TrainStep, batch_shapes
+from tests import tiny
+
+FOUR = Target("cpu", (4,))
+
+
+def sharded(cfg=None):
+    return dataclasses.replace(cfg or tiny.get_config(), mesh=MeshConfig(data=1, fsdp=-1))
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return plan.measure(sharded(), FOUR, text=20)
+
+
+def test_memory_is_that_of_the_programs_own_analysis(measured):
+    cfg = sharded()
+    mesh = make_mesh(cfg, jax.devices()[:4])
+    step = TrainStep(cfg, mesh, plan.STEPS)
+    batch = measured["batch"]
+    analysis = step.compile(batch_shapes(cfg, mesh, batch["text_tokens"], batch["images"]), 4).memory_analysis()
+    size = measured["per_device"]
+    assert size["temporary_bytes"] == analysis.temp_size_in_bytes
+    assert size["total_bytes"] == size["parameters_bytes"] + size["optimizer_bytes"] + size["temporary_bytes"]
+    assert size["gradient_bytes"] + size["activation_bytes"] == size["temporary_bytes"]
+    # The program's arguments are the state and a share of the batch, but for the questions, which Delta does not read.
+    shape = dataclasses.replace(batch_shapes(cfg, mesh, batch["text_tokens"], batch["images"]), questions=None)
+    state = size["parameters_bytes"] + size["optimizer_bytes"] + 4
+    assert state + plan.device_bytes(shape) == analysis.argument_size_in_bytes
+    # float32 with Adam's two moments: gradients as large as the parameters, the moments twice.
+    assert size["gradient_bytes"] == size["parameters_bytes"]
+    assert size["optimizer_bytes"] == pytest.approx(2 * size["parameters_bytes"], abs=16)
+
+
+def test_the_plan_is_the_object_that_was_promised(measured):
+    assert (measured["target"], measured["devices"]) == ("cpu:4", 4)
+    assert measured["mesh"] == dict(data=1, fsdp=4, tensor=1)
+    assert measured["fits"] and measured["per_device"]["capacity_bytes"] == FOUR.capacity
+    assert measured["seconds_to_compile"] > 0 and measured["rematerialization_warnings"] == 0
+    assert {"all-gather"} <= {one["kind"] for one in measured["collectives"]}
+    assert all(one["count"] > 0 and one["bytes"] > 0 for one in measured["collectives"])
+    assert measured["step_seconds"] is None  # nobody states a CPU's peak
+    assert measured["model_flops_per_step"] < measured["flops_per_step"] < measured["compiler_flops_per_step"]
+    assert json.loads(json.dumps(measured)) == measured
+
+
+def test_parameters_lie_where_the_rules_say(measured):
+    step = TrainStep(sharded(), make_mesh(sharded(), jax.devices()[:4]), plan.STEPS)
+    count = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape))
+    assert measured["per_device"]["parameters_bytes"] == 4 * sum(map(count, flatten(step.shapes.trained).values()))
+
+
+def test_the_first_batch_is_laid_out_for_the_length_of_text():
+    cfg = tiny.get_config()  # rows of 96 slots, 4 tokens an image
+    budget, T, I, conversations = plan.first_batch(cfg, 20)
+    assert budget == 4 and T + I * (budget - 1) == 96 and 3 <= I <= 4  # 96 / (20 + 3) = 4.2
+    assert cfg.data.rows * 3 <= conversations <= cfg.data.rows * I
+    assert plan.first_batch(cfg, 40)[2] < I
+    fixed = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, images_per_row=7))
+    assert plan.first_batch(fixed, 20)[2] == 7
+
+
+def test_a_model_with_parts_missing_is_refused():
+    cfg = dataclasses.replace(tiny.get_config(), model=ModelConfig(vision=None, projector=None))
+    with pytest.raises(ConfigError, match="no vision"):
+        plan.measure(cfg, FOUR)
+
+
+def test_a_program_that_the_tpu_compiler_refuses_is_read_from_its_message():
+    class Refused:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+                "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+            )
+
+    class Broken:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    assert plan.compile_or_size(Refused()) == (None, int(20.5 * 2**30))
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        plan.compile_or_size(Broken())
+
+
+# ------------------------------------------------------------------ the door
+
+
+def fake(total, capacity=100, **more):
+    memory = dict(
+        parameters_bytes=10, optimizer_bytes=20, temporary_bytes=total - 30, gradient_bytes=10,
+        activation_bytes=total - 40, total_bytes=total, capacity_bytes=capacity,
+    )  # fmt: skip
+    return dict(fits=total <= capacity, per_device=memory, **more)
+
+
+def options(*more):
+    arguments = ["plan", "--config", str(tiny.FILE), "--target", "cpu:4", *more]
+    return door.parse(arguments)
+
+
+def test_the_door_prints_one_object_or_a_table(monkeypatch, capsys, measured):
+    seen = []
+    monkeypatch.setattr(plan_command, "prepare", lambda target: None)
+    monkeypatch.setattr(plan, "measure", lambda cfg, target, text: seen.append((cfg, target, text)) or measured)
+    chosen = options("--mesh", "data=1,fsdp=4", "--text", "20", "--json", "--config.optimizer.lr=0.5")
+    chosen.main(chosen)
+    assert json.loads(capsys.readouterr().out) == measured
+    ((cfg, target, text),) = seen
+    assert (cfg.optimizer.lr, cfg.mesh, text) == (0.5, MeshConfig(data=1, fsdp=4), 20) and target == FOUR
+    chosen = options()
+    chosen.main(chosen)
+    printed = capsys.readouterr().out
+    for part in ("4 devices, mesh data=1, fsdp=4", "parameters", "fits", "all-gather", "TFLOP", "compiled in"):
+        assert part in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--mesh", "data=2,model=2"], "--mesh data=2,model=2: expected axes"),
+        (["--mesh", "fsdp=3,data=1"], "uses 3 of 4 devices|does not fit"),
+        (["--config.optimizer.lrr=1"], "did you mean 'lr'"),
+        (["--config.data.rows=6"], "data.rows=6 is not divisible"),
+    ],
+)
+def test_bad_options_are_one_line(more, message):
+    chosen = options(*more)
+    with pytest.raises(ConfigError, match=message):
+        chosen.main(chosen)
+
+
+def test_the_nearest_setting_that_fits_is_found(monkeypatch):
+    cfg, tried = tiny.get_config(), []
+
+    def measure(cfg, target, text, count):
+        tried.append((cfg.model.remat, cfg.optimizer.accumulation, target.count))
+        return fake(90 if cfg.optimizer.accumulation == 2 else 120)
+
+    monkeypatch.setattr(plan, "measure", measure)
+    found = plan_command.nearest(cfg, FOUR, fake(150), 0)
+    assert tried == [("full", 1, 4), ("full", 2, 4)]
+    assert found["change"] == "--config.model.remat=full --config.optimizer.accumulation=2"
+    assert found["per_device"]["total_bytes"] == 90
+
+
+def test_where_the_state_alone_does_not_fit_more_devices_are_tried(monkeypatch):
+    tried = []
+
+    def measure(cfg, target, text, count):
+        tried.append((str(target), cfg.mesh.fsdp, cfg.data.rows))
+        return fake(30 if target.count == 16 else 90, capacity=35)
+
+    monkeypatch.setattr(plan, "measure", measure)
+    found = plan_command.nearest(tiny.get_config(), FOUR, fake(90, capacity=35), 0)
+    assert tried == [("cpu:4", -1, 8), ("cpu:8", -1, 8), ("cpu:16", -1, 16)]
+    assert found["target"] == "cpu:16" and "--config.data.rows=16" in found["change"]
+    assert parse_target(found["target"]).count == 16
