@@ -113,8 +113,8 @@ def systems(runs: list[dict]) -> str:
             "- `fastervlm`, `prumerge` and `fastv` are not trained: they run on the MLP's model.",
             "- `llavolta` pools while it trains and then makes the MLP's 64 tokens.",
             "- Projector FLOPs are those of the compiled program for one image, at 16 tokens or else at 64.",
-            f"- Runs of one system and number of tokens that differ in the seed alone are up to {seed_range(runs):.3f} apart:",
-            "  smaller differences between systems mean nothing.",
+            f"- Runs of one system and number of tokens that differ in the seed alone are up to {seed_range(runs):.3f}",
+            "  apart: smaller differences between systems mean nothing.",
         ]
     )
 
