@@ -23,7 +23,7 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # instead of this folder, in which this file hides the package of the same name
 RESULTS = ROOT / "benchmarks" / "results" / "easy_vqa"
 GRID = 8  # patches a side
 # The run that tower and decoder come from; it reads the tower's last layer, so that all layers are trained.
