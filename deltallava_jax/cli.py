@@ -36,7 +36,7 @@ def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     from deltallava_jax.data.tokens import TokenizerError
     from deltallava_jax.models.names import WeightMismatch
     from deltallava_jax.parallel import hosts
-    from deltallava_jax.training.checkpoints import CheckpointError
+    from deltallava_jax.training.checkpoints import CheckpointError, SaveFailed
     from deltallava_jax.training.loop import TooManyFaults
     from deltallava_jax.training.metrics import NonFiniteLoss
 
@@ -49,12 +49,13 @@ def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     try:
         main()
     except known as error:
-        hosts.leave(f"error: {error}")
+        # After a save that failed the event files of TensorBoard cannot be closed either.
+        hosts.leave(f"error: {error}", at_once=isinstance(error, SaveFailed))
     except KeyboardInterrupt:
         hosts.leave(interrupted)
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            hosts.leave(f"error: {error}. Please make room on that disk and start the same command again")
+            hosts.leave(f"error: {error}. Please make room on that disk and start the same command again", at_once=True)
         if not jax.distributed.is_initialized():
             raise
         hosts.leave(hosts.lost(error) or traceback.format_exc())

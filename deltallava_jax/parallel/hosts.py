@@ -122,11 +122,13 @@ def lost(error: Exception) -> str | None:
     return f"error: another process stopped ({reason}); {RESUME}"
 
 
-def leave(message: str) -> None:
-    """Ends this process with an error. One of several does not wait for the others, as the interpreter's exit would."""
+def leave(message: str, *, at_once: bool = False) -> None:
+    """Ends this process with an error.
+
+    One of several does not wait for the others, as the interpreter's exit would; at_once: nor for anything else."""
     import jax
 
-    if not jax.distributed.is_initialized():
+    if not (at_once or jax.distributed.is_initialized()):
         sys.exit(message)
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -26,6 +26,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing or does not fit; the message says which and what to do."""
 
 
+class SaveFailed(CheckpointError):
+    """A checkpoint could not be written."""
+
+
 class Checkpoints:
     """The checkpoints of a workdir, each with the train state and a small JSON record: the newest ``keep``, and the
     ``best`` ones of highest accuracy.
@@ -59,7 +63,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, record: dict, accuracy: float | None = None) -> None:
         """Starts saving and returns before the files are written. ``record`` is JSON, e.g. the fault counts.
 
-        accuracy: of an evaluation at this step. Raises CheckpointError if this save or the one before fails."""
+        accuracy: of an evaluation at this step. Raises SaveFailed if this save or the one before fails."""
         items = ocp.args.Composite(
             params=ocp.args.StandardSave({"trained": state.trained, "frozen": state.frozen}),
             optimizer=ocp.args.StandardSave({"step": state.step, "moments": state.optimizer}),
@@ -152,7 +156,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self):
-        """CheckpointError for what goes wrong in orbax's threads, which may be the save before."""
+        """SaveFailed for what goes wrong in orbax's threads, which may be the save before."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -160,7 +164,7 @@ class Checkpoints:
             good = self.latest()
             kept = "no checkpoint was saved yet" if good is None else f"the checkpoint of step {good} is kept"
             what_to_do = "make room on that disk" if "No space left" in str(error) else "set this right"
-            raise CheckpointError(
+            raise SaveFailed(
                 f"a checkpoint could not be written to {self.path}: {_brief(error)}; {kept}. Please {what_to_do} and "
                 "start the same command again"
             ) from error
@@ -179,7 +183,7 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns when every save begun is complete. Raises CheckpointError if one fails."""
+        """Returns when every save begun is complete. Raises SaveFailed if one fails."""
         with self._writing():
             self._manager.wait_until_finished()
 
