@@ -124,13 +124,13 @@ def operations(found: dict) -> str:
         assumptions[plan["target"].split(":")[0]] = seconds["assumption"]
         rows.append([
             f"`{config}`", plan["target"], f"{plan['flops_per_step'] / 1e15:.2f}",
-            f"{counted / 1e15:.2f}" if counted else "", f"{plan['model_flops_per_step'] / 1e15:.2f}",
+            f"{counted / 1e15:.2f}", f"{plan['model_flops_per_step'] / 1e15:.2f}",
             f"{seconds['compute']:.2f}", f"{seconds['collectives']:.2f}", f"{seconds['estimate']:.2f}",
         ])  # fmt: skip
-    head = ["Recipe", "Target", "PFLOP", "by the compiler", "needed", "Products, s", "Collectives, s", "Step, s"]
+    head = ["Recipe", "Target", "PFLOP", "by XLA", "needed", "Products, s", "Collectives, s", "Step, s"]
     note = (
-        "Operations of a step in matrix products, as traced; as the compiler counts them, element-wise work included\n"
-        "(XLA's CPU compiler for GPU targets); without what is recomputed or masked. Assumed for the times:"
+        "Operations of a step in matrix products, as traced; as XLA's CPU compiler counts them, element-wise work\n"
+        "included; without what is recomputed or masked. Assumed for the times:"
     )
     return "\n".join([table(head, rows), "", note, "", *(f"- {kind}: {text}" for kind, text in assumptions.items())])
 
