@@ -222,7 +222,7 @@ class FastVConfig:
 
 
 REMAT_POLICIES = ("none", "dots", "full")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True)
