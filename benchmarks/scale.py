@@ -31,7 +31,7 @@ RECIPES = (  # (configuration, target)
     ("pretrain_7b", "h100:8"),
     ("finetune_qwen2_7b", "h100:8"),
 )
-ROWS_A_CHIP = 2  # as finetune_7b on 16 chips has them
+ROWS_A_CHIP = 1  # as finetune_7b has them on 16 chips
 SCALING = (("v5e:4x4", 16), ("v5e:8x8", 64), ("v5e:16x16", 256))
 RUNS = (
     *((config, target, ()) for config, target in RECIPES),
@@ -124,13 +124,13 @@ def operations(found: dict) -> str:
         assumptions[plan["target"].split(":")[0]] = seconds["assumption"]
         rows.append([
             f"`{config}`", plan["target"], f"{plan['flops_per_step'] / 1e15:.2f}",
-            f"{counted / 1e15:.2f}" if counted else "", f"{plan['model_flops_per_step'] / 1e15:.2f}",
+            f"{counted / 1e15:.2f}", f"{plan['model_flops_per_step'] / 1e15:.2f}",
             f"{seconds['compute']:.2f}", f"{seconds['collectives']:.2f}", f"{seconds['estimate']:.2f}",
         ])  # fmt: skip
-    head = ["Recipe", "Target", "PFLOP", "by the compiler", "needed", "Products, s", "Collectives, s", "Step, s"]
+    head = ["Recipe", "Target", "PFLOP", "by XLA", "needed", "Products, s", "Collectives, s", "Step, s"]
     note = (
-        "Operations of a step in matrix products, as traced; as the compiler counts them, element-wise work included\n"
-        "(XLA's CPU compiler for GPU targets); without what is recomputed or masked. Assumed for the times:"
+        "Operations of a step in matrix products, as traced; as XLA's CPU compiler counts them, element-wise work\n"
+        "included; without what is recomputed or masked. Assumed for the times:"
     )
     return "\n".join([table(head, rows), "", note, "", *(f"- {kind}: {text}" for kind, text in assumptions.items())])
 
@@ -158,7 +158,7 @@ def scaling(found: dict) -> str:
         for plan in plans
     ]  # fmt: skip
     head = ["Target", "Chips", "Rows", "Memory of a chip, GiB", "Collectives of a chip, GiB", "Compile, s"]
-    return table(head, rows) + f"\n\n`finetune_7b` with {ROWS_A_CHIP} rows a chip. Bytes are those of the results."
+    return table(head, rows) + f"\n\n`finetune_7b` with {ROWS_A_CHIP} row a chip. Bytes are those of the results."
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -42,15 +41,10 @@ def main(options: argparse.Namespace) -> None:
     prepare(target)
     from deltallava_jax.analysis.plan import measure
 
-    say(f"compiling {cfg.name} for {target}; this takes minutes")
     plan = measure(cfg, target, options.text)
     if not plan["fits"]:
         plan["nearest"] = nearest(cfg, target, plan, options.text)
     print(json.dumps(plan, indent=2) if options.json else report(plan))
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -66,7 +60,7 @@ def parse_mesh(text: str) -> MeshConfig:
 
 def nearest(cfg: Config, target: Target, plan: dict, text: int) -> dict | None:
     """The first of the settings next to this one that fits, compiled as well: what to change, and its memory."""
-    from deltallava_jax.analysis.plan import measure
+    from deltallava_jax.analysis.plan import measure, say
 
     for words, other, machine in candidates(cfg, target, plan):
         say(f"does not fit; trying {words}")
@@ -125,8 +119,7 @@ def report(plan: dict) -> str:
     for part, passes in plan["flops_by_part"].items():
         cells = ", ".join(f"{name} {count / 1e12:,.1f}" for name, count in passes.items() if count)
         lines.append(f"  {part:<10} {cells}")
-    if plan["compiler_flops_per_step"]:
-        lines.append(f"  the compiler counts {plan['compiler_flops_per_step'] / 1e12:,.1f}, element-wise work included")
+    lines.append(f"  XLA counts {plan['compiler_flops_per_step'] / 1e12:,.1f}, element-wise work included")
     if plan["collectives"] is not None:
         lines += ["", "collectives of a step on a device; bytes of the results, loops multiplied out"]
         for one in plan["collectives"]:
