@@ -34,10 +34,10 @@ class Checkpoints:
     """The checkpoints of a workdir, each with the train state and a small JSON record: the newest ``keep``, and the
     ``best`` ones of highest accuracy.
 
-    create: for the one who writes: makes the folder and removes what saves that were cut short left there; without it
-    CheckpointError says what a workdir without one lacks."""
+    create: makes the folder; without it CheckpointError says what a workdir without one lacks. clean: removes, in the
+    background, what saves that were cut short left there; for the training, beside which nobody else saves."""
 
-    def __init__(self, workdir: str | Path, keep: int = 2, best: int = 0, *, create: bool = False):
+    def __init__(self, workdir: str | Path, keep: int = 2, best: int = 0, *, create: bool = False, clean: bool = False):
         self.path = Path(workdir).absolute() / "checkpoints"
         if not create and not self.path.is_dir():
             raise CheckpointError(f"{workdir} holds no finished checkpoint; train first")
@@ -47,7 +47,7 @@ class Checkpoints:
             best_fn=accuracy if best else None,  # with it the accuracies are saved too
             preservation_policy=AnyPreservationPolicy([LatestN(keep), highest]),
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=create,
+            cleanup_tmp_directories=clean,
         )
         handlers = {
             "params": ocp.StandardCheckpointHandler(),

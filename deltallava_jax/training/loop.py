@@ -51,7 +51,7 @@ def train(
     those of a step; peak: a device's in a second. SIGTERM, to any process: all save the same, current step and return
     False. Raises NonFiniteLoss (nothing is saved after the last good step), TooManyFaults, CheckpointError."""
     every = cfg.training
-    checkpoints = Checkpoints(workdir, every.keep_checkpoints, every.keep_best, create=True)
+    checkpoints = Checkpoints(workdir, every.keep_checkpoints, every.keep_best, create=True, clean=True)
     latest = checkpoints.latest()
     if latest is None:
         state = init_state(cfg, step.mesh, steps, _initial_params(cfg, step))
