@@ -23,7 +23,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-BUDGET, ROW_LENGTH, BATCH = 144, 2048, 16
+BUDGET, ROW_LENGTH, BATCH = 144, 2048, 16  # two packed rows hold about as many conversations
 
 
 class Padded:
@@ -87,13 +87,13 @@ def ours(rows, records: list[int], workers: int) -> dict:
     from deltallava_jax.data.packing import PackPlan
     from deltallava_jax.data.pipeline import elements
 
-    plan = PackPlan(*rows.lengths(), budgets=(BUDGET,), rows=4, row_length=ROW_LENGTH)
+    plan = PackPlan(*rows.lengths(), budgets=(BUDGET,), rows=2, row_length=ROW_LENGTH)
     steps = plan.steps_for(1)
-    stream = elements(rows, plan, 0, steps + 1, workers=workers)
+    stream = elements(rows, plan, 0, steps, workers=workers)
     next(stream)  # the workers have started
     images = live = slots = 0
     began = time.perf_counter()
-    for _ in range(steps):
+    for _ in range(steps - 1):
         batch = next(stream).batch
         count = int((batch.image_positions < batch.tokens.shape[1]).sum())
         images += count

@@ -153,7 +153,9 @@ def _padded(image: Image.Image, size: int, fill: tuple[int, int, int]) -> Image.
     step = max(1, STRIP // side)
     for start in range(0, image.height, step):
         stop = min(start + step, image.height)
-        strip = Image.new("RGB", (side, stop - start), fill)
-        strip.paste(image.crop((0, start, image.width, stop)), (left, 0))
+        strip = image if stop - start == image.height else image.crop((0, start, image.width, stop))
+        if image.width < side:
+            strip, bare = Image.new("RGB", (side, stop - start), fill), strip
+            strip.paste(bare, (left, 0))
         narrow.paste(strip.resize((size, stop - start), Image.Resampling.BICUBIC), (0, top + start))
     return narrow.resize((size, size), Image.Resampling.BICUBIC)

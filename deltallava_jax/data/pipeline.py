@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import grain
+import jax
 import numpy as np
 
 from deltallava_jax.config import ConfigError, DataConfig, VisionConfig
@@ -26,6 +27,7 @@ from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.sequence import Batch
 
 
+@jax.tree_util.register_dataclass  # so that grain finds the arrays and hands them over in shared memory
 @dataclass(frozen=True)
 class Element:
     """One step's rows of this process (numpy), its budget, and "record: reason" for each record left out."""
