@@ -167,7 +167,7 @@ def step_times() -> str:
     found = json.loads(file.read_text())
     rows = [
         [
-            SYSTEMS.get(system, (system,))[0],
+            SYSTEMS[system][0] if system in SYSTEMS else f"Delta, {ABLATIONS[system]}",
             str(step["tokens"]),
             f"{step['ms_a_question']:.2f}",
             f"{step['ratio_to_mlp']:.2f}",
