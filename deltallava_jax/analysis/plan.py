@@ -94,7 +94,8 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
     counted = None
     if count:
         say(f"compiled in {seconds:.0f} s; counting operations")
-        counted = compiler_flops(cfg, mesh, T, I, budget)
+        with compiler_output():
+            counted = compiler_flops(cfg, mesh, T, I, budget)
     found = [] if program is None else collectives(program.as_text(), mesh.size)
     per_device = memory(step, program, used, target)
     return dict(

@@ -33,7 +33,7 @@ class Chip:
     source: str = ""
 
 
-TPU_NOTE = "the compiler's own limit"
+TPU_NOTE = "the limit that the TPU compiler is known to name; not seen here"
 TPU_SOURCE = "cloud.google.com/tpu/docs/{}: half of the bidirectional interconnect bandwidth, all links of a chip busy"
 CHIPS = {
     chip.name: chip
