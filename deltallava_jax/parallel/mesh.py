@@ -21,6 +21,16 @@ def make_mesh(cfg: Config, devices: list | None = None) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """What the programs of this mesh are compiled with.
+
+    On CPUs, whose thunks may run side by side, the processes must take the collectives in one order, each the same."""
+    several = len({device.process_index for device in mesh.devices.flat}) > 1
+    if several and mesh.devices.flat[0].platform == "cpu":
+        return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    return {}
+
+
 def put_rows(tree, mesh: Mesh):
     """Host arrays of this process's rows -> global arrays sharded over the rows."""
     sharding = NamedSharding(mesh, ROWS)

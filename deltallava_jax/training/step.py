@@ -16,7 +16,7 @@ from deltallava_jax.models import projectors, vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.selection import llavolta
 from deltallava_jax.parallel import rules
-from deltallava_jax.parallel.mesh import ROWS
+from deltallava_jax.parallel.mesh import ROWS, compiler_options
 from deltallava_jax.sequence import Batch
 from deltallava_jax.training.optimizer import join, make_optimizer, schedule, split
 
@@ -147,7 +147,8 @@ class TrainStep:
             budget, pooling = projectors.budgets(self.cfg.model.projector)[0], None
         signature = (budget, pooling, *batch.tokens.shape, batch.image_positions.shape[1])
         if signature not in self.compiled:
-            self.compiled[signature] = self.trace(batch, budget, pooling).lower().compile()
+            lowered = self.trace(batch, budget, pooling).lower()
+            self.compiled[signature] = lowered.compile(compiler_options(self.mesh))
         return self.compiled[signature]
 
     def __call__(
