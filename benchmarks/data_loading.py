@@ -90,11 +90,12 @@ def ours(rows, records: list[int], workers: int) -> dict:
     plan = PackPlan(*rows.lengths(), budgets=(BUDGET,), rows=2, row_length=ROW_LENGTH)
     steps = plan.steps_for(1)
     stream = elements(rows, plan, 0, steps, workers=workers)
-    next(stream)  # the workers have started
+    for _ in range(workers):
+        next(stream)  # they take turns: all have started
     images = live = slots = 0
     began = time.perf_counter()
-    for _ in range(steps - 1):
-        batch = next(stream).batch
+    for element in stream:
+        batch = element.batch
         count = int((batch.image_positions < batch.tokens.shape[1]).sum())
         images += count
         live += int((batch.segments > 0).sum()) + count * (BUDGET - 1)
