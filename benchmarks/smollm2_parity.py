@@ -46,8 +46,9 @@ def main(out: Path) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from deltallava_jax import load
-    from deltallava_jax.inference.generate import greedy, prompt_batch
+    from deltallava_jax.inference.generate import prompt_batch
     from deltallava_jax.inference.model import plain_prompt
+    from deltallava_jax.inference.sampling import Sampling
     from deltallava_jax.models import vlm
 
     transformers.logging.set_verbosity_error()
@@ -73,14 +74,13 @@ def main(out: Path) -> int:
                 ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=NEVER
             )
             answer = answer[0, ids.shape[1] :]
-        visual = np.zeros((0, 1, ours.cfg.decoder.width), np.float32)
-        tokens = np.asarray(greedy(ours.params, ours.cfg, batch, visual, max_new_tokens=NEW_TOKENS, eos=NEVER))[0]
+        (tokens,) = ours.engine.tokens(batch, sampling=Sampling(max_new_tokens=NEW_TOKENS), end=NEVER)
         rows.append(
             {
                 "prompt": prompt,
                 "max_abs_error": float(np.abs(logits - expected).max()),
                 "max_abs_logit": float(np.abs(expected).max()),
-                "same_tokens": int((tokens == answer.numpy()).sum()),
+                "same_tokens": int((np.array(tokens) == answer.numpy()).sum()),
                 "tokens": NEW_TOKENS,
                 "text": ours.tokenizer.decode(tokens),
             }
