@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
@@ -16,6 +17,8 @@ from deltallava_jax.inference.sampling import Sampling, controls
 from deltallava_jax.inference.slots import CHUNK, Slots
 from deltallava_jax.models import decoder, projectors
 from deltallava_jax.models.layers import Params
+from deltallava_jax.parallel import rules
+from deltallava_jax.parallel.mesh import tensor_mesh
 from deltallava_jax.sequence import Batch
 
 GREEDY = Sampling()
@@ -62,12 +65,16 @@ class Engine:
     visual, valid = engine.encode(pixels, prompts, budget=16)
     ids = engine.tokens(prompts, visual, valid, Sampling(max_new_tokens=32), end=tokenizer.eos)
 
-    Raises ConfigError for a model without a decoder."""
+    tensor: devices that share every layer, for a model that is too large for one. Raises ConfigError for a model
+    without a decoder, for more devices than there are, and where a layer cannot be divided by ``tensor``."""
 
-    def __init__(self, params: Params, cfg: ModelConfig):
+    def __init__(self, params: Params, cfg: ModelConfig, *, tensor: int = 1):
         if cfg.decoder is None:
             raise ConfigError("the model has no decoder, so it cannot answer")
-        self.cfg = cfg
+        self.cfg, self.mesh = cfg, None
+        if tensor > 1:
+            self.mesh = tensor_mesh(tensor)
+            params = jax.device_put(params, rules.shardings(params, self.mesh))
         self.params = {**params, "decoder": decoder.unstacked(params["decoder"], cfg.decoder, cfg.dtype)}
 
     def encode(

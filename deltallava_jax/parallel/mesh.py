@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deltallava_jax.config import Config
+from deltallava_jax.config import Config, ConfigError
 from deltallava_jax.models.layers import ROW_AXES
 
 AXES = (*ROW_AXES, "tensor")
@@ -19,6 +19,13 @@ def make_mesh(cfg: Config, devices: list | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = cfg.check_devices(len(devices))
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def tensor_mesh(size: int) -> Mesh:
+    """The first ``size`` devices, all on the axis that divides the layers: for inference."""
+    if not 1 <= size <= len(jax.devices()):
+        raise ConfigError(f"tensor={size}; there are {len(jax.devices())} devices")
+    return jax.make_mesh((1, 1, size), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:size])
 
 
 def put_rows(tree, mesh: Mesh):
