@@ -27,18 +27,19 @@ Pictures = Picture | Sequence[Picture] | None
 class Model:
     """What ``deltallava_jax.load`` returns. ``tokenizer`` is None where the checkpoint holds none.
 
-    aspect: how images become square, as in DataConfig."""
+    aspect: how images become square, as in DataConfig. tensor: devices that share every layer when it answers."""
 
     cfg: ModelConfig
     params: Params
     tokenizer: Tokenizer | None
     template: str = "vicuna_v1"
     aspect: str = "square"
+    tensor: int = 1
 
     @functools.cached_property
     def engine(self) -> Engine:
         """The decoder once more, in the form that answers fastest; made for the first answer."""
-        return Engine(self.params, self.cfg)
+        return Engine(self.params, self.cfg, tensor=self.tensor)
 
     def generate(
         self,
