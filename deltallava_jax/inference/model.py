@@ -92,6 +92,8 @@ class Model:
         before the last question.
 
         continues: what follows an answer. Raises ConfigError as ``generate``."""
+        if self.cfg.decoder is None:
+            raise ConfigError("the model has no decoder, so it cannot answer")
         if self.tokenizer is None:
             raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
         count = len(_listed(images))

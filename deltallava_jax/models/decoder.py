@@ -31,6 +31,7 @@ from deltallava_jax.models.layers import (
     init,
     init_stack,
     normal,
+    output_major,
 )
 from deltallava_jax.sequence import Layout
 
@@ -277,11 +278,10 @@ def finish(params: Params, cfg: DecoderConfig, hidden: Float[Array, "B Q d"]) ->
 
 def logits(params: Params, cfg: DecoderConfig, normed: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
     """Float32 logits of hidden states that ``finish`` has normed."""
-    rows = normed.reshape(-1, normed.shape[-1])
     with jax.named_scope("logits"):
         if isinstance(params["layers"], tuple):
             matrix = params["embed"]["embedding"] if cfg.tied_head else params["head"]["out"]["kernel"]
-            scores = jnp.matmul(matrix.astype(rows.dtype), rows.T, preferred_element_type=jnp.float32).T
-            return scores.reshape(*normed.shape[:-1], -1)
+            rows = normed.reshape(-1, normed.shape[-1])
+            return output_major(matrix, rows, jnp.float32).reshape(*normed.shape[:-1], -1)
         matrix = params["embed"]["embedding"].T if cfg.tied_head else params["head"]["out"]["kernel"]
         return jnp.matmul(normed, matrix.astype(normed.dtype), preferred_element_type=jnp.float32)
