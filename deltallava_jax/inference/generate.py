@@ -13,7 +13,7 @@ from deltallava_jax.config import ConfigError, ModelConfig
 from deltallava_jax.data.conversation import Tokenized
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.inference import slots as device
-from deltallava_jax.inference.sampling import Sampling, controls
+from deltallava_jax.inference.sampling import GREEDY, Sampling, controls
 from deltallava_jax.inference.slots import CHUNK, Slots
 from deltallava_jax.models import decoder, projectors
 from deltallava_jax.models.layers import Params
@@ -21,7 +21,6 @@ from deltallava_jax.parallel import rules
 from deltallava_jax.parallel.mesh import tensor_mesh
 from deltallava_jax.sequence import Batch
 
-GREEDY = Sampling()
 STREAMED = 4  # tokens between two looks at an answer's text
 
 
@@ -101,9 +100,9 @@ class Engine:
     ) -> Slots:
         """Slots that have read their prompts and said one token, one a row, with room for the longest answer.
 
-        capacity: slots of a row at least."""
+        capacity: slots of a row, if not as few as will do."""
         answer = max(row.max_new_tokens for row in sampling)
-        capacity = max(capacity, bucket(self.slots_of(prompts, visual.shape[1]) + answer))
+        capacity = capacity or bucket(self.slots_of(prompts, visual.shape[1]) + answer)
         return device.prefill(
             self.params, self.cfg, prompts, visual, valid, controls(sampling, end), capacity=capacity
         )  # fmt: skip

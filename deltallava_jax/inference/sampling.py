@@ -51,6 +51,9 @@ class Sampling:
             raise ConfigError(f"stop={self.stop!r}; expected texts, none of them empty")
 
 
+GREEDY = Sampling()
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Controls:

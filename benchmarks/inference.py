@@ -1,0 +1,216 @@
+"""Speed of answers: time to the first token and steady decoding.
+
+    python benchmarks/inference.py                        # SmolLM2-135M, float32, beside transformers' generate
+    python benchmarks/inference.py --workdir runs/easy_vqa    # a model of ours, at each of its budgets
+    python benchmarks/inference.py --random vicuna_7b     # random bfloat16 weights, CLIP ViT-L/14-336, 576 to 1 tokens
+
+What to install for SmolLM2 is said in smollm2.py. Both sides run the same prompts in turns within one process, torch
+with as many threads as there are cores. Beside the speeds stands what the memory allows: all weights read once for a
+token, at the speed at which torch sums a large array in the same rounds. Other programs slow both sides, torch's
+threads more than ours: the load of the machine is written down."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import smollm2  # noqa: E402
+
+PROMPTS = (
+    "The capital of France is",
+    "What is the boiling point of water at sea level?",
+    "def fibonacci(n):",
+    "Explain in one sentence why the sky is blue.",
+)
+TEXT = 68  # text tokens of a prompt about an image, as in the paper's measurements
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path)
+    parser.add_argument("--random", metavar="DECODER", help="a preset of the decoder, e.g. vicuna_7b")
+    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--new", type=int, default=30, help="new tokens")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def ours(engine, batch, visual, new: int) -> tuple[float, float]:
+    """(seconds to the first token, seconds a further step)."""
+    import numpy as np
+
+    from deltallava_jax.inference.sampling import Sampling
+
+    began = time.perf_counter()
+    slots = engine.begin(batch, *visual(), [Sampling(max_new_tokens=new)] * len(batch.tokens), -1)
+    np.asarray(slots.token)
+    first = time.perf_counter()
+    while np.asarray(slots.going).any():
+        slots, _ = engine.decode(slots)
+    return first - began, (time.perf_counter() - first) / (new - 1)
+
+
+def theirs(model, prompts, new: int) -> tuple[float, float]:
+    import torch
+
+    length = max(len(one.ids) for one in prompts)
+    left = lambda row, value: [value] * (length - len(row)) + row
+    inputs = {
+        "input_ids": torch.tensor([left(one.ids.tolist(), 0) for one in prompts]),
+        "attention_mask": torch.tensor([left([1] * len(one.ids), 0) for one in prompts]),
+    }
+
+    def seconds(count):
+        began = time.perf_counter()
+        model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0)
+        return time.perf_counter() - began
+
+    first = seconds(1)
+    return first, (seconds(new) - first) / (new - 1)
+
+
+def beside_torch(options: argparse.Namespace) -> list[dict]:
+    import numpy as np
+    import torch
+
+    from deltallava_jax import load
+    from deltallava_jax.inference.generate import bucket, prompt_batch
+    from deltallava_jax.inference.model import plain_prompt
+
+    torch.set_num_threads(os.cpu_count())
+    with tempfile.TemporaryDirectory() as folder:
+        reference = smollm2.write(folder)
+        model = load(folder)
+    reference.generation_config.eos_token_id = None
+    weights = sum(p.numel() for p in reference.parameters())
+    large = torch.ones(weights)
+    results = []
+    for rows in map(int, options.batches.split(",")):
+        prompts = [plain_prompt(PROMPTS[i % len(PROMPTS)], model.tokenizer) for i in range(rows)]
+        batch = prompt_batch(prompts, bucket(max(len(one.ids) for one in prompts)))
+        nothing = lambda: model.engine.encode(np.zeros(0))
+        ours(model.engine, batch, nothing, options.new)  # compiles
+        theirs(reference, prompts, 2)
+        mine, other, reading = [], [], []
+        for _ in range(options.rounds):
+            mine.append(ours(model.engine, batch, nothing, options.new))
+            other.append(theirs(reference, prompts, options.new))
+            began = time.perf_counter()
+            large.sum()
+            reading.append(time.perf_counter() - began)
+        result = {"batch": rows, "load": round(os.getloadavg()[0], 1)}
+        for kind, pick in (("median", np.median), ("best", np.min)):
+            (a, b), (c, d), e = (pick(x, axis=0) for x in (mine, other, reading))
+            result[kind] = {
+                "first_ms": [round(a * 1e3, 1), round(c * 1e3, 1)],
+                "first_ratio": round(c / a, 2),
+                "tokens_per_second": [round(rows / b, 1), round(rows / d, 1)],
+                "steady_ratio": round(d / b, 2),
+                "memory_allows_tokens_per_second": round(rows / e, 1),
+            }
+        print(json.dumps(result), flush=True)
+        results.append(result)
+    return results
+
+
+def by_budget(options: argparse.Namespace) -> list[dict]:
+    import jax
+    import numpy as np
+
+    from deltallava_jax import load
+    from deltallava_jax.data.conversation import Tokenized
+    from deltallava_jax.inference.generate import Engine, bucket, prompt_batch
+    from deltallava_jax.models import projectors
+
+    engine = load(options.workdir).engine if options.workdir else Engine(*random_model(options.random))
+    cfg, rng, results = engine.cfg, np.random.default_rng(0), []
+    weights = sum(x.nbytes for x in jax.tree.leaves(engine.params["decoder"]))
+    for rows in map(int, options.batches.split(",")):
+        ids = rng.integers(3, min(cfg.decoder.vocab_size, 300), TEXT + 1).astype(np.int32)
+        ids[1] = 0  # the image
+        nothing = np.zeros(len(ids), np.int32)
+        one = Tokenized(ids, nothing > 0, np.ones(1, np.int32), nothing, np.zeros((1, 2), np.int32))
+        batch, side = prompt_batch([one] * rows, bucket(len(ids))), cfg.vision.image_size
+        pixels = rng.integers(0, 256, (rows, side, side, 3)).astype(np.uint8)
+        known = projectors.budgets(cfg.projector)
+        look = {budget: functools.partial(engine.encode, pixels, batch, budget=budget) for budget in known}
+        for visual in look.values():
+            ours(engine, batch, visual, options.new)  # compiles
+        times = {budget: [] for budget in known}
+        for _ in range(options.rounds):
+            for budget, visual in look.items():
+                times[budget].append(ours(engine, batch, visual, options.new))
+        for budget, found in times.items():
+            first, step = np.median(found, axis=0)
+            whole = first + step * (options.new - 1)
+            result = {
+                "batch": rows,
+                "budget": budget,
+                "first_ms": round(first * 1e3, 1),
+                "tokens_per_second": round(rows / step, 1),
+                "new_tokens_per_second_of_the_whole_call": round(rows * options.new / whole, 1),
+                "weights_gigabytes_per_second": round(weights / step / 1e9, 1),
+            }
+            print(json.dumps(result), flush=True)
+            results.append(result)
+    return results
+
+
+def random_model(decoder: str):
+    """(parameters, config) in bfloat16, made on the device."""
+    import jax
+    import jax.numpy as jnp
+
+    from deltallava_jax.config import DecoderConfig, VisionConfig, compose, preset
+    from deltallava_jax.models import vlm
+
+    cfg = compose(
+        preset(VisionConfig, "clip_l_14_336"), preset(DecoderConfig, decoder),
+        dict(scale_factor=(1, 2, 3, 4, 6, 12, 24)),
+    )  # fmt: skip
+    shapes = jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0)))
+    draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
+    return jax.tree.map(lambda leaf: draw(next(keys), leaf.shape), shapes), cfg
+
+
+def main(options: argparse.Namespace) -> None:
+    import jax
+
+    results = by_budget(options) if options.workdir or options.random else beside_torch(options)
+    device = jax.devices()[0]
+    versions = {"python": platform.python_version(), "jax": jax.__version__}
+    if not (options.workdir or options.random):
+        import torch
+        import transformers
+
+        versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    name = "random" if options.random else "workdir" if options.workdir else "smollm2"
+    out = options.out or Path(__file__).parent / "results" / f"inference_{name}.json"
+    record = {
+        "date": str(date.today()),
+        "command": "python " + " ".join(sys.argv),
+        "hardware": f"{device.device_kind}, {os.cpu_count()} CPU cores",
+        "versions": versions,
+        "new_tokens": options.new,
+        "rounds": options.rounds,
+        "pairs": "ours, transformers'",
+        "results": results,
+    }
+    out.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main(parse())
