@@ -2,6 +2,7 @@
 
     python benchmarks/inference.py                        # SmolLM2-135M, float32, beside transformers' generate
     python benchmarks/inference.py --workdir runs/easy_vqa    # a model of ours, at each of its budgets
+    python benchmarks/inference.py --random vicuna_7b --compile-for h100:1    # no GPU: compiles alone
     python benchmarks/inference.py --random vicuna_7b     # random bfloat16 weights, CLIP ViT-L/14-336, 576 to 1 tokens
 
 What to install for SmolLM2 is said in smollm2.py. Both sides run the same prompts in turns within one process; torch
@@ -39,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--random", metavar="DECODER", help="a preset of the decoder, e.g. vicuna_7b")
+    parser.add_argument("--compile-for", metavar="TARGET", help="as plan's --target")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--new", type=int, default=30, help="new tokens")
     parser.add_argument("--rounds", type=int, default=5)
@@ -172,25 +174,84 @@ def by_budget(options: argparse.Namespace) -> list[dict]:
     return results
 
 
+def random_config(decoder: str):
+    from deltallava_jax.config import DecoderConfig, VisionConfig, compose, preset
+
+    tower, shape = preset(VisionConfig, "clip_l_14_336"), preset(DecoderConfig, decoder)
+    return compose(tower, shape, dict(scale_factor=(1, 2, 3, 4, 6, 12, 24)))
+
+
 def random_model(decoder: str):
     """(parameters, config) in bfloat16, made on the device."""
     import jax
     import jax.numpy as jnp
 
-    from deltallava_jax.config import DecoderConfig, VisionConfig, compose, preset
     from deltallava_jax.models import vlm
 
-    cfg = compose(
-        preset(VisionConfig, "clip_l_14_336"), preset(DecoderConfig, decoder),
-        dict(scale_factor=(1, 2, 3, 4, 6, 12, 24)),
-    )  # fmt: skip
+    cfg = random_config(decoder)
     shapes = jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0)))
     draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
     return jax.tree.map(lambda leaf: draw(next(keys), leaf.shape), shapes), cfg
 
 
+def compile_for(options: argparse.Namespace) -> None:
+    """Compiles what the measurement runs, for one device of the target, and prints its memory and reads."""
+    from deltallava_jax.analysis import targets
+
+    target = targets.parse_target(options.compile_for)
+    targets.prepare(target)
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import SingleDeviceSharding
+
+    from deltallava_jax.data.conversation import Tokenized
+    from deltallava_jax.inference import slots as device
+    from deltallava_jax.inference.generate import bucket, prompt_batch
+    from deltallava_jax.inference.sampling import Sampling, controls
+    from deltallava_jax.models import decoder, projectors, vlm
+
+    place = SingleDeviceSharding(targets.devices(target)[0])
+    there = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+    cfg = random_config(options.random)
+
+    def serving():
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), vlm.init_params(cfg, jax.random.key(0)))
+        return {**params, "decoder": decoder.unstacked(params["decoder"], cfg.decoder, cfg.dtype)}
+
+    params = there(jax.eval_shape(serving))
+    nothing = np.zeros(TEXT + 1, np.int32)
+    one = Tokenized(nothing, nothing > 0, np.ones(1, np.int32), nothing, np.zeros((1, 2), np.int32))
+    for budget in projectors.budgets(cfg.projector):
+        batch = prompt_batch([one], bucket(len(nothing)))
+        side, capacity = cfg.vision.image_size, bucket(bucket(len(nothing)) + budget + options.new)
+        pixels = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8, sharding=place)
+        visual = jax.ShapeDtypeStruct((1, budget, cfg.decoder.width), jnp.bfloat16, sharding=place)
+        said = there(controls([Sampling(max_new_tokens=options.new)], -1))
+        programs = {
+            "encode": device.encode.lower(params, cfg, pixels, budget=budget),
+            "prefill": device.prefill.lower(params, cfg, there(batch), visual, None, said, capacity=capacity),
+        }
+        slots = there(jax.eval_shape(
+            lambda *x, c=capacity: device.prefill(x[0], cfg, *x[1:], capacity=c), params, batch, visual, None, said
+        ))  # fmt: skip
+        steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=place)
+        programs["decode"] = device.decode.lower(params, cfg, slots, steps)
+        for name, lowered in programs.items():
+            memory = lowered.compile().memory_analysis()
+            gib = lambda x: round(x / 2**30, 2)
+            print(
+                f"{target} budget {budget:3} {name:8} compiled: {gib(memory.argument_size_in_bytes)} GiB of arguments, "
+                f"{gib(memory.temp_size_in_bytes)} GiB beside them, {gib(memory.alias_size_in_bytes)} GiB in place",
+                flush=True,
+            )
+
+
 def main(options: argparse.Namespace) -> None:
+    if options.compile_for:
+        compile_for(options)
+        return
     import jax
 
     results = by_budget(options) if options.workdir or options.random else beside_torch(options)
