@@ -266,7 +266,7 @@ def main(options: argparse.Namespace) -> None:
     out = options.out or Path(__file__).parent / "results" / f"inference_{name}.json"
     record = {
         "date": str(date.today()),
-        "command": "python " + " ".join(sys.argv),
+        "command": "python benchmarks/inference.py " + " ".join(Path(word).name for word in sys.argv[1:]),
         "hardware": f"{device.device_kind}, {os.cpu_count()} CPU cores",
         "versions": versions,
         "new_tokens": options.new,

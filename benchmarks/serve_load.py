@@ -166,7 +166,7 @@ def main(options: argparse.Namespace) -> int:
     kinds = [kind for kind, *_ in asked]
     result = {
         "date": str(date.today()),
-        "command": "python " + " ".join(sys.argv),
+        "command": f"python benchmarks/serve_load.py {options.model.name}",
         "hardware": f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}",
         "clients": options.clients,
         "requests": {kind: kinds.count(kind) for kind in sorted(set(kinds))},

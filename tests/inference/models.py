@@ -41,3 +41,10 @@ def prompt(length: int, images: int = 0, seed: int = 0) -> Tokenized:
     ids[places] = 0
     nothing = np.zeros(length, np.int32)
     return Tokenized(ids, nothing > 0, places, nothing, np.zeros((images, 2), np.int32))
+
+
+def visual(engine, pictures: list[np.ndarray], budget: int | None = None):
+    """Visual tokens of pictures, each encoded alone, so that one number of images is compiled."""
+    found = [engine.encode(one[None], budget=budget) for one in pictures] or [engine.encode(np.zeros(0))]
+    assert all(valid is None for _, valid in found)
+    return np.concatenate([tokens for tokens, _ in found]), None

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from models import model, picture
+from models import model, picture, visual
 from PIL import Image
 
 from deltallava_jax.config import ConfigError
@@ -70,7 +70,8 @@ def test_a_carried_cache_equals_a_fresh_prefill(turn, template, monkeypatch):
         ids.whole()
         monkeypatch.setattr(type(one), "end", ids.said[3])
     encoded, encode = [], Engine.encode
-    monkeypatch.setattr(Engine, "encode", lambda self, x, *a, **k: encoded.append(len(x)) or encode(self, x, *a, **k))
+    counted = lambda self, x, *a, **k: encoded.append(len(x)) or encode(self, x, *a, **k)
+    monkeypatch.setattr(Engine, "encode", counted)
     text = one.generate(picture(0), QUESTION, max_new_tokens=20, budget=4)
     stop = text[5:8] if turn == "stop" else "never"
     encoded.clear()
@@ -88,8 +89,10 @@ def test_a_carried_cache_equals_a_fresh_prefill(turn, template, monkeypatch):
         conversation += asked.ids.tolist()
         shown += [(place, image) for place in places]
         batch = prompt_batch([fresh(conversation, [place for place, _ in shown])], bucket(len(conversation)))
-        visual = encode(one.engine, np.stack([picture for _, picture in shown]), batch, budget=4)
-        (expected,) = one.engine.tokens(batch, *visual, Sampling(max_new_tokens=len(answer.said)), end=one.end)
+        monkeypatch.setattr(Engine, "encode", encode)
+        seen = visual(one.engine, [picture for _, picture in shown], 4)
+        monkeypatch.setattr(Engine, "encode", counted)
+        (expected,) = one.engine.tokens(batch, *seen, Sampling(max_new_tokens=len(answer.said)), end=one.end)
         assert answer.said == expected
         conversation += answer.ids
     assert encoded == [1, 0, 1] if turn != "end" else len(encoded) == 3

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from models import VOCAB, model, picture, prompt
+from models import VOCAB, model, picture, prompt, visual
 
 from deltallava_jax.inference import slots as device
 from deltallava_jax.inference.generate import Engine, bucket, prompt_batch
@@ -35,8 +35,8 @@ def compiled():
 def answers(engine, prompts, images=0, sampling=SHORT, length=0, budget=None, **options):
     """Ids of prompts with ``images`` each, in one batch."""
     batch = prompt_batch(prompts, length or bucket(max(len(one.ids) for one in prompts)))
-    pixels = np.stack([picture(len(one.ids)) for one in prompts for _ in range(images)]) if images else np.zeros(0)
-    return engine.tokens(batch, *engine.encode(pixels, batch, budget=budget), sampling, end=-1, **options)
+    pictures = [picture(len(one.ids)) for one in prompts for _ in range(images)]
+    return engine.tokens(batch, *visual(engine, pictures, budget), sampling, end=-1, **options)
 
 
 @pytest.mark.parametrize(("sampling", "fastv"), [(SHORT, True), (DRAWN, False)], ids=["fastv", "drawn"])
@@ -54,8 +54,7 @@ def test_one_bucket_is_like_another():
     expected = answers(engine, one, 1)
     assert expected == answers(engine, one, 1, length=24) == answers(engine, one, 1, length=32)
     batch = prompt_batch(one, 16)
-    visual, valid = engine.encode(picture(11)[None], batch)
-    slots = engine.begin(batch, visual, valid, [SHORT], -1, capacity=96)
+    slots = engine.begin(batch, *visual(engine, [picture(11)]), [SHORT], -1, capacity=96)
     assert slots.caches[0].live.shape == (1, 96)
     slots, (rest,) = engine.decode(slots)
     assert rest == expected[0][1:]
@@ -112,8 +111,7 @@ def test_requests_enter_and_leave_slots_while_others_are_answered():
             if row not in running and waiting:
                 index = running[row] = waiting.pop(0)
                 batch = prompt_batch([prompts[index]], 16)
-                visual = engine.encode(picture(len(prompts[index].ids))[None], batch)
-                one = engine.begin(batch, *visual, [rows[index]], -1)
+                one = engine.begin(batch, *visual(engine, [picture(len(prompts[index].ids))]), [rows[index]], -1)
                 said[index].append(int(one.token[0]))
                 slots = device.insert(slots, one, row)
         slots, new = engine.decode(slots, 3)
