@@ -12,13 +12,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: str | Path, *, dtype: str | None = None) -> Model:
+def load(path: str | Path, *, dtype: str | None = None, tensor: int = 1) -> Model:
     """The newest model of a workdir, or of a folder in Hugging Face's or the original LLaVA layout.
 
-    dtype: of the parameters, e.g. "bfloat16"; as they are saved by default. Raises ConversionError,
-    CheckpointError or WeightMismatch, whose messages name the file and what was expected."""
+        model = deltallava_jax.load("runs/easy_vqa")
+        model.generate("shape.png", "what color is the shape?")
+
+    dtype: of the parameters, e.g. "bfloat16"; as they are saved by default. tensor: devices that share every layer when
+    the model answers. Raises ConversionError, CheckpointError or WeightMismatch, whose messages name the file and what
+    was expected; ConfigError for more devices than there are."""
     from pathlib import Path
 
     from deltallava_jax.convert.workdir import load_model
 
-    return load_model(Path(path), dtype)
+    return load_model(Path(path), dtype, tensor)

@@ -15,6 +15,8 @@ COMMANDS = {
     "data": ("deltallava_jax.data.command", "LLaVA data sets: check them, build them into ArrayRecord"),
     "convert": ("deltallava_jax.convert.command", "checkpoints of Hugging Face, LLaVA and ours, into each other"),
     "plan": ("deltallava_jax.analysis.plan_command", "memory, operations and collectives of a run on a machine"),
+    "chat": ("deltallava_jax.apps.chat", "a conversation with a model in the terminal"),
+    "serve": ("deltallava_jax.apps.serve", "a server with OpenAI's protocol"),
 }
 
 

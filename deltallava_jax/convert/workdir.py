@@ -40,12 +40,12 @@ def open_model(path: Path, *, dtype: str | None = None, vision: Path | None = No
     return dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf.astype(dtype), model.params))
 
 
-def load_model(path: Path, dtype: str | None = None) -> Model:
+def load_model(path: Path, dtype: str | None = None, tensor: int = 1) -> Model:
     """A model ready to answer, with the tokenizer and template beside it and its images' aspect."""
     model = open_model(path, dtype=dtype)
     folder = path if path.is_dir() else path.parent
     tokenizer = tokens.load(folder) if any((folder / name).is_file() for name in tokens.FILES) else None
-    return Model(model.cfg, model.params, tokenizer, model.template, model.aspect)
+    return Model(model.cfg, model.params, tokenizer, model.template, model.aspect, tensor)
 
 
 def read_workdir(path: Path) -> Pretrained:

@@ -6,6 +6,7 @@ image goes. Spans come from the tokenizer's character offsets, never from counti
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,12 +156,17 @@ def _assemble(pairs: list[tuple[str, str | None]], template: Template):
     return text, answers, starts, asked
 
 
-def tokenize(pairs: list[tuple[str, str | None]], template: Template, tokenizer: Tokenizer) -> Tokenized:
+def tokenize(
+    pairs: list[tuple[str, str | None]], template: Template, tokenizer: Tokenizer, *, continues: bool = False
+) -> Tokenized:
     """Token ids of a whole conversation, BOS first; each answer and its ``end`` are supervised.
 
-    A final answer of None leaves the prompt open for generation."""
+    A final answer of None leaves the prompt open for generation. continues: the pairs follow the end of an answer, so
+    what stands between rounds takes the place of BOS and the system text."""
+    if continues:
+        template = dataclasses.replace(template, system=template.after)
     text, answers, starts, asked = _assemble(pairs, template)
-    ids = [] if tokenizer.bos is None else [tokenizer.bos]
+    ids = [] if tokenizer.bos is None or continues else [tokenizer.bos]
     places, positions, start = [(-1, -1)] * len(ids), [], 0  # places: characters of each id
     for index, piece in enumerate(text.split(IMAGE)):
         if index:

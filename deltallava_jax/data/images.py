@@ -37,12 +37,13 @@ UPRIGHT = {
 
 
 def load_image(
-    source: str | Path | bytes | Image.Image,
+    source: str | Path | bytes | np.ndarray | Image.Image,
     size: int,
     aspect: str = "square",
     fill: tuple[int, int, int] = VisionConfig().mean_color,
 ) -> np.ndarray:
-    """RGB uint8 [size, size, 3] of a file (local, or gs://...), a file's bytes or an opened image.
+    """RGB uint8 [size, size, 3] of a file (local, or gs://...), a file's bytes, pixels (uint8 [H, W, 3]) or an
+    opened image.
 
     aspect: square, pad or squash. fill: the padding's colour, by default CLIP's. An animation gives its first frame.
     Alpha is dropped, not blended, so that the colours below it show, as in LLaVA's code. Unlike there, an EXIF
@@ -72,6 +73,10 @@ def load_image(
 def _open(source):
     if isinstance(source, Image.Image):
         return nullcontext(source)
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+            raise BadSample("expected uint8 [height, width, 3]")
+        return nullcontext(Image.fromarray(source))
     if isinstance(source, bytes):
         return Image.open(BytesIO(source), formats=FORMATS)
     if "://" in os.fspath(source):
@@ -120,6 +125,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 def _name(source) -> str:
     if isinstance(source, bytes):
         return f"of {len(source):,} bytes"
+    if isinstance(source, np.ndarray):
+        return f"{source.dtype} {list(source.shape)}"
     if isinstance(source, Image.Image):
         source = getattr(source, "filename", "") or f"of mode {source.mode}"
     name = str(source)

@@ -13,7 +13,8 @@ from deltallava_jax.data import easy_vqa
 from deltallava_jax.data.conversation import IMAGE, TEMPLATES, end_id, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.tokens import Tokenizer
-from deltallava_jax.inference.generate import encode, greedy, prompt_batch
+from deltallava_jax.inference.generate import Engine, prompt_batch
+from deltallava_jax.inference.sampling import Sampling
 from deltallava_jax.models import projectors
 from deltallava_jax.models.layers import Params
 
@@ -44,7 +45,8 @@ def evaluate(
     pixels = _pixels(cfg, images, blind)
     place = {image: index for index, image in enumerate(images)}
     asks = projectors.reads_question(cfg.model.projector)
-    visual, valid = (None, None) if asks else _encode(params, cfg, pixels, budget)
+    engine, sampling = Engine(params, cfg.model), Sampling(max_new_tokens=cfg.evaluation.max_new_tokens)
+    visual, valid = (None, None) if asks else _encode(engine, pixels, budget)
     template = TEMPLATES[cfg.data.template]
     prompts = [tokenize([(f"{IMAGE}\n{q.question}", None)], template, tokenizer) for q in questions]
     length = max(len(prompt.ids) for prompt in prompts)
@@ -54,16 +56,12 @@ def evaluate(
         # The last batch is filled up by repeating its last question: one shape, one compile.
         chosen = [min(start + i, len(questions) - 1) for i in range(size)]
         batch, shown = prompt_batch([prompts[i] for i in chosen], length), [place[questions[i].image] for i in chosen]
-        tokens = greedy(
-            params, cfg.model, batch,
-            *(
-                encode(params, cfg.model, pixels[shown], batch, budget=budget)
-                if asks
-                else (visual[shown], None if valid is None else valid[shown])
-            ),
-            max_new_tokens=cfg.evaluation.max_new_tokens, eos=end_id(template, tokenizer),
-        )  # fmt: skip
-        answers += [tokenizer.decode(row) for row in np.asarray(tokens)]
+        if asks:
+            these = engine.encode(pixels[shown], batch, budget=budget)
+        else:
+            these = visual[shown], None if valid is None else valid[shown]
+        ids = engine.tokens(batch, *these, sampling, end=end_id(template, tokenizer))
+        answers += [tokenizer.decode(row) for row in ids]
     right: dict[str, list[bool]] = {}
     for question, answer in zip(questions, answers):
         right.setdefault(question.type, []).append(answer == question.answer)
@@ -86,9 +84,9 @@ def _pixels(cfg: Config, images: list[int], blind: bool) -> np.ndarray:
     return np.stack([load_image(easy_vqa.image_path("test", i), size, cfg.data.aspect, fill) for i in images])
 
 
-def _encode(params: Params, cfg: Config, pixels: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _encode(engine: Engine, pixels: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray | None]:
     """(visual tokens [n, V, d], which of them are there) of all images, a batch at a time."""
     padded = np.pad(pixels, ((0, -len(pixels) % IMAGE_BATCH), (0, 0), (0, 0), (0, 0)))
     batches = padded.reshape(-1, IMAGE_BATCH, *padded.shape[1:])
-    parts = [encode(params, cfg.model, batch, budget=budget) for batch in batches]
+    parts = [engine.encode(batch, budget=budget) for batch in batches]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)

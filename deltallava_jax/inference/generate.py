@@ -1,36 +1,41 @@
-"""Greedy generation for batches of prompts of unequal length, with a static key-value cache."""
+"""Prompts in, tokens or text out: the host side of the engine, whose device side is slots.py."""
 
 from __future__ import annotations
 
-import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
-from deltallava_jax.config import ModelConfig
+from deltallava_jax.config import ConfigError, ModelConfig
 from deltallava_jax.data.conversation import Tokenized
-from deltallava_jax.models import decoder, vlm
+from deltallava_jax.data.tokens import Tokenizer
+from deltallava_jax.inference import slots as device
+from deltallava_jax.inference.sampling import GREEDY, Sampling, controls
+from deltallava_jax.inference.slots import CHUNK, Slots
+from deltallava_jax.models import decoder, projectors
 from deltallava_jax.models.layers import Params
-from deltallava_jax.models.selection import fastv
-from deltallava_jax.sequence import Batch, layout, text_layout
+from deltallava_jax.parallel import rules
+from deltallava_jax.parallel.mesh import tensor_mesh
+from deltallava_jax.sequence import Batch
+
+STREAMED = 4  # tokens between two looks at an answer's text
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "budget"))
-def encode(
-    params: Params, cfg: ModelConfig, images: UInt8[Array, "n H W 3"], prompts: Batch | None = None, *, budget: int
-) -> tuple[Float[Array, "n V d"], Bool[Array, "n V"] | None]:
-    """Visual tokens of images and which of them are there (None: all), compiled once for each (n, budget).
-
-    prompts: for systems that read the question, the rows whose image places the images fill, row by row."""
-    return vlm.visual_tokens(params, cfg, images, prompts, budget=budget)[:2]
+def bucket(length: int) -> int:
+    """The padded length for a length: 16, 24, 32, 48, 64, 96, ..., so that few are compiled and little is padding."""
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return size
 
 
-def prompt_batch(prompts: list[Tokenized], length: int) -> Batch:
-    """Prompts, one a row, padded on the right to ``length`` text tokens; images are given to ``greedy`` encoded.
+def prompt_batch(prompts: Sequence[Tokenized], length: int) -> Batch:
+    """Prompts, one a row, padded on the right to ``length`` text tokens; images are given encoded.
 
-    Raises ValueError for a prompt that is longer."""
+    Raises ValueError for a prompt that is longer or empty."""
     rows = len(prompts)
     images = max(len(prompt.image_positions) for prompt in prompts)
     batch = Batch(
@@ -43,7 +48,7 @@ def prompt_batch(prompts: list[Tokenized], length: int) -> Batch:
     )
     for row, prompt in enumerate(prompts):
         count = len(prompt.ids)
-        if count > length:
+        if not 0 < count <= length:
             raise ValueError(f"a prompt of {count} tokens in a batch of length {length}")
         batch.tokens[row, :count] = prompt.ids
         batch.segments[row, :count] = 1
@@ -52,65 +57,205 @@ def prompt_batch(prompts: list[Tokenized], length: int) -> Batch:
     return batch
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "eos"))
-def greedy(
-    params: Params,
-    cfg: ModelConfig,
-    prompts: Batch,
-    visual: Float[Array, "n V d"],
-    valid: Bool[Array, "n V"] | None = None,
-    *,
-    max_new_tokens: int,
-    eos: int,
-) -> Int[Array, "B max_new_tokens"]:
-    """The most likely next tokens of each prompt, up to and including ``eos``; 0 after it.
+class Engine:
+    """A model's weights in the form that decodes fastest, and the compiled functions over them.
 
-    visual, valid: of each image place, row by row (n = B * I), as ``encode`` gives them. Stops when every row has
-    ended."""
-    B, I = prompts.image_positions.shape
-    rows = layout(prompts, None if valid is None else valid.reshape(B, I, -1), visual.shape[1])
-    hidden = vlm.merge(params, cfg, prompts, rows, visual)
-    weights, shape = params["decoder"], cfg.decoder
-    live = rows.segments > 0
-    S, slots = hidden.shape[1], (hidden.shape[1],)
-    stages = ((0, shape.layers),)
-    if cfg.fastv:
-        stages, kept = fastv.stages(shape, cfg.fastv), fastv.kept_slots(rows, prompts.tokens.shape[1], cfg.fastv)
-        slots = (S, S, kept)
-    caches = tuple(
-        decoder.init_cache(shape, B, count + max_new_tokens, hidden.dtype, layers=last - first)
-        for (first, last), count in zip(stages, slots)
-    )
-    with jax.named_scope("prefill"):
-        if cfg.fastv:
-            hidden, rows, caches = fastv.run(weights, shape, hidden, rows, cfg.fastv, slots[-1], caches)
-        else:
-            hidden, cache = decoder.run(weights, shape, hidden, rows, cache=caches[0])
-            caches = (cache,)
-    last = slots[-1] - 1 - jnp.argmax(rows.segments[:, ::-1] > 0, axis=1)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    engine = Engine(params, cfg)
+    visual, valid = engine.encode(pixels, prompts, budget=16)
+    ids = engine.tokens(prompts, visual, valid, Sampling(max_new_tokens=32), end=tokenizer.eos)
 
-    def choose(hidden: Float[Array, "B 1 d"]) -> Int[Array, " B"]:
-        return jnp.argmax(decoder.logits(weights, shape, decoder.finish(weights, shape, hidden)), axis=-1)[:, 0]
+    tensor: devices that share every layer, for a model that is too large for one. Raises ConfigError for a model
+    without a decoder, for more devices than there are, and where a layer cannot be divided by ``tensor``."""
 
-    def unfinished(carry):
-        count, done, *_ = carry
-        return (count < max_new_tokens) & ~done.all()
+    def __init__(self, params: Params, cfg: ModelConfig, *, tensor: int = 1):
+        if cfg.decoder is None:
+            raise ConfigError("the model has no decoder, so it cannot answer")
+        self.cfg, self.mesh = cfg, None
+        if tensor > 1:
+            self.mesh = tensor_mesh(tensor)
+            params = jax.device_put(params, rules.shardings(params, self.mesh))
+        self.params = {**params, "decoder": decoder.unstacked(params["decoder"], cfg.decoder, cfg.dtype)}
 
-    def decode(carry):
-        count, done, token, out, caches = carry
-        token = jnp.where(done, 0, token)
-        out = out.at[:, count].set(token)
-        done |= token == eos
-        hidden = decoder.embed(weights, shape, token[:, None], cfg.dtype)
-        slot = text_layout((live.sum(1) + count)[:, None].astype(jnp.int32), jnp.ones((B, 1), jnp.int32))
-        written = []
-        for layers, cache in zip(stages, caches):
-            hidden, cache = decoder.run(weights, shape, hidden, slot, layers=layers, cache=cache)
-            written.append(cache)
-        return count + 1, done, choose(hidden), out, tuple(written)
+    def encode(
+        self, images: UInt8[np.ndarray, "n H W 3"], prompts: Batch | None = None, *, budget: int | None = None
+    ) -> tuple[Float[Array, "n V d"], Bool[Array, "n V"] | None]:
+        """Visual tokens of images, which fill the image places of ``prompts`` row by row; and which of them are there.
 
-    out = jnp.zeros((B, max_new_tokens), jnp.int32)
-    carry = (jnp.int32(0), jnp.zeros(B, bool), choose(hidden), out, caches)
-    with jax.named_scope("decode"):
-        return jax.lax.while_loop(unfinished, decode, carry)[3]
+        Raises ConfigError for a budget that the projector does not make."""
+        if not len(images):
+            return np.zeros((0, 1, self.cfg.decoder.width), self.cfg.dtype), None
+        budget = projectors.check_budget(self.cfg.projector, budget)
+        asked = prompts if projectors.reads_question(self.cfg.projector) else None
+        return device.encode(self.params, self.cfg, images, asked, budget=budget)
+
+    def begin(
+        self,
+        prompts: Batch,
+        visual: Float[Array, "n V d"],
+        valid: Bool[Array, "n V"] | None,
+        sampling: Sequence[Sampling],
+        end: int,
+        *,
+        capacity: int = 0,
+    ) -> Slots:
+        """Slots that have read their prompts and said one token, one a row, with room for the longest answer.
+
+        capacity: slots of a row, if not as few as will do."""
+        answer = max(row.max_new_tokens for row in sampling)
+        capacity = capacity or bucket(self.slots_of(prompts, visual.shape[1]) + answer)
+        return device.prefill(
+            self.params, self.cfg, prompts, visual, valid, controls(sampling, end), capacity=capacity
+        )  # fmt: skip
+
+    def extend(
+        self,
+        slots: Slots,
+        prompts: Batch,
+        visual: Float[Array, "n V d"],
+        valid: Bool[Array, "n V"] | None,
+        sampling: Sampling,
+        end: int,
+    ) -> Slots:
+        """One conversation that goes on, with the caches that it has; they grow where the room is too small."""
+        cache = slots.caches[0]
+        needed = int(cache.length[0]) + self.slots_of(prompts, visual.shape[1]) + sampling.max_new_tokens
+        if needed > min(cache.live.shape[1] for cache in slots.caches):
+            slots = device.insert(
+                device.empty(self.cfg, slots.controls, rows=1, capacity=bucket(needed)), slots, 0
+            )  # fmt: skip
+        return device.extend(self.params, self.cfg, slots, prompts, visual, valid, controls([sampling], end))
+
+    def decode(self, slots: Slots, steps: int = CHUNK) -> tuple[Slots, list[list[int]]]:
+        """Up to ``steps`` further tokens of every slot that is going."""
+        slots, out = device.decode(self.params, self.cfg, slots, steps)
+        return slots, [[int(token) for token in row if token >= 0] for row in np.asarray(out)]
+
+    def tokens(
+        self,
+        prompts: Batch,
+        visual: Float[Array, "n V d"] | None = None,
+        valid: Bool[Array, "n V"] | None = None,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        *,
+        end: int,
+    ) -> list[list[int]]:
+        """The answer of each row up to and including ``end`` (-1: none). Stop texts are for ``Answer``."""
+        rows = len(prompts.tokens)
+        sampling = [sampling] * rows if isinstance(sampling, Sampling) else sampling
+        if visual is None:
+            visual, valid = self.encode(np.zeros((0,)))
+        slots = self.begin(prompts, visual, valid, sampling, end)
+        answers = [[token] for token in np.asarray(slots.token).tolist()]
+        while np.asarray(slots.going).any():
+            slots, new = self.decode(slots)
+            for answer, more in zip(answers, new):
+                answer += more
+        return answers
+
+    @staticmethod
+    def slots_of(prompts: Batch, budget: int) -> int:
+        """Slots of a row whose images take ``budget`` each."""
+        return prompts.tokens.shape[1] + prompts.image_positions.shape[1] * (budget - 1)
+
+
+class Text:
+    """An answer's text as its tokens come. ``add`` gives what is certain: no half characters, no beginnings of a stop
+    text; ``close`` gives the rest. finish: "stop" or "length" once it has ended."""
+
+    def __init__(self, tokenizer: Tokenizer, end: int, stop: Sequence[str] = ()):
+        self.tokenizer, self.end, self.stop = tokenizer, end, stop
+        self.ids: list[int] = []  # of the text: without the end, and without the token that completed a stop text
+        self.text, self.finish = "", None
+
+    def add(self, token: int) -> str:
+        if token == self.end:
+            self.finish = "stop"
+            return self._upto(self.tokenizer.decode(self.ids))
+        text = self.tokenizer.decode([*self.ids, token])
+        found = [text.index(stop) for stop in self.stop if stop in text]
+        if found:
+            self.finish = "stop"
+            return self._upto(text[: min(found)])
+        self.ids.append(token)
+        certain = text.rstrip("\ufffd")
+        held = max((_overlap(certain, stop) for stop in self.stop), default=0)
+        return self._upto(certain[: len(certain) - held])
+
+    def close(self) -> str:
+        if self.finish is not None:
+            return ""
+        self.finish = "length"
+        return self._upto(self.tokenizer.decode(self.ids))
+
+    def _upto(self, text: str) -> str:
+        new = text[len(self.text) :]
+        self.text += new
+        return new
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of the text that may become the stop text."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class Answer:
+    """One answer while it is made: iterate over it for the pieces of its text.
+
+    text, finish ("stop", "length", or "cancelled"): of what was said so far. tokens: how many were. seconds_to_first,
+    seconds: from the start to the first token, and to the last."""
+
+    def __init__(self, engine: Engine, begin: Callable[[], Slots], text: Text, stride: int = STREAMED):
+        self._engine, self._begin, self._text, self._stride = engine, begin, text, stride
+        self._cancelled = False
+        self.slots: Slots | None = None
+        self.said: list[int] = []  # by the device, which may be past a stop text
+        self.tokens, self.seconds_to_first, self.seconds = 0, 0.0, 0.0
+
+    def __iter__(self) -> Iterator[str]:
+        began = time.perf_counter()
+        self.slots = self._begin()
+        new = np.asarray(self.slots.token).tolist()
+        self.seconds_to_first = time.perf_counter() - began
+        while True:
+            self.said += new
+            self.seconds = time.perf_counter() - began
+            for token in new:
+                self.tokens += 1
+                piece = self._text.add(token)
+                if piece:
+                    yield piece
+                if self._text.finish:
+                    break
+            if self._text.finish or self._cancelled or not bool(self.slots.going[0]):
+                break
+            self.slots, (new,) = self._engine.decode(self.slots, self._stride)
+        if rest := self._text.close():
+            yield rest
+
+    @property
+    def text(self) -> str:
+        return self._text.text
+
+    @property
+    def finish(self) -> str | None:
+        return "cancelled" if self._cancelled and self._text.finish == "length" else self._text.finish
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens of the text."""
+        return self._text.ids
+
+    def cancel(self) -> None:
+        """Lets the answer end with the tokens that it has; may be called from a signal handler or another thread."""
+        self._cancelled = True
+
+    def whole(self) -> str:
+        """The text of the whole answer."""
+        for _ in self:
+            pass
+        return self.text
+
+
+def halted(slots: Slots, back: int) -> Slots:
+    """One conversation whose answer has ended and whose last ``back`` tokens that were read are forgotten."""
+    return device.halt(slots, np.ones(1, bool), np.full(1, back, np.int32))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,80 +14,202 @@ from deltallava_jax.config import ConfigError, ModelConfig
 from deltallava_jax.data.conversation import IMAGE, TEMPLATES, Tokenized, end_id, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.tokens import Tokenizer
-from deltallava_jax.inference.generate import encode, greedy, prompt_batch
+from deltallava_jax.inference.generate import Answer, Engine, Text, bucket, halted, prompt_batch
+from deltallava_jax.inference.sampling import Sampling
 from deltallava_jax.models import projectors
 from deltallava_jax.models.layers import Params
-from deltallava_jax.sequence import Batch
 
-LENGTH_STEP = 64  # prompts are padded to a multiple, so that few lengths are compiled
+Picture = str | Path | bytes | np.ndarray | Image.Image  # a file, its bytes, pixels uint8 [H, W, 3], or opened
+Pictures = Picture | Sequence[Picture] | None
 
 
 @dataclass
 class Model:
     """What ``deltallava_jax.load`` returns. ``tokenizer`` is None where the checkpoint holds none.
 
-    aspect: how images become square, as in DataConfig."""
+    aspect: how images become square, as in DataConfig. tensor: devices that share every layer when it answers."""
 
     cfg: ModelConfig
     params: Params
     tokenizer: Tokenizer | None
     template: str = "vicuna_v1"
     aspect: str = "square"
+    tensor: int = 1
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """The decoder once more, in the form that answers fastest; made for the first answer."""
+        return Engine(self.params, self.cfg, tensor=self.tensor)
 
     def generate(
         self,
-        images: str | Path | Image.Image | Sequence | None,
+        images: Pictures,
         prompt: str,
         *,
         budget: int | None = None,
-        max_new_tokens: int = 128,
+        on_text: Callable[[str], None] | None = None,
+        **sampling,
     ) -> str:
-        """The greedy answer to a prompt about one image, several, or none.
+        """The answer to a prompt about one image, several, or none.
 
             model = deltallava_jax.load("runs/easy_vqa")
             model.generate("shape.png", "what color is the shape?", budget=16)
+            model.generate(["a.png", "b.png"], "what changed?", temperature=0.7, top_p=0.9, seed=1)
 
-        images: a file, a PIL image, or a list of them. budget: visual tokens an image, the projector's largest by
-        default. A decoder alone continues the prompt as it stands. Raises ConfigError for a budget the projector does
-        not make or a model without the parts it takes, BadSample for an image that cannot be read."""
+        images: a file, its bytes, pixels (uint8 [H, W, 3]), a PIL image, or a list of them. budget: visual tokens an
+        image, the projector's largest by default. on_text: is called with each piece of the text as it comes.
+        sampling: fields of ``Sampling``; greedy, up to 128 tokens by default. A decoder alone continues the prompt as
+        it stands. Raises ConfigError for a setting or budget out of range or a model without the parts it takes,
+        BadSample for an image that cannot be read."""
+        answer = self.stream(images, prompt, budget=budget, **sampling)
+        for piece in answer:
+            if on_text:
+                on_text(piece)
+        return answer.text
+
+    def stream(self, images: Pictures, prompt: str, *, budget: int | None = None, **sampling) -> Answer:
+        """The same answer piece by piece; afterwards its tokens, seconds and finish can be read off.
+
+        for piece in model.stream("shape.png", "what color is the shape?"):
+            print(piece, end="", flush=True)"""
+        asked = self.ask([(prompt, None)], images)
+        return self.answer(asked, self.pixels(images), budget=budget, **sampling)
+
+    def chat(self, *, budget: int | None = None, **sampling) -> Chat:
+        """A conversation: an image is encoded once, and each turn reads only what is new.
+
+        chat = model.chat(budget=16)
+        chat.ask("what color is the shape?", "shape.png")
+        chat.ask("and what shape is it?")"""
+        return Chat(self, budget, Sampling(**sampling))
+
+    # ------------------------------------------------------------------ the parts of an answer
+
+    def ask(
+        self, pairs: list[tuple[str, str | None]], images: Pictures = None, *, continues: bool = False
+    ) -> Tokenized:
+        """A conversation up to a question, as the model's template puts it; images without a marker of their own go
+        before the last question.
+
+        continues: what follows an answer. Raises ConfigError as ``generate``."""
         if self.cfg.decoder is None:
             raise ConfigError("the model has no decoder, so it cannot answer")
         if self.tokenizer is None:
             raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
-        images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
-        end = self.tokenizer.eos
+        count = len(_listed(images))
         if self.cfg.whole:
-            template = TEMPLATES[self.template]
-            end, markers = end_id(template, self.tokenizer), prompt.count(IMAGE)
-            if markers not in (0, len(images)):
-                raise ConfigError(f"the prompt holds {markers} {IMAGE} markers, but {len(images)} images are given")
-            text = prompt if markers else f"{IMAGE}\n" * len(images) + prompt
-            tokenized = tokenize([(text, None)], template, self.tokenizer)
-        elif images:
+            markers = sum(question.count(IMAGE) for question, _ in pairs)
+            if markers not in (0, count):
+                raise ConfigError(f"the prompt holds {markers} {IMAGE} markers, but {count} images are given")
+            if not markers:
+                pairs = [*pairs[:-1], (f"{IMAGE}\n" * count + pairs[-1][0], pairs[-1][1])]
+            tokenized = tokenize(pairs, TEMPLATES[self.template], self.tokenizer, continues=continues)
+        elif count:
             raise ConfigError("the model has no vision tower, so it cannot read images")
         else:
-            tokenized = plain_prompt(prompt, self.tokenizer)
-        length = -(-len(tokenized.ids) // LENGTH_STEP) * LENGTH_STEP
-        prompt = prompt_batch([tokenized], length)
-        ids = greedy(
-            self.params, self.cfg, prompt, *self._visual(images, prompt, budget),
-            max_new_tokens=max_new_tokens, eos=end,
-        )  # fmt: skip
-        return self.tokenizer.decode(np.asarray(ids)[0])
+            tokenized = plain_prompt(pairs[-1][0], self.tokenizer, continues=continues)
+        if not len(tokenized.ids):
+            raise ConfigError("the prompt is empty")
+        return tokenized
 
-    def _visual(self, images: list, prompt: Batch, budget: int | None):
+    def pixels(self, images: Pictures) -> np.ndarray:
+        """uint8 [n, H, W, 3] of the tower's size. Raises BadSample for an image that cannot be read."""
+        images = _listed(images)
         if not images:
-            return np.zeros((0, 1, self.cfg.decoder.width), self.cfg.dtype), None
-        budget = projectors.check_budget(self.cfg.projector, budget)
+            return np.zeros((0, 0, 0, 3), np.uint8)
         size, fill = self.cfg.vision.image_size, self.cfg.vision.mean_color
-        pixels = np.stack([load_image(image, size, self.aspect, fill) for image in images])
-        return encode(self.params, self.cfg, pixels, prompt, budget=budget)
+        return np.stack([load_image(image, size, self.aspect, fill) for image in images])
+
+    def answer(
+        self, asked: Tokenized, pixels: np.ndarray, *, budget: int | None = None, capacity: int = 0, **sampling
+    ) -> Answer:
+        """The answer to a tokenized prompt about encoded pixels."""
+        if len(pixels):
+            projectors.check_budget(self.cfg.projector, budget)
+        sampling = Sampling(**sampling)
+        batch = prompt_batch([asked], bucket(len(asked.ids)))
+
+        def begin():
+            visual, valid = self.engine.encode(pixels, batch, budget=budget)
+            return self.engine.begin(batch, visual, valid, [sampling], self.end, capacity=capacity)
+
+        return Answer(self.engine, begin, Text(self.tokenizer, self.end, sampling.stop))
+
+    @property
+    def end(self) -> int:
+        """The token that ends an answer."""
+        if not self.cfg.whole:
+            return -1 if self.tokenizer.eos is None else self.tokenizer.eos
+        return end_id(TEMPLATES[self.template], self.tokenizer)
 
 
-def plain_prompt(prompt: str, tokenizer: Tokenizer) -> Tokenized:
+class Chat:
+    """Turns of one conversation over one key-value cache. After each, ``last`` is its ``Answer``."""
+
+    def __init__(self, model: Model, budget: int | None, sampling: Sampling):
+        self.model, self.budget, self.sampling = model, budget, sampling
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything that was said."""
+        self.last: Answer | None = None
+
+    def ask(self, prompt: str, images: Pictures = None) -> str:
+        """The whole answer to the next question, about new images or what was there before. Raises as ``generate``."""
+        return self.stream(prompt, images).whole()
+
+    def stream(self, prompt: str, images: Pictures = None) -> Answer:
+        """The next answer piece by piece; it must have ended before the next question."""
+        pixels, before = self.model.pixels(images), self.last
+        options = {name: getattr(self.sampling, name) for name in Sampling.__dataclass_fields__}
+        if before is None or before.slots is None:
+            asked = self.model.ask([(prompt, None)], images)
+            self.last = self.model.answer(asked, pixels, budget=self.budget, **options)
+            return self.last
+        if len(pixels) and self.model.cfg.fastv:
+            raise ConfigError("FastV chooses among an image's tokens by the first question; begin anew for a new image")
+        model, engine = self.model, self.model.engine
+        if len(pixels):
+            projectors.check_budget(model.cfg.projector, self.budget)
+        batch = self._following(before, model.ask([(prompt, None)], images, continues=True))
+
+        def begin():
+            visual, valid = engine.encode(pixels, batch, budget=self.budget)
+            # The device has read all that it said but the last token; beyond the text's own tokens it is forgotten.
+            read, kept = len(before.said) - 1, len(before.ids)
+            slots = halted(before.slots, max(read - kept, 0))
+            return engine.extend(slots, batch, visual, valid, self.sampling, model.end)
+
+        self.last = Answer(engine, begin, Text(model.tokenizer, model.end, self.sampling.stop))
+        return self.last
+
+    def _following(self, before: Answer, asked: Tokenized):
+        """What the cache lacks: the last token of the answer, its end, and the question."""
+        model = self.model
+        unread = before.ids[len(before.said) - 1 :]
+        ending = model.tokenizer.encode(TEMPLATES[model.template].end)[0] if model.cfg.whole else []
+        front = np.array([*unread, *ending], np.int32)
+        nothing = np.zeros(len(front), asked.rounds.dtype)
+        whole = Tokenized(
+            np.concatenate([front, asked.ids]),
+            np.concatenate([nothing > 0, asked.loss_mask]),
+            asked.image_positions + len(front),
+            np.concatenate([nothing, asked.rounds]),
+            asked.questions + len(front),
+        )
+        return prompt_batch([whole], bucket(len(whole.ids)))
+
+
+def plain_prompt(prompt: str, tokenizer: Tokenizer, *, continues: bool = False) -> Tokenized:
     """A text as it stands, BOS before it where the tokenizer has one: for a decoder alone."""
-    ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(prompt)[0]
+    ids = ([] if tokenizer.bos is None or continues else [tokenizer.bos]) + tokenizer.encode(prompt)[0]
     nothing = np.zeros(len(ids), np.int32)
     return Tokenized(
         np.array(ids, np.int32), nothing.astype(bool), np.zeros(0, np.int32), nothing, np.zeros((0, 2), np.int32)
     )
+
+
+def _listed(images: Pictures) -> list:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]

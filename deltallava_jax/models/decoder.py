@@ -1,9 +1,10 @@
-"""A Llama-architecture decoder: RMSNorm, rotary positions, grouped key heads, gated MLP; layers stacked and scanned.
+"""A Llama-architecture decoder: RMSNorm, rotary positions, grouped key heads, gated MLP.
 
-Any slice of the layers can be run on its own, with or without a key-value cache, so that a system may select or pool
-hidden states in between. What attends to what is decided by the layout: a slot sees the slots before it of its own
-segment (and of its own branch or the shared part, where the rounds of a conversation are independent); segment 0
-(padding, visual slots without a token) is seen by nobody.
+Training stacks the layers and scans over them; ``unstacked`` gives them one by one, as inference takes them. Any slice
+of the layers can be run on its own, with or without a key-value cache, so that a system may select or pool hidden
+states in between. What attends to what is decided by the layout: a slot sees the slots before it of its own segment
+(and of its own branch or the shared part, where the rounds of a conversation are independent); segment 0 (padding,
+visual slots without a token) is seen by nobody.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from deltallava_jax.config import DecoderConfig
 from deltallava_jax.models.layers import (
     REMAT,
     Linear,
+    OutputMajor,
     Params,
     RMSNorm,
     attention,
@@ -29,6 +31,7 @@ from deltallava_jax.models.layers import (
     init,
     init_stack,
     normal,
+    output_major,
 )
 from deltallava_jax.sequence import Layout
 
@@ -36,14 +39,14 @@ from deltallava_jax.sequence import Layout
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of a slice of the layers for C slots; ``length`` of them are written, the same for all rows.
+    """Keys and values of a slice of the layers, an array a layer; of a row's C slots the first ``length`` are written.
 
-    segments: of the written slots; 0 is seen by nobody, so rows of unequal length need no common alignment."""
+    live: of the written slots, those that hold a token; padding and missing visual tokens are seen by nobody."""
 
-    k: Float[Array, "L B C G D"]
-    v: Float[Array, "L B C G D"]
-    segments: Int[Array, "B C"]
-    length: Int[Array, ""]
+    k: tuple[Float[Array, "B C G D"], ...]
+    v: tuple[Float[Array, "B C G D"], ...]
+    live: Bool[Array, "B C"]
+    length: Int[Array, " B"]
 
 
 class Embedding(nnx.Module):
@@ -55,9 +58,11 @@ class Embedding(nnx.Module):
 
 
 class Layer(nnx.Module):
+    linear = Linear
+
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         init = normal(cfg.initializer_range)
-        make = lambda a, b, bias=False: Linear(a, b, bias=bias, kernel_init=init, rngs=rngs)
+        make = lambda a, b, bias=False: self.linear(a, b, bias=bias, kernel_init=init, rngs=rngs)
         width, keys = cfg.width, cfg.kv_heads * cfg.head_dim
         self.attention_norm = RMSNorm(width, eps=cfg.norm_eps)
         self.q = make(width, width, cfg.qkv_bias)
@@ -68,23 +73,24 @@ class Layer(nnx.Module):
         self.down = make(cfg.mlp_width, width)
         self.head_dim = cfg.head_dim
 
-    def __call__(self, x, rotary, mask, cached=None, at=None):
-        """x [B, Q, d] -> (x, (k, v)): the new keys and values, or the ``cached`` ones, written at ``at``."""
+    def __call__(self, x, rotary, mask, remember=lambda k, v: (k, v)):
+        """x [B, Q, d] -> x. remember: takes the new keys and values, returns those that are attended to."""
         with jax.named_scope("attention"):
             y = self.attention_norm(x)
             split = lambda t: rearrange(t, "b t (h d) -> b t h d", d=self.head_dim)
             q, k, v = split(self.q(y)), split(self.k(y)), split(self.v(y))
-            q, k = rotate(q, rotary), rotate(k, rotary)
-            if cached is not None:
-                write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
-                    cache, new.astype(cache.dtype), at, axis=1
-                )
-                k, v = write(cached[0], k), write(cached[1], v)
-            y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+            k, v = remember(rotate(k, rotary), v)
+            y = attention(rotate(q, rotary), k.astype(q.dtype), v.astype(q.dtype), mask)
             x = x + self.o(rearrange(y, "b t h d -> b t (h d)"))
         with jax.named_scope("mlp"):
             y = self.mlp_norm(x)
-            return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), (k, v)
+            return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+
+
+class UnstackedLayer(Layer):
+    """A layer as ``unstacked`` gives it."""
+
+    linear = OutputMajor
 
 
 class Head(nnx.Module):
@@ -148,10 +154,42 @@ def visible(queries: Int[Array, "B Q"], keys: Int[Array, "B K"], start: int | Ar
     return ((queries[:, :, None] == keys[:, None, :]) & causal)[:, None]
 
 
+def unstacked(params: Params, cfg: DecoderConfig, dtype=None) -> Params:
+    """The same decoder for inference: ``layers`` a tuple, matrices [out, in] and in ``dtype`` (their own for None).
+
+    A scan reads each layer's weights twice, once to slice them from the stack. Every function here takes either form;
+    what trains is the stacked one."""
+    make = jax.jit(lambda x: jnp.swapaxes(x, -1, -2).astype(dtype or x.dtype))
+
+    def leaf(path, x):
+        return make(x) if path[-1].key == "kernel" else x
+
+    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(cfg.layers)]
+    turned = jax.tree_util.tree_map_with_path(leaf, {"layers": tuple(layers), "head": params["head"]})
+    table = params["embed"]["embedding"]
+    return {**turned, "embed": {"embedding": table.astype(dtype or table.dtype)}}
+
+
+def layer(params: Params, cfg: DecoderConfig, index: int) -> Layer:
+    """One layer, ready to be called."""
+    if isinstance(params["layers"], tuple):
+        return bind(UnstackedLayer, cfg, params["layers"][index])
+    return bind(Layer, cfg, jax.tree.map(lambda x: x[index], params["layers"]))
+
+
 def init_cache(cfg: DecoderConfig, rows: int, slots: int, dtype=jnp.float32, layers: int | None = None) -> Cache:
     """An empty cache for ``rows`` rows of at most ``slots`` slots, for that many layers (all by default)."""
-    shape = (cfg.layers if layers is None else layers, rows, slots, cfg.kv_heads, cfg.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows, slots), jnp.int32), jnp.int32(0))
+    shape = (rows, slots, cfg.kv_heads, cfg.head_dim)
+    empty = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(cfg.layers if layers is None else layers))
+    return Cache(empty(), empty(), jnp.zeros((rows, slots), bool), jnp.zeros(rows, jnp.int32))
+
+
+def append(cache: Array, new: Array, at: Int[Array, " B"]) -> Array:
+    """new [B, Q, ...] written into cache [B, C, ...], in each row from its own slot ``at``; C must have room."""
+    if cache.shape[0] == 1:  # a slice is written in place on every backend, a scatter is slower on CPUs
+        return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), at[0], axis=1)
+    rows, slots = jnp.arange(cache.shape[0])[:, None], at[:, None] + jnp.arange(new.shape[1])
+    return cache.at[rows, slots].set(new.astype(cache.dtype), mode="drop")
 
 
 def run(
@@ -162,14 +200,16 @@ def run(
     *,
     layers: tuple[int, int] | None = None,
     cache: Cache | None = None,
+    fresh: bool = False,
     remat: str = "none",
 ) -> tuple[Float[Array, "B Q d"], Cache | None]:
     """Hidden state ``layers[0]`` -> hidden state ``layers[1]`` (all layers by default), without the final norm.
 
-    layout gives the positions and segments of the Q slots. With a cache of this slice of layers, the slots are
-    appended to it and see what it holds; the cache must have room for them. Returns (hidden, the cache or None)."""
+    layout gives the positions and segments of the Q slots. With a cache of this slice of layers, the slots of each row
+    are appended to it and see what it holds; the cache must have room for them, and dead slots at the end of the Q are
+    overwritten by the next. fresh: the cache is empty, so the slots see each other alone. Returns (hidden, the cache or
+    None)."""
     first, last = layers or (0, cfg.layers)
-    stack = jax.tree.map(lambda x: x[first:last], params["layers"])
     rotary = rotary_angles(layout.positions, cfg)
     scope = jax.named_scope(f"decoder_layers_{first}_{last}")
     if cache is None:
@@ -177,22 +217,36 @@ def run(
         if layout.branches is not None:
             own, seen = layout.branches[:, :, None], layout.branches[:, None, :]
             mask &= ((seen == 0) | (seen == own))[:, None]
-        body = REMAT[remat](lambda x, layer: (by_rows(bind(Layer, cfg, layer)(by_rows(x), rotary, mask)[0]), None))
+        if isinstance(params["layers"], tuple):
+            with scope:
+                for index in range(first, last):
+                    hidden = layer(params, cfg, index)(hidden, rotary, mask)
+                return hidden, None
+        stack = jax.tree.map(lambda x: x[first:last], params["layers"])
+        body = REMAT[remat](lambda x, layer: (by_rows(bind(Layer, cfg, layer)(by_rows(x), rotary, mask)), None))
         with scope:
             return jax.lax.scan(body, hidden, stack)[0], None
     if layout.branches is not None:
         raise ValueError("branches are for whole rows; a cache holds one continuous text a row")
-    at = cache.length
-    segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, layout.segments, at, axis=1)
-    mask = visible(layout.segments, segments, at)
+    new, at, Q = layout.segments > 0, cache.length, hidden.shape[1]
+    live = append(cache.live, new, at)
+    seen = new if fresh else live
+    start = 0 if fresh else at[:, None, None]
+    causal = jnp.arange(seen.shape[1]) <= start + jnp.arange(Q)[:, None]
+    mask = (seen[:, None] & causal)[:, None]
+    written = []
 
-    def cached_body(x, layer_and_cache):
-        layer, k, v = layer_and_cache
-        return bind(Layer, cfg, layer)(x, rotary, mask, (k, v), at)
+    def remember(k, v):
+        index = len(written)
+        written.append((append(cache.k[index], k, at), append(cache.v[index], v, at)))
+        return (k, v) if fresh else written[-1]
 
     with scope:
-        hidden, (k, v) = jax.lax.scan(cached_body, hidden, (stack, cache.k, cache.v))
-    return hidden, Cache(k, v, segments, at + hidden.shape[1])
+        for index in range(first, last):
+            hidden = layer(params, cfg, index)(hidden, rotary, mask, remember)
+    k, v = zip(*written) if written else ((), ())
+    used = jnp.where(new.any(1), Q - jnp.argmax(new[:, ::-1], axis=1), 0).astype(jnp.int32)
+    return hidden, Cache(k, v, live, at + used)
 
 
 def attention_row(
@@ -200,11 +254,11 @@ def attention_row(
     cfg: DecoderConfig,
     hidden: Float[Array, "B S d"],
     layout: Layout,
-    layer: int,
+    index: int,
     slot: Int[Array, " B"],
 ) -> Float[Array, "B S"]:
     """Attention of one slot a row in one layer, averaged over the heads; hidden: that layer's input."""
-    block = bind(Layer, cfg, jax.tree.map(lambda x: x[layer], params["layers"]))
+    block = layer(params, cfg, index)
     rotary = rotary_angles(layout.positions, cfg)
     y = block.attention_norm(hidden)
     split = lambda t: rearrange(t, "b t (h d) -> b t h d", d=cfg.head_dim)
@@ -224,9 +278,10 @@ def finish(params: Params, cfg: DecoderConfig, hidden: Float[Array, "B Q d"]) ->
 
 def logits(params: Params, cfg: DecoderConfig, normed: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
     """Float32 logits of hidden states that ``finish`` has normed."""
-    if cfg.tied_head:
-        matrix = params["embed"]["embedding"].T
-    else:
-        matrix = params["head"]["out"]["kernel"]
     with jax.named_scope("logits"):
+        if isinstance(params["layers"], tuple):
+            matrix = params["embed"]["embedding"] if cfg.tied_head else params["head"]["out"]["kernel"]
+            rows = normed.reshape(-1, normed.shape[-1])
+            return output_major(matrix, rows, jnp.float32).reshape(*normed.shape[:-1], -1)
+        matrix = params["embed"]["embedding"].T if cfg.tied_head else params["head"]["out"]["kernel"]
         return jnp.matmul(normed, matrix.astype(normed.dtype), preferred_element_type=jnp.float32)

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deltallava_jax.config import Config
+from deltallava_jax.config import Config, ConfigError
 from deltallava_jax.models.layers import ROW_AXES
 
 AXES = (*ROW_AXES, "tensor")
@@ -29,6 +29,13 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     if several and mesh.devices.flat[0].platform == "cpu":
         return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     return {}
+
+
+def tensor_mesh(size: int) -> Mesh:
+    """The first ``size`` devices, all on the axis that divides the layers: for inference."""
+    if not 1 <= size <= len(jax.devices()):
+        raise ConfigError(f"tensor={size}; there are {len(jax.devices())} devices")
+    return jax.make_mesh((1, 1, size), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:size])
 
 
 def put_rows(tree, mesh: Mesh):

@@ -53,8 +53,9 @@ from deltallava_jax.convert.write import write_hf, write_llava  # noqa: E402
 from deltallava_jax.data import tokens  # noqa: E402
 from deltallava_jax.data.conversation import TEMPLATES, tokenize  # noqa: E402
 from deltallava_jax.data.images import load_image  # noqa: E402
-from deltallava_jax.inference.generate import encode, greedy, prompt_batch  # noqa: E402
+from deltallava_jax.inference.generate import Engine, prompt_batch  # noqa: E402
 from deltallava_jax.inference.model import Model  # noqa: E402
+from deltallava_jax.inference.sampling import Sampling  # noqa: E402
 from deltallava_jax.models import projectors, vision, vlm  # noqa: E402
 from deltallava_jax.models.names import flatten  # noqa: E402
 from deltallava_jax.training.checkpoints import Checkpoints  # noqa: E402
@@ -124,8 +125,9 @@ def our_logits(model: Pretrained, rows, images, budget: int) -> np.ndarray:
 
 def our_tokens(model: Pretrained, rows, images, budget: int, count: int = 8) -> list[list[int]]:
     prompts = prompt_batch(rows, max(len(row.ids) for row in rows))
-    visual = encode(model.params, model.cfg, images, prompts, budget=budget)
-    return np.asarray(greedy(model.params, model.cfg, prompts, *visual, max_new_tokens=count, eos=-1)).tolist()
+    engine = Engine(model.params, model.cfg)
+    visual = engine.encode(images, prompts, budget=budget)
+    return engine.tokens(prompts, *visual, Sampling(max_new_tokens=count), end=-1)
 
 
 # ------------------------------------------------------------------ MLP models: transformers' own LLaVA
@@ -244,9 +246,8 @@ def test_greedy_tokens_without_images(delta):
     rows = rows_of([0, 0], [9, 5])
     inputs = torch_rows(rows, left=True)
     theirs = theirs.generate(**inputs, do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=None)
-    nothing = np.zeros((0, 1, checkpoints.WIDTH), np.float32)
-    mine = greedy(model.params, model.cfg, prompt_batch(rows, 9), nothing, max_new_tokens=8, eos=-1)
-    assert np.asarray(mine).tolist() == theirs.tolist()
+    mine = Engine(model.params, model.cfg).tokens(prompt_batch(rows, 9), sampling=Sampling(max_new_tokens=8), end=-1)
+    assert mine == theirs.tolist()
 
 
 def test_a_decoder_with_a_tied_head(composed, tmp_path):

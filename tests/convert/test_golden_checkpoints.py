@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from deltallava_jax.convert.read import read
 from deltallava_jax.data.conversation import Tokenized
-from deltallava_jax.inference.generate import encode, greedy, prompt_batch
+from deltallava_jax.inference.generate import Engine, prompt_batch
+from deltallava_jax.inference.sampling import Sampling
 from deltallava_jax.models import vlm
 
 V, IMAGE_TOKEN = test_llava_golden.V, test_llava_golden.IMAGE_TOKEN
@@ -47,7 +48,8 @@ def test_logits_and_greedy_tokens(golden_model):
 
     prompts = [prompt(stored["gen0_prompt"]), prompt(stored["gen1_prompt"])]
     images = golden.inputs("pixel_values", (2, 3, 56, 56)).transpose(0, 2, 3, 1)
-    visual, _ = encode(model.params, model.cfg, images, budget=V)
+    engine = Engine(model.params, model.cfg)
+    visual, _ = engine.encode(images, budget=V)
     length = max(len(one.ids) for one in prompts)
-    mine = greedy(model.params, model.cfg, prompt_batch(prompts, length), visual, max_new_tokens=16, eos=-1)
-    assert np.asarray(mine).tolist() == [stored["gen0_tokens"].tolist(), stored["gen1_tokens"].tolist()]
+    mine = engine.tokens(prompt_batch(prompts, length), visual, None, Sampling(max_new_tokens=16), end=-1)
+    assert mine == [stored["gen0_tokens"].tolist(), stored["gen1_tokens"].tolist()]

@@ -17,7 +17,8 @@ from rows import assert_trees_close, text_layout  # noqa: E402
 
 from deltallava_jax.convert.families import DECODERS, TOWERS, decoder_family, tower_family  # noqa: E402
 from deltallava_jax.convert.read import read  # noqa: E402
-from deltallava_jax.inference.generate import encode, greedy, prompt_batch  # noqa: E402
+from deltallava_jax.inference.generate import Engine, prompt_batch  # noqa: E402
+from deltallava_jax.inference.sampling import Sampling  # noqa: E402
 from deltallava_jax.models import decoder, vision, vlm  # noqa: E402
 from deltallava_jax.sequence import layout  # noqa: E402
 
@@ -147,18 +148,18 @@ def their_tokens(name: str, inputs: dict) -> list[list[int]]:
 def test_greedy_tokens_of_a_decoder(name, opened):
     """16 tokens after prompts of unequal length; with Llama 3's rope the positions pass the original context."""
     model, rows = opened(name), checkpoints.rows_of([0, 0], [14, 5])
-    nothing = np.zeros((0, 1, checkpoints.WIDTH), np.float32)
-    mine = greedy(model.params, model.cfg, prompt_batch(rows, 14), nothing, max_new_tokens=16, eos=-1)
-    assert np.asarray(mine).tolist() == their_tokens(name, checkpoints.torch_rows(rows, left=True))
+    mine = Engine(model.params, model.cfg).tokens(prompt_batch(rows, 14), sampling=Sampling(max_new_tokens=16), end=-1)
+    assert mine == their_tokens(name, checkpoints.torch_rows(rows, left=True))
 
 
 def test_greedy_tokens_of_llava(opened):
     model, images = opened("llava"), checkpoints.pixels(2)
     rows = checkpoints.rows_of([1, 1], [12, 6])
-    visual, _ = encode(model.params, model.cfg, images, budget=TOKENS)
-    mine = greedy(model.params, model.cfg, prompt_batch(rows, 12), visual, max_new_tokens=16, eos=-1)
+    engine = Engine(model.params, model.cfg)
+    visual, _ = engine.encode(images, budget=TOKENS)
+    mine = engine.tokens(prompt_batch(rows, 12), visual, None, Sampling(max_new_tokens=16), end=-1)
     inputs = checkpoints.torch_rows(rows, TOKENS, left=True) | {"pixel_values": checkpoints.torch_pixels(images)}
-    assert np.asarray(mine).tolist() == their_tokens("llava", inputs)
+    assert mine == their_tokens("llava", inputs)
 
 
 @pytest.mark.parametrize("name", checkpoints.TOWERS)

@@ -29,6 +29,7 @@ from deltallava_jax.data import sources, tokens
 from deltallava_jax.data.conversation import TEMPLATES, BadSample, Template, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.inference import model as inference
+from deltallava_jax.inference.generate import Engine
 from deltallava_jax.models import vlm
 from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel import mesh
@@ -198,8 +199,8 @@ def test_an_image_is_a_path_text_or_a_picture_alone_or_in_a_list(models, picture
 
 @pytest.mark.parametrize("aspect", ASPECTS)
 def test_an_image_becomes_square_as_in_training(aspect, models, pictures, monkeypatch):
-    shown, encode = [], inference.encode
-    monkeypatch.setattr(inference, "encode", lambda *a, **k: shown.append(a[2]) or encode(*a, **k))
+    shown, encode = [], Engine.encode
+    monkeypatch.setattr(Engine, "encode", lambda self, *a, **k: shown.append(a[0]) or encode(self, *a, **k))
     ask(dataclasses.replace(models["workdir"], aspect=aspect), pictures[0])
     np.testing.assert_array_equal(shown[0][0], load_image(pictures[0], 32, aspect))
 

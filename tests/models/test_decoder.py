@@ -81,7 +81,7 @@ def test_cached_decoding_equals_the_uncached_forward():
         token = np.stack([x[n + step] for x, n in zip(inputs, LENGTHS)])[:, None]
         hidden, cache = run(token, text_layout(np.ones((3, 1)), LENGTHS[:, None] + step), cache)
         close(hidden[:, 0], np.stack([x[n + step] for x, n in zip(expected, LENGTHS)]), err_msg=f"step {step}")
-    assert cache.length == ROW + 4
+    np.testing.assert_array_equal(cache.length, LENGTHS + 4)  # padding is overwritten
 
 
 def test_a_dead_step_leaves_no_trace():
@@ -100,21 +100,32 @@ def test_a_dead_step_leaves_no_trace():
 
 
 def test_prefill_in_two_pieces_equals_one():
+    """Rows of unequal length, one with a dead slot inside; a fresh cache need not be attended to."""
     x = random_hidden(3, ROW)
-    segments = np.array([[1] * 9, [1] * 3 + [2] * 4 + [0] * 2, [1] * 7 + [2] * 2])
-    slots, empty = text_layout(segments), decoder.init_cache(CFG, rows=3, slots=SLOTS)
+    live = np.array([[1] * 9, [1, 1, 0] + [1] * 4 + [0] * 2, [1] * 7 + [0] * 2]) > 0
+    slots, empty = text_layout(live), decoder.init_cache(CFG, rows=3, slots=SLOTS)
     expected, once = run(x, slots, empty)
+    fresh, again = decoder.run(PARAMS, CFG, x, slots, cache=empty, fresh=True)
     first, cache = run(x[:, :5], part(slots, 0, 5), empty)
     second, cache = run(x[:, 5:], part(slots, 5, 9), cache)
-    live = segments > 0
     close(np.concatenate([first, second], axis=1)[live], expected[live])
+    close(fresh[live], expected[live])
     close(expected[0], alone(x[0]))
-    assert cache.length == once.length == ROW
     written = np.pad(live, ((0, 0), (0, SLOTS - ROW)))
-    np.testing.assert_array_equal(cache.segments, np.where(written, np.pad(segments, ((0, 0), (0, SLOTS - ROW))), 0))
-    for mine, reference in ((cache.k, once.k), (cache.v, once.v)):
-        close(mine[:, written], reference[:, written])
-        assert not np.any(mine[:, :, ROW:])
+    for one in (once, again, cache):
+        np.testing.assert_array_equal(one.length, [9, 7, 7])
+        np.testing.assert_array_equal(one.live, written)
+        for mine, reference in zip(one.k + one.v, once.k + once.v):
+            close(mine[written], reference[written])
+            assert not np.any(mine[:, ROW:])
+
+
+def test_unstacked_layers_are_the_same_decoder():
+    x, slots = random_hidden(2, ROW), text_layout(np.ones((2, ROW)))
+    params = decoder.unstacked(PARAMS, CFG)
+    mine, reference = (jax.jit(lambda p: decoder.run(p, CFG, x, slots)[0])(p) for p in (params, PARAMS))
+    close(mine, reference)
+    close(decoder.logits(params, CFG, mine), decoder.logits(PARAMS, CFG, reference))
 
 
 def test_slices_of_layers_equal_all():
@@ -144,7 +155,7 @@ def test_slices_of_layers_equal_all():
     close(last[0], expected)
     hidden, caches = cached(x)
     close(hidden[0], expected)
-    assert [cache.k.shape[0] for cache in caches] == [1, 2]
+    assert [len(cache.k) for cache in caches] == [1, 2]
 
 
 def test_packed_conversations_do_not_see_each_other():

@@ -10,7 +10,8 @@ import pytest
 from rows import text_layout
 
 from deltallava_jax.config import ConfigError, DecoderConfig, FastVConfig, VisionConfig, compose
-from deltallava_jax.inference.generate import encode, greedy
+from deltallava_jax.inference.generate import Engine
+from deltallava_jax.inference.sampling import Sampling
 from deltallava_jax.models import decoder, vlm
 from deltallava_jax.models.selection import fastv
 from deltallava_jax.sequence import Batch, layout
@@ -43,8 +44,9 @@ def with_fastv(layer, keep):
 
 def answers(cfg):
     batch = prompts()
-    visual = encode(PARAMS, CFG, batch.images[:, 0], budget=V)
-    return np.asarray(greedy(PARAMS, cfg, batch, *visual, max_new_tokens=NEW, eos=-1))
+    engine = Engine(PARAMS, cfg)
+    visual = engine.encode(batch.images[:, 0], budget=V)
+    return np.array(engine.tokens(batch, *visual, Sampling(max_new_tokens=NEW), end=-1))
 
 
 @pytest.mark.parametrize("keep", [288, 144, 64, 36, 16, 4, 1])
@@ -69,7 +71,7 @@ def test_keeping_every_token_is_the_unpruned_model(layer):
 def test_cached_decoding_is_the_forward_over_the_pruned_rows(layer, keep):
     cfg, batch = with_fastv(layer, keep), prompts()
     found = answers(cfg)
-    visual, _ = encode(PARAMS, CFG, batch.images[:, 0], budget=V)
+    visual, _, _ = vlm.visual_tokens(PARAMS, CFG, batch.images[:, 0], budget=V)
     weights = PARAMS["decoder"]
     for row in range(2):
         one = jax.tree.map(lambda x, row=row: x[row : row + 1], batch)

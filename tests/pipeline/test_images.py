@@ -168,11 +168,12 @@ def test_evaluation_prepares_images_as_training_did(tmp_path, monkeypatch, aspec
     cfg = override(tiny.get_config(), {f"model.vision.{key}": str(value) for key, value in tower.items()})
     cfg = dataclasses.replace(cfg, data=data)
 
-    def encode(params, cfg, images, budget):
+    def encode(engine, images, budget):
         encoded.append(images)
         raise StopIteration
 
     monkeypatch.setattr(easy_vqa, "image_path", lambda split, image: file)
+    monkeypatch.setattr(evaluation, "Engine", lambda params, cfg: None)
     monkeypatch.setattr(evaluation, "_encode", encode)
     with pytest.raises(StopIteration):
         evaluation.evaluate(None, cfg, None, limit=2, progress=False)

@@ -22,9 +22,9 @@ def stages(cfg: DecoderConfig, fastv: FastVConfig) -> tuple[tuple[int, int], ...
     return ((0, fastv.layer - 1), (fastv.layer - 1, fastv.layer), (fastv.layer, cfg.layers))
 
 
-def kept_slots(rows: Layout, text: int, fastv: FastVConfig) -> int:
+def kept_slots(slots: int, text: int, fastv: FastVConfig) -> int:
     """Slots of a row after pruning: its text tokens and the visual tokens that are kept."""
-    return min(text + fastv.keep, rows.positions.shape[1])
+    return min(text + fastv.keep, slots)
 
 
 def select(
@@ -46,20 +46,22 @@ def run(
     rows: Layout,
     fastv: FastVConfig,
     slots: int,
-    caches: tuple = (None, None, None),
+    caches: tuple[decoder.Cache, ...],
 ) -> tuple[Float[Array, "B slots d"], Layout, tuple]:
-    """All layers over whole prompts, one a row: (hidden states of the slots that stay, their layout, the caches)."""
+    """All layers over whole prompts, one a row, with empty caches.
+
+    Returns (hidden states of the slots that stay, their layout, the caches)."""
     before, scoring, after = stages(cfg, fastv)
-    hidden, first = decoder.run(params, cfg, hidden, rows, layers=before, cache=caches[0])
+    hidden, first = decoder.run(params, cfg, hidden, rows, layers=before, cache=caches[0], fresh=True)
     with jax.named_scope("fastv"):
         live = rows.segments > 0
         last = live.shape[1] - 1 - jnp.argmax(live[:, ::-1], axis=1)
         scores = decoder.attention_row(params, cfg, hidden, rows, scoring[0], last)
-    hidden, second = decoder.run(params, cfg, hidden, rows, layers=scoring, cache=caches[1])
+    hidden, second = decoder.run(params, cfg, hidden, rows, layers=scoring, cache=caches[1], fresh=True)
     with jax.named_scope("fastv"):
         order, stays = select(scores, rows.is_visual, live, fastv.keep, slots)
         rows = jax.tree.map(lambda x: jnp.take_along_axis(x, order, axis=1), rows)
         hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
         rows = dataclasses.replace(rows, segments=jnp.where(stays, rows.segments, 0))
-    hidden, third = decoder.run(params, cfg, hidden, rows, layers=after, cache=caches[2])
+    hidden, third = decoder.run(params, cfg, hidden, rows, layers=after, cache=caches[2], fresh=True)
     return hidden, rows, (first, second, third)

@@ -1,0 +1,282 @@
+"""Speed of answers: time to the first token and steady decoding.
+
+    python benchmarks/inference.py                        # SmolLM2-135M, float32, beside transformers' generate
+    python benchmarks/inference.py --workdir runs/easy_vqa    # a model of ours, at each of its budgets
+    python benchmarks/inference.py --random vicuna_7b --compile-for h100:1    # no GPU: compiles alone
+    python benchmarks/inference.py --random vicuna_7b     # random bfloat16 weights, CLIP ViT-L/14-336, 576 to 1 tokens
+
+What to install for SmolLM2 is said in smollm2.py. Both sides run the same prompts in turns within one process; torch
+does so with a thread for each core and with one alone, and the faster of the two counts. Beside the speeds stands what
+the memory allows: all weights read once for a token, at the speed at which torch sums a large array in the same rounds.
+Other programs slow both sides, torch's threads more than ours: the load of the machine is written down."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import smollm2  # noqa: E402
+
+PROMPTS = (
+    "The capital of France is",
+    "What is the boiling point of water at sea level?",
+    "def fibonacci(n):",
+    "Explain in one sentence why the sky is blue.",
+)
+TEXT = 68  # text tokens of a prompt about an image, as in the paper's measurements
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path)
+    parser.add_argument("--random", metavar="DECODER", help="a preset of the decoder, e.g. vicuna_7b")
+    parser.add_argument("--compile-for", metavar="TARGET", help="as plan's --target")
+    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--new", type=int, default=30, help="new tokens")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def ours(engine, batch, visual, new: int) -> tuple[float, float]:
+    """(seconds to the first token, seconds a further step)."""
+    import numpy as np
+
+    from deltallava_jax.inference.sampling import Sampling
+
+    began = time.perf_counter()
+    slots = engine.begin(batch, *visual(), [Sampling(max_new_tokens=new)] * len(batch.tokens), -1)
+    np.asarray(slots.token)
+    first = time.perf_counter()
+    while np.asarray(slots.going).any():
+        slots, _ = engine.decode(slots)
+    return first - began, (time.perf_counter() - first) / (new - 1)
+
+
+def theirs(model, prompts, new: int) -> tuple[float, float]:
+    import torch
+
+    length = max(len(one.ids) for one in prompts)
+    left = lambda row, value: [value] * (length - len(row)) + row
+    inputs = {
+        "input_ids": torch.tensor([left(one.ids.tolist(), 0) for one in prompts]),
+        "attention_mask": torch.tensor([left([1] * len(one.ids), 0) for one in prompts]),
+    }
+
+    def seconds(count):
+        began = time.perf_counter()
+        model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0)
+        return time.perf_counter() - began
+
+    first = seconds(1)
+    return first, (seconds(new) - first) / (new - 1)
+
+
+def beside_torch(options: argparse.Namespace) -> list[dict]:
+    import numpy as np
+    import torch
+
+    from deltallava_jax import load
+    from deltallava_jax.inference.generate import bucket, prompt_batch
+    from deltallava_jax.inference.model import plain_prompt
+
+    with tempfile.TemporaryDirectory() as folder:
+        reference = smollm2.write(folder)
+        model = load(folder)
+    reference.generation_config.eos_token_id = None
+    weights = sum(p.numel() for p in reference.parameters())
+    large = torch.ones(weights)
+    results = []
+    for rows in map(int, options.batches.split(",")):
+        prompts = [plain_prompt(PROMPTS[i % len(PROMPTS)], model.tokenizer) for i in range(rows)]
+        batch = prompt_batch(prompts, bucket(max(len(one.ids) for one in prompts)))
+        nothing = lambda: model.engine.encode(np.zeros(0))
+        ours(model.engine, batch, nothing, options.new)  # compiles
+        theirs(reference, prompts, 2)
+        mine, reading, threads = [], [], {count: [] for count in (1, os.cpu_count())}
+        for _ in range(options.rounds):
+            mine.append(ours(model.engine, batch, nothing, options.new))
+            for count, other in threads.items():
+                torch.set_num_threads(count)
+                other.append(theirs(reference, prompts, options.new))
+            began = time.perf_counter()
+            large.sum()
+            reading.append(time.perf_counter() - began)
+        result = {"batch": rows, "load": round(os.getloadavg()[0], 1)}
+        for kind, pick in (("median", np.median), ("best", np.min)):
+            (a, b), e = pick(mine, axis=0), pick(reading)
+            found = {count: pick(other, axis=0) for count, other in threads.items()}
+            count = min(found, key=lambda count: found[count][1])
+            c, d = found[count]
+            result[kind] = {
+                "torch_threads": count,
+                "first_ms": [round(a * 1e3, 1), round(c * 1e3, 1)],
+                "first_ratio": round(c / a, 2),
+                "tokens_per_second": [round(rows / b, 1), round(rows / d, 1)],
+                "steady_ratio": round(d / b, 2),
+                "memory_allows_tokens_per_second": round(rows / e, 1),
+            }
+        print(json.dumps(result), flush=True)
+        results.append(result)
+    return results
+
+
+def by_budget(options: argparse.Namespace) -> list[dict]:
+    import jax
+    import numpy as np
+
+    from deltallava_jax import load
+    from deltallava_jax.data.conversation import Tokenized
+    from deltallava_jax.inference.generate import Engine, bucket, prompt_batch
+    from deltallava_jax.models import projectors
+
+    engine = load(options.workdir).engine if options.workdir else Engine(*random_model(options.random))
+    cfg, rng, results = engine.cfg, np.random.default_rng(0), []
+    weights = sum(x.nbytes for x in jax.tree.leaves(engine.params["decoder"]))
+    for rows in map(int, options.batches.split(",")):
+        ids = rng.integers(3, min(cfg.decoder.vocab_size, 300), TEXT + 1).astype(np.int32)
+        ids[1] = 0  # the image
+        nothing = np.zeros(len(ids), np.int32)
+        one = Tokenized(ids, nothing > 0, np.ones(1, np.int32), nothing, np.zeros((1, 2), np.int32))
+        batch, side = prompt_batch([one] * rows, bucket(len(ids))), cfg.vision.image_size
+        pixels = rng.integers(0, 256, (rows, side, side, 3)).astype(np.uint8)
+        known = projectors.budgets(cfg.projector)
+        look = {budget: functools.partial(engine.encode, pixels, batch, budget=budget) for budget in known}
+        for visual in look.values():
+            ours(engine, batch, visual, options.new)  # compiles
+        times = {budget: [] for budget in known}
+        for _ in range(options.rounds):
+            for budget, visual in look.items():
+                times[budget].append(ours(engine, batch, visual, options.new))
+        for budget, found in times.items():
+            first, step = np.median(found, axis=0)
+            whole = first + step * (options.new - 1)
+            result = {
+                "batch": rows,
+                "budget": budget,
+                "first_ms": round(first * 1e3, 1),
+                "tokens_per_second": round(rows / step, 1),
+                "new_tokens_per_second_of_the_whole_call": round(rows * options.new / whole, 1),
+                "weights_gigabytes_per_second": round(weights / step / 1e9, 1),
+            }
+            print(json.dumps(result), flush=True)
+            results.append(result)
+    return results
+
+
+def random_config(decoder: str):
+    from deltallava_jax.config import DecoderConfig, VisionConfig, compose, preset
+
+    tower, shape = preset(VisionConfig, "clip_l_14_336"), preset(DecoderConfig, decoder)
+    return compose(tower, shape, dict(scale_factor=(1, 2, 3, 4, 6, 12, 24)))
+
+
+def random_model(decoder: str):
+    """(parameters, config) in bfloat16, made on the device."""
+    import jax
+    import jax.numpy as jnp
+
+    from deltallava_jax.models import vlm
+
+    cfg = random_config(decoder)
+    shapes = jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0)))
+    draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
+    return jax.tree.map(lambda leaf: draw(next(keys), leaf.shape), shapes), cfg
+
+
+def compile_for(options: argparse.Namespace) -> None:
+    """Compiles what the measurement runs, for one device of the target, and prints its memory and reads."""
+    from deltallava_jax.analysis import targets
+
+    target = targets.parse_target(options.compile_for)
+    targets.prepare(target)
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import SingleDeviceSharding
+
+    from deltallava_jax.data.conversation import Tokenized
+    from deltallava_jax.inference import slots as device
+    from deltallava_jax.inference.generate import bucket, prompt_batch
+    from deltallava_jax.inference.sampling import Sampling, controls
+    from deltallava_jax.models import decoder, projectors, vlm
+
+    place = SingleDeviceSharding(targets.devices(target)[0])
+    there = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+    cfg = random_config(options.random)
+
+    def serving():
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), vlm.init_params(cfg, jax.random.key(0)))
+        return {**params, "decoder": decoder.unstacked(params["decoder"], cfg.decoder, cfg.dtype)}
+
+    params = there(jax.eval_shape(serving))
+    nothing = np.zeros(TEXT + 1, np.int32)
+    one = Tokenized(nothing, nothing > 0, np.ones(1, np.int32), nothing, np.zeros((1, 2), np.int32))
+    for budget in projectors.budgets(cfg.projector):
+        batch = prompt_batch([one], bucket(len(nothing)))
+        side, capacity = cfg.vision.image_size, bucket(bucket(len(nothing)) + budget + options.new)
+        pixels = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8, sharding=place)
+        visual = jax.ShapeDtypeStruct((1, budget, cfg.decoder.width), jnp.bfloat16, sharding=place)
+        said = there(controls([Sampling(max_new_tokens=options.new)], -1))
+        programs = {
+            "encode": device.encode.lower(params, cfg, pixels, budget=budget),
+            "prefill": device.prefill.lower(params, cfg, there(batch), visual, None, said, capacity=capacity),
+        }
+        slots = there(jax.eval_shape(
+            lambda *x, c=capacity: device.prefill(x[0], cfg, *x[1:], capacity=c), params, batch, visual, None, said
+        ))  # fmt: skip
+        steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=place)
+        programs["decode"] = device.decode.lower(params, cfg, slots, steps)
+        for name, lowered in programs.items():
+            memory = lowered.compile().memory_analysis()
+            gib = lambda x: round(x / 2**30, 2)
+            print(
+                f"{target} budget {budget:3} {name:8} compiled: {gib(memory.argument_size_in_bytes)} GiB of arguments, "
+                f"{gib(memory.temp_size_in_bytes)} GiB beside them, {gib(memory.alias_size_in_bytes)} GiB in place",
+                flush=True,
+            )
+
+
+def main(options: argparse.Namespace) -> None:
+    if options.compile_for:
+        compile_for(options)
+        return
+    import jax
+
+    results = by_budget(options) if options.workdir or options.random else beside_torch(options)
+    device = jax.devices()[0]
+    versions = {"python": platform.python_version(), "jax": jax.__version__}
+    if not (options.workdir or options.random):
+        import torch
+        import transformers
+
+        versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    name = "random" if options.random else "workdir" if options.workdir else "smollm2"
+    out = options.out or Path(__file__).parent / "results" / f"inference_{name}.json"
+    record = {
+        "date": str(date.today()),
+        "command": "python benchmarks/inference.py " + " ".join(Path(word).name for word in sys.argv[1:]),
+        "hardware": f"{device.device_kind}, {os.cpu_count()} CPU cores",
+        "versions": versions,
+        "new_tokens": options.new,
+        "rounds": options.rounds,
+        "pairs": "ours, transformers'",
+        "results": results,
+    }
+    out.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main(parse())

@@ -1,0 +1,147 @@
+"""A conversation with a model in the terminal; the answers come as they are made.
+
+    python -m deltallava_jax chat runs/easy_vqa --image shape.png
+
+The model is a workdir of train.py, or a Hugging Face or LLaVA folder. While it runs:
+    /image PATH    the next question is about this image; several for several
+    /budget K      K visual tokens an image; the conversation begins anew
+    /reset         forget the conversation
+    /help, /quit   Ctrl-C ends an answer early, Ctrl-D ends the program"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+from deltallava_jax.config import ConfigError
+from deltallava_jax.data.conversation import BadSample
+from deltallava_jax.inference.sampling import Sampling
+
+COMMANDS = __doc__.partition("While it runs:\n")[2]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="DIR", help="a workdir, or a Hugging Face or LLaVA folder")
+    parser.add_argument("--image", type=Path, action="append", default=[], help="for the first question; repeatable")
+    parser.add_argument("--budget", type=int, help="visual tokens an image; the projector's largest by default")
+    parser.add_argument("--dtype", help="of the weights, e.g. bfloat16; as they are saved by default")
+    parser.add_argument("--tensor", type=int, default=1, help="devices that share every layer, for a large model")
+    parser.add_argument("--stop", action="append", default=[], help="a text that ends an answer; repeatable")
+    for field in fields(Sampling):
+        if field.name != "stop":
+            kind = type(field.default)
+            name = "--" + field.name.replace("_", "-")
+            parser.add_argument(name, type=kind, default=field.default, help=f"{field.default} by default")
+
+
+def sampling(options: argparse.Namespace) -> dict:
+    """The fields of ``Sampling`` among a command's options."""
+    return {field.name: getattr(options, field.name) for field in fields(Sampling)}
+
+
+def main(options: argparse.Namespace) -> None:
+    from deltallava_jax import load
+
+    settings = sampling(options)
+    Sampling(**settings)
+    print(f"loading {options.model}", file=sys.stderr)
+    model = load(options.model, dtype=options.dtype, tensor=options.tensor)
+    conversation = Conversation(model, options.budget, settings)
+    for image in options.image:
+        conversation.image(str(image))
+    print(f"/help for help; the first answer compiles the model\n{conversation.about}")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            print("\nCtrl-D or /quit ends the program")
+            continue
+        if line == "/quit":
+            break
+        try:
+            conversation.read(line)
+        except (ConfigError, BadSample) as error:
+            print(f"error: {error}")
+
+
+class Conversation:
+    """What a line of the terminal does."""
+
+    def __init__(self, model, budget: int | None, settings: dict):
+        self.model, self.settings, self.images, self.shown = model, settings, [], []
+        self.begin(budget)
+
+    def begin(self, budget: int | None) -> None:
+        from deltallava_jax.models import projectors
+
+        if self.model.cfg.whole:
+            budget = projectors.check_budget(self.model.cfg.projector, budget)
+        self.budget, self.chat = budget, self.model.chat(budget=budget, **self.settings)
+
+    @property
+    def about(self) -> str:
+        from deltallava_jax.models import projectors
+
+        if not self.model.cfg.whole:
+            return "a decoder alone: it continues texts, without images"
+        known = ", ".join(map(str, projectors.budgets(self.model.cfg.projector)))
+        return f"{self.budget} visual tokens an image (of {known})"
+
+    def read(self, line: str) -> None:
+        """Raises ConfigError or BadSample for what cannot be done."""
+        command, _, value = line.partition(" ")
+        if command == "/image":
+            self.image(value.strip().strip("'\""))
+        elif command == "/budget":
+            if not value.strip().isdigit():
+                raise ConfigError(f"/budget {value.strip()!r}: expected a number of visual tokens, e.g. /budget 16")
+            self.begin(int(value))
+            self.images = self.images or self.shown
+            again = f", about {len(self.images)} image(s) as before" if self.images else ""
+            print(f"{self.about}; the conversation begins anew{again}")
+        elif command == "/reset":
+            self.begin(self.budget)
+            self.images, self.shown = [], []
+            print("the conversation begins anew")
+        elif command == "/help":
+            print(COMMANDS)
+        elif command.startswith("/"):
+            raise ConfigError(f"unknown command {command}; /help lists them")
+        elif line:
+            self.answer(line)
+
+    def image(self, path: str) -> None:
+        if not path:
+            raise ConfigError("/image has no file; e.g. /image shape.png")
+        if not self.model.cfg.whole:
+            raise ConfigError("the model has no vision tower, so it cannot read images")
+        self.model.pixels(path)
+        self.images.append(path)
+        print(f"the next question is about {', '.join(self.images)}")
+
+    def answer(self, question: str) -> None:
+        answer = self.chat.stream(question, self.images)
+        self.shown, self.images = self.shown + self.images, []
+        with interrupts(answer.cancel):
+            for piece in answer:
+                print(piece, end="", flush=True)
+        steady = (answer.tokens - 1) / max(answer.seconds - answer.seconds_to_first, 1e-9)
+        speed = f", then {steady:.1f} tokens/s" if answer.tokens > 1 else ""
+        how = ", stopped" if answer.finish == "cancelled" else ""
+        print(f"\n[{answer.tokens} tokens, the first after {answer.seconds_to_first:.2f} s{speed}{how}]", flush=True)
+
+
+@contextmanager
+def interrupts(stop):
+    """Ctrl-C calls ``stop`` meanwhile."""
+    before = signal.signal(signal.SIGINT, lambda *_: stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,169 @@
+"""Continuous batching: requests enter and leave a fixed number of cache slots while the others are answered.
+
+One thread owns the engine. It reads a waiting prompt into a free slot, lets all slots say a few tokens, and so on; each
+request gets the tokens that it would get alone."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from deltallava_jax.config import ConfigError
+from deltallava_jax.data.conversation import Tokenized
+from deltallava_jax.inference import slots as device
+from deltallava_jax.inference.generate import STREAMED, Text, bucket, prompt_batch
+from deltallava_jax.inference.model import Model
+from deltallava_jax.inference.sampling import GREEDY, Sampling, controls
+from deltallava_jax.models import projectors
+
+
+class Busy(Exception):
+    """More requests wait than are let in."""
+
+
+@dataclass
+class Request:
+    """A prompt on its way. on_piece(text, finish) is called in the scheduler's thread with each piece of the answer;
+    finish is None until the last: "stop", "length", or "error" with a message for a text."""
+
+    asked: Tokenized
+    pixels: np.ndarray
+    budget: int | None
+    sampling: Sampling
+    on_piece: Callable[[str, str | None], None]
+    began: float = field(default_factory=time.perf_counter)
+    tokens: int = 0
+    cancelled: bool = False
+    text: Text | None = None
+
+
+class Scheduler:
+    """rows: requests answered at a time. context: cache slots of each. waiting: requests that may wait.
+
+    counts: of requests, tokens and seconds to the first token, for whoever watches."""
+
+    def __init__(self, model: Model, *, rows: int = 8, context: int = 1024, waiting: int = 256):
+        self.model, self.rows, self.context = model, rows, context
+        self.counts = {"requests": 0, "errors": 0, "cancelled": 0, "tokens": 0, "first_token_seconds": 0.0}
+        self._queue: queue.Queue[Request | None] = queue.Queue(waiting)
+        self._running: dict[int, Request] = {}
+        self._slots = self._empty()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return self._queue.qsize()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, request: Request) -> None:
+        """Raises ConfigError for what does not fit into a slot, Busy where too many wait."""
+        images = len(request.asked.image_positions)
+        budget = projectors.check_budget(self.model.cfg.projector, request.budget) if images else 1
+        length = bucket(len(request.asked.ids)) + images * (budget - 1)
+        answer = request.sampling.max_new_tokens
+        if length + answer > self.context:
+            raise ConfigError(
+                f"a prompt of {length} tokens (padded) and max_tokens={answer} do not fit into a slot of {self.context}"
+            )
+        if self._closing.is_set():
+            raise Busy("shutting down")
+        try:
+            self._queue.put_nowait(request)
+        except queue.Full:
+            raise Busy(f"{self.waiting} requests are waiting") from None
+
+    def close(self) -> None:
+        """Answers what was submitted, then ends the thread."""
+        self._closing.set()
+        self._thread.join()
+
+    # ------------------------------------------------------------------ the thread
+
+    def _empty(self):
+        return device.empty(
+            self.model.cfg, controls([GREEDY] * self.rows, self.model.end), rows=self.rows, capacity=self.context
+        )  # fmt: skip
+
+    def _loop(self) -> None:
+        while self._running or not (self._closing.is_set() and self._queue.empty()):
+            self._admit()
+            if not self._running:
+                continue
+            try:
+                self._slots, new = self.model.engine.decode(self._slots, STREAMED)
+                going = np.asarray(self._slots.going)
+            except Exception as error:  # the device ran out of memory: these answers are lost, the next are not
+                for row, request in list(self._running.items()):
+                    self._end(row, request, f"{type(error).__name__}: {error}")
+                self._slots = self._empty()
+                continue
+            for row, request in list(self._running.items()):
+                self._say(row, request, new[row], bool(going[row]))
+
+    def _admit(self) -> None:
+        free = [row for row in range(self.rows) if row not in self._running]
+        while free:
+            try:
+                request = self._queue.get(timeout=None if self._running else 0.1, block=not self._running)
+            except queue.Empty:
+                return
+            if request.cancelled:
+                self.counts["cancelled"] += 1
+                continue
+            row = free.pop(0)
+            try:
+                one = self._read(request)
+                token, going = int(one.token[0]), bool(one.going[0])
+            except Exception as error:
+                self._end(row, request, f"{type(error).__name__}: {error}")
+                continue
+            self._slots = device.insert(self._slots, one, row)
+            self._running[row] = request
+            self.counts["first_token_seconds"] += time.perf_counter() - request.began
+            self._say(row, request, [token], going)
+
+    def _read(self, request: Request) -> device.Slots:
+        engine = self.model.engine
+        request.text = Text(self.model.tokenizer, self.model.end, request.sampling.stop)
+        batch = prompt_batch([request.asked], bucket(len(request.asked.ids)))
+        visual, valid = engine.encode(request.pixels, batch, budget=request.budget)
+        return engine.begin(batch, visual, valid, [request.sampling], self.model.end, capacity=self.context)
+
+    def _say(self, row: int, request: Request, tokens: list[int], going: bool) -> None:
+        text, piece = request.text, ""
+        for token in tokens:
+            if text.finish is None:
+                request.tokens += 1
+                self.counts["tokens"] += 1
+                piece += text.add(token)
+        if not going and text.finish is None:
+            piece += text.close()
+        if request.cancelled:
+            self.counts["cancelled"] += 1
+        elif piece or text.finish:
+            request.on_piece(piece, text.finish)
+        if text.finish or request.cancelled:
+            self.counts["requests"] += 1
+            del self._running[row]
+            if going:
+                mask = np.arange(self.rows) == row
+                self._slots = device.halt(self._slots, mask, np.zeros(self.rows, np.int32))
+
+    def _end(self, row: int, request: Request, message: str) -> None:
+        self.counts["errors"] += 1
+        self._running.pop(row, None)
+        request.on_piece(message, "error")

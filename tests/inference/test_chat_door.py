@@ -1,0 +1,69 @@
+"""python -m deltallava_jax chat, driven through its pipes."""
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import model, picture
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+DOOR = [sys.executable, "-m", "deltallava_jax", "chat"]
+QUESTION = "what color is the shape?"
+STATISTICS = re.compile(r"\[(\d+) tokens, the first after [\d.]+ s(, then [\d.]+ tokens/s)?(, stopped)?\]")
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    file = tmp_path_factory.mktemp("images") / "a shape.png"
+    Image.fromarray(picture()).save(file)
+    return file
+
+
+def test_a_conversation(workdir, image):
+    lines = [f"/image '{image}'", QUESTION, "is it red?", "/budget 4", QUESTION, "/budget 3", "/budget x", "/image",
+             "/image none.png", "/nothing", "/reset", "/help"]  # fmt: skip
+    done = subprocess.run([*DOOR, workdir, "--max-new-tokens=8"], input="\n".join(lines), cwd=ROOT,
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    chat = model().chat(max_new_tokens=8)
+    expected = [chat.ask(QUESTION, picture()), chat.ask("is it red?")]
+    expected += [model().generate(picture(), QUESTION, budget=4, max_new_tokens=8)]
+    at = 0
+    for answer in expected:
+        at = done.stdout.index(f"{answer}\n[", at) + len(answer)
+    assert len(STATISTICS.findall(done.stdout)) == 3
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    for line, words in zip(errors, ["delta makes 16, 4, 1", "expected a number", "no file", "none.png", "unknown"]):
+        assert words in line
+    assert len(errors) == 5 and "the conversation begins anew, about 1 image(s)" in done.stdout
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_program(workdir):
+    with subprocess.Popen([*DOOR, workdir, "--max-new-tokens=6000"], cwd=ROOT, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as door:  # fmt: skip
+        try:
+            say = lambda line: (door.stdin.write(line + "\n"), door.stdin.flush())
+            assert "help" in door.stdout.readline() and "16 visual tokens" in door.stdout.readline()
+            say(QUESTION)
+            door.stdout.read(20)  # the answer has begun
+            door.send_signal(signal.SIGINT)
+            text = ""
+            while not (found := STATISTICS.search(text)):
+                text += door.stdout.readline()
+            assert found[3] and int(found[1]) < 6000
+            say("/reset")
+            assert door.stdout.readline() == "the conversation begins anew\n"
+            say("/quit")
+            assert door.wait(timeout=60) == 0
+        finally:
+            door.kill()
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path):
+    done = subprocess.run([*DOOR, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr

@@ -1,0 +1,141 @@
+"""The engine: one request or many, any bucket, any company, any number of devices, the same answers; and no compiling
+between requests of a bucket. Equality with transformers' generate is tested in convert/test_parity.py."""
+
+import dataclasses
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from models import VOCAB, model, picture, prompt, visual
+
+from deltallava_jax.inference import slots as device
+from deltallava_jax.inference.generate import Engine, bucket, prompt_batch
+from deltallava_jax.inference.sampling import Sampling, controls
+
+NEW = 10
+SHORT = Sampling(max_new_tokens=NEW)
+DRAWN = Sampling(max_new_tokens=NEW, temperature=1.0, top_k=50, top_p=0.95, repetition_penalty=1.2, seed=7)
+
+
+@contextmanager
+def compiled():
+    """Counts the programs that XLA compiles meanwhile, those from the cache on disk too."""
+    found, on = [], [True]
+    listen = lambda name, *_, **__: found.append(name) if on[0] and name.endswith("backend_compile_duration") else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        on[0] = False
+
+
+def answers(engine, prompts, images=0, sampling=SHORT, length=0, budget=None, **options):
+    """Ids of prompts with ``images`` each, in one batch."""
+    batch = prompt_batch(prompts, length or bucket(max(len(one.ids) for one in prompts)))
+    pictures = [picture(len(one.ids)) for one in prompts for _ in range(images)]
+    return engine.tokens(batch, *visual(engine, pictures, budget), sampling, end=-1, **options)
+
+
+@pytest.mark.parametrize(("sampling", "fastv"), [(SHORT, True), (DRAWN, False)], ids=["fastv", "drawn"])
+def test_a_batch_of_unequal_lengths_is_each_alone(fastv, sampling):
+    engine, prompts = model(fastv).engine, [prompt(length, 1, length) for length in (5, 13, 9)]
+    rows = [dataclasses.replace(sampling, seed=seed) for seed in range(3)]
+    both = answers(engine, prompts, 1, rows)
+    assert both == [answers(engine, [one], 1, row)[0] for one, row in zip(prompts, rows)]
+    assert len({tuple(answer) for answer in both}) == 3 and all(len(answer) == NEW for answer in both)
+
+
+def test_one_bucket_is_like_another():
+    """Text padded to other lengths, and a cache with more room."""
+    engine, one = model().engine, [prompt(11, 1)]
+    expected = answers(engine, one, 1)
+    assert expected == answers(engine, one, 1, length=24)
+    batch = prompt_batch(one, 16)
+    slots = engine.begin(batch, *visual(engine, [picture(11)]), [SHORT], -1, capacity=96)
+    assert slots.caches[0].live.shape == (1, 96)
+    slots, (rest,) = engine.decode(slots)
+    assert rest == expected[0][1:]
+
+
+def test_buckets_are_few_and_waste_little():
+    sizes = sorted({bucket(length) for length in range(1, 2000)})
+    assert sizes == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+
+
+def test_another_budget_is_another_answer():
+    engine, one = model().engine, [prompt(11, 1)]
+    assert len({str(answers(engine, one, 1, budget=budget)) for budget in (16, 4)}) == 2
+
+
+def test_nothing_is_compiled_between_requests_of_a_bucket():
+    """Other lengths, words, settings, seeds and numbers of tokens of the same bucket; other images; streams."""
+    one = model()
+    say = lambda text, shown, **more: one.generate(picture(shown), text, budget=4, max_new_tokens=9, **more)
+    say("what color", 1)
+    with compiled() as programs:
+        say("is there a circle", 2, temperature=0.5, seed=3)
+        say("red", 3, top_k=4, temperature=1.0, repetition_penalty=1.3)
+        say("green shape", 4, top_p=0.4, temperature=1.0, stop="blue")
+        one.generate(picture(1), "no", budget=4, max_new_tokens=7)
+        list(one.stream(picture(1), "is it", budget=4, max_new_tokens=9))
+    assert programs == []
+    with compiled() as programs:
+        one.generate(picture(1), "what color is the shape? " * 9, budget=4, max_new_tokens=9)
+    assert programs  # the count counts
+
+
+def test_an_answer_ends_at_its_last_token_while_others_go_on():
+    engine, prompts = model().engine, [prompt(length, 0, length) for length in (6, 7)]
+    free = answers(engine, prompts)
+    end = free[0][3]
+    cut = [row[: row.index(end) + 1] if end in row else row for row in free]
+    batch = prompt_batch(prompts, 16)
+    assert engine.tokens(batch, sampling=SHORT, end=end) == cut and len(cut[0]) <= 4
+    limits = [dataclasses.replace(SHORT, max_new_tokens=count) for count in (1, NEW)]
+    assert engine.tokens(batch, sampling=limits, end=-1) == [free[0][:1], free[1]]
+
+
+def test_requests_enter_and_leave_slots_while_others_are_answered():
+    """What a server does: each gets the answer that it gets alone, whatever was in its slot before."""
+    engine = model().engine
+    prompts = [prompt(length, 1, length) for length in (5, 13, 9, 11)]
+    rows = [dataclasses.replace(DRAWN if index % 2 else SHORT, seed=index) for index in range(4)]
+    expected = [answers(engine, [one], 1, row)[0] for one, row in zip(prompts, rows)]
+    slots = device.empty(engine.cfg, controls([SHORT] * 2, -1), rows=2, capacity=96)
+    waiting, running, said = list(range(4)), {}, {index: [] for index in range(4)}
+    while waiting or running:
+        for row in range(2):
+            if row not in running and waiting:
+                index = running[row] = waiting.pop(0)
+                batch = prompt_batch([prompts[index]], 16)
+                one = engine.begin(batch, *visual(engine, [picture(len(prompts[index].ids))]), [rows[index]], -1)
+                said[index].append(int(one.token[0]))
+                slots = device.insert(slots, one, row)
+        slots, new = engine.decode(slots, 3)
+        going = np.asarray(slots.going)
+        for row in list(running):
+            said[running[row]] += new[row]
+            if not going[row]:
+                del running[row]
+    assert [said[index] for index in range(4)] == expected
+
+
+def test_sharded_over_devices_is_the_same():
+    plain = model()
+    engine = Engine(plain.params, plain.cfg, tensor=2)
+    kernel = engine.params["decoder"]["layers"][0]["gate"]["kernel"]
+    assert kernel.sharding.is_equivalent_to(NamedSharding(engine.mesh, P("tensor", "fsdp")), 2)
+    assert len(kernel.addressable_shards) == 2 and kernel.addressable_shards[0].data.shape[0] == kernel.shape[0] // 2
+    prompts = [prompt(length, 1, length) for length in (5, 13)]
+    assert answers(engine, prompts, 1, [SHORT, DRAWN]) == answers(plain.engine, prompts, 1, [SHORT, DRAWN])
+
+
+def test_the_repetition_penalty_counts_prompt_and_answer():
+    engine, one = model().engine, [prompt(12, 0, 3)]
+    (free,) = answers(engine, one)
+    (forbidden,) = answers(engine, one, sampling=dataclasses.replace(SHORT, repetition_penalty=1e6))
+    assert len(set(forbidden)) == NEW and not set(forbidden) & set(one[0].ids.tolist())
+    assert free != forbidden and max(forbidden) < VOCAB
