@@ -3,6 +3,6 @@
 reference.py is the contract, in plain XLA; tpu.py and gpu.py are its kernels, vjp.py their derivative, and dispatch.py
 chooses among them."""
 
-from deltallava_jax.kernels.windowed_attention.dispatch import windowed_attention
+from deltallava_jax.kernels.windowed_attention.dispatch import choose, windowed_attention
 
-__all__ = ["windowed_attention"]
+__all__ = ["choose", "windowed_attention"]

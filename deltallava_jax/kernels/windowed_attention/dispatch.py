@@ -24,8 +24,8 @@ HOPPER_ON = ("H100", "H200", "H800", "H20", "GH200", "B100", "B200", "B300")  # 
 
 def windowed_attention(
     q: Float[Array, "B gq gq H D"],
-    k: Float[Array, "B g g H D"],
-    v: Float[Array, "B g g H D"],
+    k: Float[Array, "B g g G D"],
+    v: Float[Array, "B g g G D"],
     *,
     window: int = 1,
     implementation: str | None = None,
@@ -40,11 +40,9 @@ def windowed_attention(
     reference.check(q, k, v, window)
     if implementation not in (None, "xla", "pallas"):
         raise ValueError(f'implementation={implementation!r}; expected "xla", "pallas" or None')
-    platform, kind = _device()
-    if implementation is None:
-        implementation = _automatic(platform, kind, q, k, window)
-    if implementation == "xla":
+    if (implementation or choose(q, k, window)) == "xla":
         return reference.windowed_attention(q, k, v, window=window)
+    platform, kind = _device()
     if reason := refusal(platform, kind, q, k, window):
         raise ValueError(f'implementation="pallas": {reason}')
     return _by_shard(lambda q, k, v: attend(_backend(platform), q, k, v, window))(q, k, v)
@@ -56,13 +54,17 @@ def refusal(platform: str, kind: str, q, k, window: int) -> str | None:
         return f"there is a kernel for TPUs and GPUs, not for {platform}"
     if platform == "gpu" and not any(name in kind for name in HOPPER_ON):
         return f"the GPU kernel needs a GPU from Hopper on, not {kind}"
+    if q.dtype != k.dtype or q.shape[3] != k.shape[3]:
+        return "the kernels take queries and keys of one dtype and as many heads"
     if shards := _row_shards():
         if q.shape[0] % shards:
             return f"a batch of {q.shape[0]} does not divide over {shards} devices"
     return _backend(platform).refusal(q, k, window)
 
 
-def _automatic(platform: str, kind: str, q, k, window: int) -> str:
+def choose(q, k, window: int) -> str:
+    """The automatic choice for arrays of these shapes and dtypes, "xla" or "pallas"; what it gives up is said once."""
+    platform, kind = _device()
     if platform not in ("tpu", "gpu"):
         return "xla"
     if kind not in MEASURED:
