@@ -85,13 +85,16 @@ def test_under_a_mesh_each_device_takes_its_rows(on):
         ("gpu", "NVIDIA A100-SXM4-80GB", {}, "needs a GPU from Hopper on, not NVIDIA A100"),
         ("gpu", "NVIDIA H200", {"window": 2}, "windows of one query, not 2 x 2"),
         ("gpu", "NVIDIA H200", {"width": 64}, "heads of 128, not 64"),
+        ("tpu", "TPU v5", {"heads": 1}, "one dtype and as many heads"),
         ("tpu", "TPU v5", {"width": 64}, "heads of a multiple of 128, not 64"),
         ("tpu", "TPU v5", {"dtype": "float16"}, "float32 or bfloat16, not float16"),
     ],
 )
 def test_what_cannot_run_is_refused(on, platform, kind, change, message):
     on(platform, kind)
-    arrays = draw(2, 2, 2, 2, change.get("width", 128), change.get("dtype", "float32"))[:3]
+    q, k, v = draw(2, 2, 2, 2, change.get("width", 128), change.get("dtype", "float32"))[:3]
+    heads = slice(change.get("heads"))
+    arrays = q, k[:, :, :, heads], v[:, :, :, heads]
     with pytest.raises(ValueError, match=f'implementation="pallas": .*{message}') as error:
         windowed_attention(*arrays, window=change.get("window", 1), implementation="pallas")
     assert "\n" not in str(error.value)
@@ -102,4 +105,6 @@ def test_unknown_implementations_and_shapes_are_refused(arrays):
     with pytest.raises(ValueError, match='expected "xla", "pallas" or None'):
         windowed_attention(q, k, v, implementation="triton")
     with pytest.raises(ValueError, match=r"expected q \[B, gq, gq, H, D\]"):
+        windowed_attention(q[0], k, v)
+    with pytest.raises(ValueError, match="do not fit: .* a multiple of G heads"):
         windowed_attention(q, k, v[:1])

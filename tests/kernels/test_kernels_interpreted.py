@@ -80,8 +80,8 @@ def test_golden_projector_through_the_gpu_kernel(monkeypatch):
 
 def assert_golden(monkeypatch, backend, interpret, scale_factor):
     """The release's output for its golden inputs, windowed attention by a kernel."""
-    attention = lambda q, k, v: attend(backend, q, k, v, 1, interpret)
-    monkeypatch.setattr(common, "windowed_attention", attention)
+    monkeypatch.setattr(common, "choose", lambda q, k, window: "pallas")
+    monkeypatch.setattr(common, "windowed_attention", lambda *qkv, window: attend(backend, *qkv, window, interpret))
     cfg = ProjectorConfig(out_width=64, scale_factor=scale_factor)
     params = projectors.from_torch(golden.state_dict("delta"), cfg)
     out = jax.jit(lambda params, features: projectors.project(params, cfg, features))(params, golden.features(cfg))
