@@ -18,6 +18,7 @@ from deltallava_jax.config.model import (
 from deltallava_jax.config.presets import PRESETS, compose, preset
 from deltallava_jax.config.run import (
     ASPECTS,
+    ROW_AXES,
     Config,
     DataConfig,
     EvaluationConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "ABLATIONS",
     "ASPECTS",
     "PRESETS",
+    "ROW_AXES",
     "Config",
     "ConfigError",
     "DataConfig",

@@ -109,6 +109,9 @@ class TrainingConfig:
         require(self.epochs > 0 or self.steps > 0, f"training.epochs={self.epochs}; expected more than 0")
 
 
+ROW_AXES = ("data", "fsdp")  # the mesh axes that share the rows of a batch
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis of the mesh; -1 once, for what the others leave."""

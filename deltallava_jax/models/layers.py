@@ -18,6 +18,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from deltallava_jax.config import ROW_AXES
+
 Params = dict  # nested dict of jax.Array
 
 
@@ -52,8 +54,6 @@ REMAT: dict[str, Callable] = {
 
 
 # ------------------------------------------------------------------ sharding
-
-ROW_AXES = ("data", "fsdp")  # the mesh axes that share the rows of a batch
 
 
 def by_rows(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:

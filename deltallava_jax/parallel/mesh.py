@@ -7,8 +7,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deltallava_jax.config import Config, ConfigError
-from deltallava_jax.models.layers import ROW_AXES
+from deltallava_jax.config import ROW_AXES, Config, ConfigError
 
 AXES = (*ROW_AXES, "tensor")
 ROWS = P(ROW_AXES)

@@ -49,6 +49,13 @@ def test_reference_equals_brute_force(grid, scale_factor, window):
         np.testing.assert_allclose(out, v, atol=1e-6)
 
 
+def test_heads_may_share_keys_and_values():
+    q, k, v = random_qkv(4, 8, heads=4)
+    k, v = k[..., :2, :], v[..., :2, :]
+    out = jax.jit(windowed_attention, static_argnames="window")(q, k, v, window=2)
+    np.testing.assert_allclose(out, brute_force(q, k.repeat(2, axis=3), v.repeat(2, axis=3), 2), atol=1e-5)
+
+
 def test_window_is_one_by_default():
     q, k, v = random_qkv(2, 4)
     np.testing.assert_allclose(jax.jit(windowed_attention)(q, k, v), brute_force(q, k, v, 1), atol=1e-5)

@@ -1,5 +1,8 @@
-"""Windowed attention: every window of queries attends to the keys of its own region of the patch grid."""
+"""Windowed attention: every window of queries attends to the keys of its own region of the patch grid.
 
-from deltallava_jax.kernels.windowed_attention.reference import windowed_attention
+reference.py is the contract, in plain XLA; tpu.py and gpu.py are its kernels, vjp.py their derivative, and dispatch.py
+chooses among them."""
 
-__all__ = ["windowed_attention"]
+from deltallava_jax.kernels.windowed_attention.dispatch import choose, windowed_attention
+
+__all__ = ["choose", "windowed_attention"]

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from deltallava_jax.config import ProjectorConfig
-from deltallava_jax.kernels.windowed_attention import windowed_attention
+from deltallava_jax.kernels.windowed_attention import choose, windowed_attention
 from deltallava_jax.models.layers import Linear, attention, resize_grid, sincos_table, trunc_normal, xavier_uniform
 from deltallava_jax.models.names import Entry, linear
 from deltallava_jax.models.vision import Needs
@@ -41,7 +41,39 @@ class LocalAttention(PackedAttention):
     """The same over grids, each query with the s x s patches of its own cell."""
 
     def __call__(self, q: Float[Array, "n Q Q C"], k: Float[Array, "n g g C"], v: Float[Array, "n g g C"]):
-        return self.o(rearrange(windowed_attention(*self.heads(q, k, v)), "n h w a d -> n h w (a d)"))
+        kernels = jnp.split(self.inputs.kernel[...].astype(q.dtype), 3, axis=1)
+        q_bias, _, v_bias = jnp.split(self.inputs.bias[...].astype(q.dtype), 3)
+        # The keys' bias adds the same to all scores of a query: softmax does not see it. The weights' sum is one.
+        y = local_attention(q @ kernels[0] + q_bias, k, v, kernels[1], kernels[2], head_dim=self.head_dim)
+        return self.o(y + v_bias)
+
+
+def local_attention(
+    q: Float[Array, "n Q Q E"],
+    k: Float[Array, "n g g C"],
+    v: Float[Array, "n g g C"],
+    k_kernel: Float[Array, "C E"],
+    v_kernel: Float[Array, "C E"],
+    *,
+    head_dim: int,
+    window: int = 1,
+) -> Float[Array, "n Q Q E"]:
+    """Windowed attention of q to the keys k @ k_kernel and values v @ v_kernel, by heads of head_dim.
+
+    There are fewer queries than patches, so the matrices move to the queries' side, exactly: q . (W k) = (W^T q) . k
+    and sum_j a_j (W v_j) = W sum_j a_j v_j, a head at a time. Not where a kernel wants the heads; and a single key's
+    weight is one, whatever the query."""
+    split = lambda t: rearrange(t, "... (a d) -> ... a d", d=head_dim)
+    merge = lambda t: rearrange(t, "... a d -> ... (a d)")
+    s, q = k.shape[1] // q.shape[1], split(q)
+    if s * window == 1:
+        return v @ v_kernel
+    if s == 1 or choose(q, jax.eval_shape(lambda: split(k @ k_kernel)), window) == "pallas":
+        return merge(windowed_attention(q, split(k @ k_kernel), split(v @ v_kernel), window=window))
+    scale = (k.shape[-1] / head_dim) ** 0.5  # windowed_attention divides by the root of the width that it sees
+    q = jnp.einsum("nhwad,cad->nhwac", q, split(k_kernel) * scale)
+    y = windowed_attention(q, k[..., None, :], v[..., None, :], window=window, implementation="xla")
+    return merge(jnp.einsum("nhwac,cad->nhwad", y, split(v_kernel)))
 
 
 def attention_names(torch: str, path: str) -> list[Entry]:

@@ -16,7 +16,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from deltallava_jax.config import ProjectorConfig
-from deltallava_jax.kernels.windowed_attention import windowed_attention
 from deltallava_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -46,10 +45,14 @@ class DeltaProjection(nnx.Module):
         self.V = nnx.Param(xavier_uniform(rngs.params(), (cfg.rank, cfg.width))) if low_rank else None
         self.norm = LayerNorm(cfg.width, eps=common.EPS) if cfg.variant == "release" else None
 
+    @property
+    def matrix(self) -> Float[Array, "C E"]:
+        """W_s + U V. One product of it with the patches costs less than the narrow ones of U and V beside that of W_s,
+        and its gradient holds all three."""
+        return self.base[...] if self.U is None else self.base[...] + self.U[...] @ self.V[...]
+
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... E"]:
-        y = x @ self.base[...].astype(x.dtype)
-        if self.U is not None:
-            y = y + (x @ self.U[...].astype(x.dtype)) @ self.V[...].astype(x.dtype)
+        y = x @ self.matrix.astype(x.dtype)
         return y if self.norm is None else self.norm(gelu(y))
 
 
@@ -171,13 +174,13 @@ class Delta(nnx.Module):
         side = round(budget**0.5)
         with jax.named_scope("resize"):
             q = resize_grid(common.as_grid(features.last, self.cfg.grid), side, "bilinear")
-        with jax.named_scope("keys_values"):
-            levels = common.as_grid(features.levels, self.cfg.grid)
-            k, v = self.k(levels), self.v(levels)
+        levels = common.as_grid(features.levels, self.cfg.grid)
         forward = self._release if self.cfg.variant == "release" else self._paper
-        return rearrange(forward(q, k, v, key), "n h w d -> n (h w) d")
+        return rearrange(forward(q, levels, key), "n h w d -> n (h w) d")
 
-    def _release(self, q, k, v, key):
+    def _release(self, q, levels, key):
+        with jax.named_scope("keys_values"):
+            k, v = self.k(levels), self.v(levels)
         if self.block is not None:
             with jax.named_scope("block"):
                 q = self.block(q, key)
@@ -188,7 +191,7 @@ class Delta(nnx.Module):
         with jax.named_scope("mlp"):
             return self.down(gelu(self.up(y)))
 
-    def _paper(self, q, k, v, key):
+    def _paper(self, q, levels, key):
         with jax.named_scope("refine"):
             q = self.refine(q)
         with jax.named_scope("query"):
@@ -197,10 +200,11 @@ class Delta(nnx.Module):
             with jax.named_scope("block"):
                 q = self.block(q, key)
         with jax.named_scope("windowed_attention"):
-            split = lambda t: rearrange(t, "n h w (a d) -> n h w a d", d=self.cfg.head_dim)
-            y = windowed_attention(split(q), split(k), split(v), window=self.cfg.window)
+            kernels = (self.k.matrix.astype(q.dtype), self.v.matrix.astype(q.dtype))
+            sizes = dict(head_dim=self.cfg.head_dim, window=self.cfg.window)
+            y = common.local_attention(q, levels, levels, *kernels, **sizes)
         with jax.named_scope("mlp"):
-            y = self.head(rearrange(y, "n h w a d -> n h w (a d)"))
+            y = self.head(y)
             return y + self.down(gelu(self.up(self.norm(y))))
 
     def _positions(self, q: Float[Array, "n h w C"]) -> Float[Array, "1 h w C"]:

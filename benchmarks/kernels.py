@@ -1,0 +1,271 @@
+"""Windowed attention on the device at hand: every implementation at every budget of a 24x24 grid with 8 heads of 128.
+
+    python benchmarks/kernels.py                                 # one result file a device; runs again go on in it
+    python benchmarks/kernels.py --batches 8 --budgets 144,64
+    python benchmarks/kernels.py --compile-for h100:1            # without the device: compiles both kernels
+
+Each row is a batch and a budget, forward or forward and backward ("both"): seconds of XLA, of the Pallas kernel where
+the device has one, and of torch's scaled_dot_product_attention on the same windows where torch is installed, all in one
+run and alternating. "share" is bytes that must move over seconds, against the bandwidth of a copy measured before.
+Float32 and two threads on a CPU, else bfloat16."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmarks" / "results" / "kernels"
+GRID, HEADS, WIDTH = 24, 8, 128
+BUDGETS = (576, 144, 64, 36, 16, 9, 4, 1)
+CHAIN = 20  # calls in one program on a TPU or GPU, each with the outputs of the one before
+
+
+def two_threads() -> None:
+    """To be called before jax and torch are imported."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+
+
+def best(calls: dict, rounds: int) -> dict[str, float]:
+    """The shortest seconds of each call, which alternate, so that they share what else the machine does."""
+    seconds = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if number:  # the first compiles
+                seconds[name].append(time.perf_counter() - began)
+    return {name: min(values) for name, values in seconds.items()}
+
+
+def device() -> tuple[str, str]:
+    """(platform, kind)."""
+    import jax
+
+    found = jax.devices()[0]
+    return found.platform, found.device_kind
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of reading and writing 512 MiB."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.zeros((2**27,), jnp.float32)
+    copies = jax.jit(lambda x: jax.lax.fori_loop(0, CHAIN, lambda _, x: x + 1, x))
+    seconds = best({"copies": lambda: copies(x).block_until_ready()}, 5)["copies"]
+    return 2 * x.nbytes * CHAIN / seconds
+
+
+def bytes_moved(batch: int, budget: int, mode: str, itemsize: int) -> int:
+    """What any implementation has to read and write: q, k, v, out; backward those but out, its gradient, and three."""
+    queries, keys = (batch * n * HEADS * WIDTH * itemsize for n in (budget, GRID**2))
+    return 2 * queries + 2 * keys + (mode == "both") * (3 * queries + 4 * keys)
+
+
+def jax_calls(batch: int, budget: int, mode: str) -> tuple[dict, dict]:
+    """(the implementations that run here, why the others do not)."""
+    import jax
+    import jax.numpy as jnp
+
+    from deltallava_jax.kernels.windowed_attention import windowed_attention
+
+    platform, side = device()[0], round(budget**0.5)
+    dtype, repeats = (jnp.float32, 1) if platform == "cpu" else (jnp.bfloat16, CHAIN)
+    draw = lambda seed, n: jax.random.normal(jax.random.key(seed), (batch, n, n, HEADS * WIDTH), dtype)
+    arrays = draw(0, side), draw(1, GRID), draw(2, GRID), draw(3, side)
+    heads = lambda x: x.reshape(*x.shape[:3], HEADS, WIDTH)
+
+    def call(implementation):
+        attention = lambda *qkv: windowed_attention(*map(heads, qkv), implementation=implementation).reshape(
+            arrays[0].shape
+        )
+
+        def step(_, state):
+            q, k, v, do = state
+            if mode == "forward":
+                return attention(q, k, v), k, v, do
+            out, pull = jax.vjp(attention, q, k, v)
+            return *pull(do), out
+
+        run = jax.jit(lambda *state: jax.lax.fori_loop(0, repeats, step, state) if repeats > 1 else step(0, state))
+        return lambda: jax.block_until_ready(run(*arrays))
+
+    calls, refused = {"xla": call("xla")}, {}
+    try:
+        call("pallas")()
+        calls["pallas"] = call("pallas")
+    except ValueError as error:
+        refused["pallas"] = str(error)
+    return calls, refused
+
+
+def torch_call(batch: int, budget: int, mode: str):
+    """torch's attention with its windows cut from the grids, as a function; None without torch on this device."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    platform, side = device()[0], round(budget**0.5)
+    if platform == "tpu" or (platform == "gpu" and not torch.cuda.is_available()):
+        return None
+    on, dtype, repeats = ("cpu", torch.float32, 1) if platform == "cpu" else ("cuda", torch.bfloat16, CHAIN)
+    if platform == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    draw = lambda n, grad: torch.randn(batch, n, n, HEADS * WIDTH, device=on, dtype=dtype, requires_grad=grad)
+    both = mode == "both"
+    q, k, v, do = draw(side, both), draw(GRID, both), draw(GRID, both), draw(side, False)
+
+    def windows(x):
+        size = x.shape[1] // side
+        x = x.view(batch, side, size, side, size, HEADS, WIDTH).permute(0, 1, 3, 5, 2, 4, 6)
+        return x.reshape(batch * side * side, HEADS, size * size, WIDTH)
+
+    def step():
+        out = torch.nn.functional.scaled_dot_product_attention(*map(windows, (q, k, v)))
+        out = out.reshape(batch, side, side, HEADS * WIDTH)
+        if both:
+            torch.autograd.grad(out, (q, k, v), do)
+
+    def call():
+        for _ in range(repeats):
+            step()
+        if on == "cuda":
+            torch.cuda.synchronize()
+
+    return call
+
+
+def measure(batch: int, budget: int, mode: str, bandwidth: float, rounds: int) -> dict:
+    platform = device()[0]
+    calls, refused = jax_calls(batch, budget, mode)
+    if torch := torch_call(batch, budget, mode):
+        calls["torch"] = torch
+    repeats = 1 if platform == "cpu" else CHAIN
+    moved = bytes_moved(batch, budget, mode, 4 if platform == "cpu" else 2)
+    seconds = {name: value / repeats for name, value in best(calls, rounds).items()}
+    return {
+        "batch": batch, "tokens": budget, "mode": mode, "bytes": moved,
+        "seconds": {name: float(f"{value:.4g}") for name, value in seconds.items()},
+        "share_of_copy_bandwidth": {name: round(moved / value / bandwidth, 3) for name, value in seconds.items()},
+        "refused": refused,
+    }  # fmt: skip
+
+
+def table(result: dict) -> str:
+    """Seconds, share of the copy's bandwidth, and times faster than XLA and torch."""
+    lines = [
+        f"{result['device']}: copies at {result['copy_bandwidth'] / 1e9:.0f} GB/s",
+        "batch  tokens  mode     implementation  microseconds  share   faster than XLA  than torch",
+    ]
+    for row in result["rows"].values():
+        for name, seconds in row["seconds"].items():
+            times = [
+                f"{row['seconds'][other] / seconds:.2f}" if other in row["seconds"] else "-"
+                for other in ("xla", "torch")
+            ]
+            lines.append(
+                f"{row['batch']:5} {row['tokens']:7}  {row['mode']:8} {name:14} {seconds * 1e6:13.1f} "
+                f"{row['share_of_copy_bandwidth'][name]:6.2f} {times[0]:>17} {times[1]:>11}"
+            )
+    return "\n".join(lines)
+
+
+def versions() -> dict:
+    import importlib.metadata as metadata
+
+    names = ("jax", "jaxlib", "torch", "libtpu", "jax-cuda13-plugin")
+    known = {name: metadata.version(name) for name in names if any(metadata.distributions(name=name))}
+    return {"python": sys.version.split()[0], **known}
+
+
+def compiled(target, batch: int) -> dict:
+    """Both kernels at every budget through the compiler of a machine that is not there."""
+    import re
+
+    import jax
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from deltallava_jax.analysis import targets
+    from deltallava_jax.kernels.windowed_attention import windowed_attention
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=targets.devices(target)[:1])
+    heads = lambda x: x.reshape(*x.shape[:3], HEADS, WIDTH)
+    rows = []
+    for budget in BUDGETS:
+        shapes = [
+            jax.ShapeDtypeStruct((batch, n, n, HEADS * WIDTH), "bfloat16", sharding=NamedSharding(mesh, P("data")))
+            for n in (round(budget**0.5), GRID)
+        ]
+
+        def forward(q, k, v):
+            return windowed_attention(*map(heads, (q, k, v)), implementation="pallas").reshape(q.shape)
+
+        def both(q, k, v, do):
+            out, pull = jax.vjp(forward, q, k, v)
+            return out, *pull(do)
+
+        for mode, function, inputs in (("forward", forward, "qkk"), ("both", both, "qkkq")):
+            began = time.perf_counter()
+            with jax.set_mesh(mesh):
+                program = jax.jit(function).lower(*(shapes["qk".index(x)] for x in inputs)).compile()
+            calls = re.findall(r'custom_call_target="([^"]*(?:tpu_custom_call|mosaic)[^"]*)"', program.as_text())
+            assert len(calls) == {"forward": 1, "both": 2}[mode], calls
+            rows.append({
+                "tokens": budget, "mode": mode, "calls": calls,
+                "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+                "seconds_to_compile": round(time.perf_counter() - began, 1),
+            })  # fmt: skip
+            print(json.dumps(rows[-1]), flush=True)
+    return {"target": str(target), "batch": batch, "date": str(date.today()), "versions": versions(), "rows": rows}
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=numbers, help="default 1,8,64,256; on a CPU 1,8")
+    parser.add_argument("--budgets", type=numbers, default=BUDGETS)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--compile-for", metavar="TARGET", help="as for the plan command, e.g. h100:1 or v5e:2x2")
+    options = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python benchmarks/kernels.py", *sys.argv[1:]])
+    if options.compile_for:
+        from deltallava_jax.analysis.targets import parse_target, prepare
+
+        target = parse_target(options.compile_for)
+        prepare(target)
+        result = {"command": command, **compiled(target, 64)}
+        (RESULTS / f"compiled-{target.kind}.json").write_text(json.dumps(result, indent=2) + "\n")
+        return
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        two_threads()
+    platform, kind = device()
+    file = RESULTS / f"{kind.replace(' ', '-').lower()}.json"
+    if file.exists():
+        result = json.loads(file.read_text())
+    else:
+        result = {"device": kind, "copy_bandwidth": copy_bandwidth(), "rows": {}}
+    result |= {"date": str(date.today()), "versions": versions(), "command": command}
+    for batch in options.batches or ((1, 8) if platform == "cpu" else (1, 8, 64, 256)):
+        for budget in options.budgets:
+            for mode in ("forward", "both"):
+                name = f"{batch}-{budget}-{mode}"
+                if name not in result["rows"]:
+                    result["rows"][name] = measure(batch, budget, mode, result["copy_bandwidth"], options.rounds)
+                    file.write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Which implementation is chosen, what is said, and what is refused."""
+
+import jax
+import numpy as np
+import pytest
+from windows import draw
+
+from deltallava_jax.kernels.windowed_attention import dispatch, reference, windowed_attention
+
+
+@pytest.fixture
+def arrays():
+    return draw(2, 2, 2, 2, 128, "float32")[:3]
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Makes the dispatch believe in a device; the kernels are replaced by the reference, which notes its calls."""
+    calls = []
+
+    def attend(backend, q, k, v, window):
+        calls.append((backend.__name__.split(".")[-1], q.shape))
+        return reference.windowed_attention(q, k, v, window=window)
+
+    def device(platform, kind):
+        monkeypatch.setattr(dispatch, "_device", lambda: (platform, kind))
+        monkeypatch.setattr(dispatch, "attend", attend)
+        dispatch._say.cache_clear()
+        return calls
+
+    return device
+
+
+def test_xla_on_a_cpu_says_nothing(arrays, caplog):
+    expected = reference.windowed_attention(*arrays)
+    for implementation in (None, "xla"):
+        np.testing.assert_array_equal(windowed_attention(*arrays, implementation=implementation), expected)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("platform, kind", [("tpu", "TPU v5 lite"), ("gpu", "NVIDIA H100 80GB HBM3")])
+def test_pallas_is_taken_where_forced(arrays, on, platform, kind):
+    calls = on(platform, kind)
+    windowed_attention(*arrays, implementation="pallas")
+    assert calls == [(platform, arrays[0].shape)]
+
+
+def test_unmeasured_devices_take_xla_and_say_so_once(arrays, on, caplog):
+    calls = on("tpu", "TPU v5 lite")
+    for _ in range(2):
+        windowed_attention(*arrays)
+    assert not calls
+    assert [record.message for record in caplog.records] == [
+        "windowed attention runs in XLA: its kernel has not been measured on TPU v5 lite (benchmarks/kernels.py)"
+    ]
+
+
+def test_measured_devices_take_the_kernel_where_it_was_faster(arrays, on, monkeypatch, caplog):
+    monkeypatch.setitem(dispatch.MEASURED, "NVIDIA H100 80GB HBM3", (4, 16))
+    calls = on("gpu", "NVIDIA H100 80GB HBM3")
+    windowed_attention(*arrays)
+    assert len(calls) == 1
+    windowed_attention(*draw(2, 2, 3, 2, 128, "float32")[:3])  # 9 keys a query
+    assert len(calls) == 1 and not caplog.records
+    windowed_attention(*arrays, window=2)  # 16 keys, but two queries a window
+    assert len(calls) == 1 and "windows of one query, not 2 x 2" in caplog.text
+
+
+def test_under_a_mesh_each_device_takes_its_rows(on):
+    calls = on("gpu", "NVIDIA H100 80GB HBM3")
+    arrays = draw(4, 2, 2, 2, 128, "float32")[:3]
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        out = jax.jit(lambda *x: windowed_attention(*x, implementation="pallas"))(*arrays)
+        with pytest.raises(ValueError, match="a batch of 3 does not divide over 4 devices"):
+            windowed_attention(*(x[:3] for x in arrays), implementation="pallas")
+    assert calls == [("gpu", (1, 2, 2, 2, 128))]
+    np.testing.assert_allclose(out, reference.windowed_attention(*arrays), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "platform, kind, change, message",
+    [
+        ("cpu", "cpu", {}, "there is a kernel for TPUs and GPUs, not for cpu"),
+        ("gpu", "NVIDIA A100-SXM4-80GB", {}, "needs a GPU from Hopper on, not NVIDIA A100"),
+        ("gpu", "NVIDIA H200", {"window": 2}, "windows of one query, not 2 x 2"),
+        ("gpu", "NVIDIA H200", {"width": 64}, "heads of 128, not 64"),
+        ("tpu", "TPU v5", {"heads": 1}, "one dtype and as many heads"),
+        ("tpu", "TPU v5", {"width": 64}, "heads of a multiple of 128, not 64"),
+        ("tpu", "TPU v5", {"dtype": "float16"}, "float32 or bfloat16, not float16"),
+    ],
+)
+def test_what_cannot_run_is_refused(on, platform, kind, change, message):
+    on(platform, kind)
+    q, k, v = draw(2, 2, 2, 2, change.get("width", 128), change.get("dtype", "float32"))[:3]
+    heads = slice(change.get("heads"))
+    arrays = q, k[:, :, :, heads], v[:, :, :, heads]
+    with pytest.raises(ValueError, match=f'implementation="pallas": .*{message}') as error:
+        windowed_attention(*arrays, window=change.get("window", 1), implementation="pallas")
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_implementations_and_shapes_are_refused(arrays):
+    q, k, v = arrays
+    with pytest.raises(ValueError, match='expected "xla", "pallas" or None'):
+        windowed_attention(q, k, v, implementation="triton")
+    with pytest.raises(ValueError, match=r"expected q \[B, gq, gq, H, D\]"):
+        windowed_attention(q[0], k, v)
+    with pytest.raises(ValueError, match="do not fit: .* a multiple of G heads"):
+        windowed_attention(q, k, v[:1])
