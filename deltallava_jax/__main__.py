@@ -15,6 +15,7 @@ COMMANDS = {
     "data": ("deltallava_jax.data.command", "LLaVA data sets: check them, build them into ArrayRecord"),
     "convert": ("deltallava_jax.convert.command", "checkpoints of Hugging Face, LLaVA and ours, into each other"),
     "plan": ("deltallava_jax.analysis.plan_command", "memory, operations and collectives of a run on a machine"),
+    "flops": ("deltallava_jax.analysis.efficiency_command", "operations and cache of an answer by system and tokens"),
 }
 
 
