@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": ("deltallava_jax.convert.command", "checkpoints of Hugging Face, LLaVA and ours, into each other"),
     "plan": ("deltallava_jax.analysis.plan_command", "memory, operations and collectives of a run on a machine"),
     "flops": ("deltallava_jax.analysis.efficiency_command", "operations and cache of an answer by system and tokens"),
+    "gradcam": ("deltallava_jax.analysis.gradcam_command", "where in an image an answer comes from, as a picture"),
 }
 
 
