@@ -15,7 +15,6 @@ from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import TEMPLATES, tokenize
 from deltallava_jax.inference.model import Model
 from deltallava_jax.models import vision, vlm
-from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.models.selection import fastervlm
 from deltallava_jax.sequence import Batch
 from tests import tiny
@@ -32,10 +31,7 @@ def make(tokenizer, **projector):
     cfg = tiny.get_config().model
     settings = dict(name="mlp") | projector
     cfg = dataclasses.replace(cfg, projector=dataclasses.replace(cfg.projector, **settings))
-    shapes, rng = flatten(jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0)))), np.random.default_rng(0)
-    values = lambda path, shape: (0.2 * rng.standard_normal(shape) + path.endswith("scale")).astype(np.float32)
-    params = unflatten({path: jnp.asarray(values(path, leaf.shape)) for path, leaf in shapes.items()})
-    return Model(cfg, params, tokenizer, "brief")
+    return Model(cfg, tiny.random_params(cfg), tokenizer, "brief")
 
 
 def picture(place=None):
