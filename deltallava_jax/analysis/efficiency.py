@@ -31,7 +31,9 @@ PARTS = ("vision", "projector", "prefill", "decode")
 PUBLISHED = {
     576: dict(vision=0.382, projector=0.024, prefill=6.72, decode=0.31, total=7.43),
     144: dict(vision=0.382, prefill=2.16, total=2.84),
+    36: dict(vision=0.382, total=1.74),
     16: dict(vision=0.382, prefill=0.85, decode=0.28),
+    4: dict(vision=0.382, decode=0.28),
     1: dict(vision=0.382, prefill=0.70, total=1.39),
 }
 # What a system needs beside its name, and the settings that give it a number of tokens.
