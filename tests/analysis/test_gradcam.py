@@ -115,17 +115,20 @@ def test_a_selections_tokens_lie_on_their_patches(tokenizer):
         assert found.grid.shape == (8, 8) and set(np.flatnonzero(found.grid)) == set(kept)
 
 
-@pytest.mark.parametrize("name", ["prumerge", "prumerge_plus"])
-def test_prumerges_token_of_the_rest_has_no_place(tokenizer, name):
-    model = make(tokenizer, name=name, keep_ratio=0.125)
+@pytest.mark.parametrize(
+    ("name", "settings"), [("prumerge_plus", dict(keep_ratio=0.125)), ("prumerge", dict(tokens=(12,)))]
+)
+def test_prumerges_token_of_the_rest_has_no_place(tokenizer, name, settings):
+    """With a fixed ratio, whose comb may hit what is kept already, and by outliers, of which there may be few."""
+    model = make(tokenizer, name=name, **dict(keep_ratio=0.0) | settings)
     (found,) = gradcam.heat_maps(model, picture(), QUESTION, answer=ANSWER)
-    assert found.grid.shape == (8, 8) and found.budget - 3 < np.count_nonzero(found.grid) < found.budget
-    adaptive = make(tokenizer, name=name, keep_ratio=0.0, tokens=(12,))
-    assert np.count_nonzero(gradcam.heat_maps(adaptive, picture(), QUESTION, answer=ANSWER)[0].grid) <= 11
+    assert found.grid.shape == (8, 8) and np.count_nonzero(found.grid) < found.budget
+    if name == "prumerge_plus":
+        assert np.count_nonzero(found.grid) > found.budget - 4
 
 
-@pytest.mark.parametrize("name", gradcam.ON_A_GRID)
-def test_every_system_on_a_grid(tokenizer, name):
+@pytest.mark.parametrize("name", ["delta", "mlp", "quecc", "honeybee_c"])
+def test_systems_on_a_grid(tokenizer, name):
     model = make(tokenizer, name=name, scale_factor=2)
     said = {} if name == "quecc" else dict(answer=ANSWER)  # once the model's own, which takes long to compile
     (found,) = gradcam.heat_maps(model, picture(), QUESTION, max_new_tokens=2, **said)
