@@ -32,7 +32,8 @@ from deltallava_jax.models.selection import fastervlm, prumerge
 from deltallava_jax.sequence import Batch, layout
 
 ON_A_GRID = ("delta", "mlp", "token_packer", "m3", "quecc", "honeybee_c", "honeybee_d")
-SELECTED = ("fastervlm", "prumerge", "prumerge_plus")
+PRUNED = ("evit", "dynamicvit")  # selections on the tower's way
+SELECTED = ("fastervlm", "prumerge", "prumerge_plus", *PRUNED)
 LENGTH_STEP = 64  # texts are padded to a multiple, so that few lengths are compiled
 METHODS = ("relevance", "gradcam")
 HEAT = 0.45  # the colours' share in an overlay
@@ -54,8 +55,6 @@ def check(cfg: ModelConfig) -> None:
     """ConfigError unless every visual token has a place that is known."""
     cfg.require_whole("a heat map")
     name = cfg.projector.name
-    if name in ("evit", "dynamicvit"):
-        raise ConfigError(f"no heat map: {name}'s tower drops patches on its way and does not say which are left")
     if name not in (*ON_A_GRID, *SELECTED):
         raise ConfigError(f"no heat map: {name}'s tokens are learned queries over the whole image, without a place")
     if cfg.fastv:
@@ -93,7 +92,8 @@ def heat_maps(
         if said is None:
             said = model.generate(image, text, budget=budget, max_new_tokens=max_new_tokens)
         row = _row(tokenize([(text, said)], TEMPLATES[model.template], model.tokenizer))
-        heat, places, log_probability = _heat(model.params, model.cfg, pixels, row, budget=budget, method=method)
+        heat, log_probability = _heat(model.params, model.cfg, pixels, row, budget=budget, method=method)
+        places = _places(model.params, model.cfg, pixels, budget)
         found.append(HeatMap(_on_grid(model.cfg.projector, heat, places), budget, said, float(log_probability)))
     return found
 
@@ -119,8 +119,8 @@ def _row(text: Tokenized) -> Batch:
 @functools.partial(jax.jit, static_argnames=("cfg", "budget", "method"))
 def _heat(
     params: Params, cfg: ModelConfig, pixels: UInt8[Array, "1 H W 3"], row: Batch, *, budget: int, method: str
-) -> tuple[Float[Array, " V"], Int[Array, " V"], Float[Array, ""]]:
-    """(heat of each token, its patch for a selection, the answer's log-probability)."""
+) -> tuple[Float[Array, " V"], Float[Array, ""]]:
+    """(heat of each token, the answer's log-probability)."""
     visual, valid, _ = vlm.visual_tokens(params, cfg, pixels, row, budget=budget)
     slots = layout(row, None if valid is None else valid[None], budget)
     weights, shape = params["decoder"], cfg.decoder
@@ -139,20 +139,48 @@ def _heat(
         heat = jax.nn.relu(visual @ channels)
     else:
         heat = jnp.abs((visual * gradient).sum(-1))
-    return jnp.where(live, heat, 0.0), _places(params, cfg, pixels, budget), value
+    return jnp.where(live, heat, 0.0), value
 
 
 def _places(params: Params, cfg: ModelConfig, pixels: UInt8[Array, "1 H W 3"], budget: int) -> Int[Array, " V"]:
-    """The patch of each token of a selection, one past the last for a token of all the rest; else its own number."""
+    """The patch of each token of a selection, one past the last for a token of many; else its own number.
+
+    Not to be compiled as one program: a patch that a pruned tower kept is known by being the same to the bit."""
     if cfg.projector.name not in SELECTED:
         return jnp.arange(budget)
-    needs = projectors.needs(cfg.projector, cfg.vision.layers)
-    attention = vision.encode(params["vision"], cfg.vision, pixels, needs, dtype=cfg.dtype).cls_attention
+    needs, nowhere = projectors.needs(cfg.projector, cfg.vision.layers), cfg.projector.grid**2
+    encode = functools.partial(vision.encode, params["vision"], cfg.vision, pixels, needs, dtype=cfg.dtype)
+    if cfg.projector.name in PRUNED:
+        places = [jnp.arange(nowhere)]
+        prune = projectors.pruning(params["projector"], cfg.projector)
+
+        def watched(stage, layer, x, kept):
+            left = prune(stage, _Passing(layer), x, kept)[0]
+            same = (left[0, 1:, None] == x[0, None, 1:]).all(-1)  # [left, before]: a token of many is like none
+            places.append(jnp.where(same.any(1), places[-1][same.argmax(1)], nowhere))
+            return prune(stage, layer, x, kept)
+
+        encode(prune=watched)
+        return places[-1]
+    attention = encode().cls_attention
     if cfg.projector.name == "fastervlm":
         return fastervlm.select(attention, budget)[0]
     ratio, plus = prumerge.keep_ratio(cfg.projector), cfg.projector.name == "prumerge_plus"
     kept, _ = prumerge.candidates(attention, ratio, plus=plus, duplicates=cfg.projector.reproduce_duplicates)
-    return jnp.append(kept[0, : budget - 1], cfg.projector.grid**2)
+    return jnp.append(kept[0, : budget - 1], nowhere)
+
+
+class _Passing:
+    """A tower layer that changes nothing but still says what its CLS token looks at: behind it are the very patches
+    that a system kept."""
+
+    def __init__(self, layer: vision.Layer):
+        self.cls_attention = layer.cls_attention
+
+    def attend(self, x: Array, kept: Array | None = None) -> Array:
+        return x
+
+    feed = __call__ = attend
 
 
 def _on_grid(cfg: ProjectorConfig, heat: Float[Array, " V"], places: Int[Array, " V"]) -> Float[np.ndarray, "h w"]:

@@ -15,7 +15,7 @@ from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import TEMPLATES, tokenize
 from deltallava_jax.inference.model import Model
 from deltallava_jax.models import vision, vlm
-from deltallava_jax.models.selection import fastervlm
+from deltallava_jax.models.selection import dynamicvit, fastervlm
 from deltallava_jax.sequence import Batch
 from tests import tiny
 
@@ -115,6 +115,29 @@ def test_a_selections_tokens_lie_on_their_patches(tokenizer):
         assert found.grid.shape == (8, 8) and set(np.flatnonzero(found.grid)) == set(kept)
 
 
+@pytest.mark.parametrize(("fuse", "count"), [(True, 33), (False, 32)])
+def test_patches_that_a_tower_kept_lie_where_they_were(tokenizer, fuse, count):
+    image, settings = picture(), dict(keep_ratio=0.5, prune_layers=(0,), fuse=fuse, select_layer=-1)
+    model = make(tokenizer, name="evit", **settings)
+    (found,) = gradcam.heat_maps(model, image, QUESTION, answer=ANSWER)
+    needs = vision.Needs(last=1, cls_attention=(1, "head_mean"))
+    attention = vision.encode(model.params["vision"], model.cfg.vision, np.asarray(image)[None], needs).cls_attention
+    kept = np.asarray(fastervlm.select(attention, 32))[0]
+    assert found.budget == count and set(np.flatnonzero(found.grid)) == set(kept)
+
+
+def test_stages_of_a_pruned_tower_follow_one_another(tokenizer):
+    model = make(tokenizer, name="dynamicvit", keep_ratio=0.5, prune_layers=(0, 1), select_layer=-1)
+    (found,) = gradcam.heat_maps(model, picture(), QUESTION, answer=ANSWER)
+    assert found.budget == np.count_nonzero(found.grid) == 16
+    seen, stay = [], dynamicvit.select
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamicvit, "select", lambda scores, count: seen.append(stay(scores, count)) or seen[-1])
+        vlm.visual_tokens(model.params, model.cfg, np.asarray(picture())[None])
+    first, second = (np.asarray(each)[0] for each in seen)
+    assert set(np.flatnonzero(found.grid)) == set(first[second])
+
+
 @pytest.mark.parametrize(
     ("name", "settings"), [("prumerge_plus", dict(keep_ratio=0.125)), ("prumerge", dict(tokens=(12,)))]
 )
@@ -137,7 +160,7 @@ def test_systems_on_a_grid(tokenizer, name):
     assert found.log_probability < 0
 
 
-@pytest.mark.parametrize("name", ["mqt", "resampler", "evit", "dynamicvit"])
+@pytest.mark.parametrize("name", ["mqt", "resampler"])
 def test_tokens_without_a_place_are_refused(tokenizer, name):
     cfg = tiny.get_config().model
     cfg = dataclasses.replace(cfg, projector=dataclasses.replace(cfg.projector, name=name))
