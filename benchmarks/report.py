@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from benchmarks import report_efficiency  # noqa: E402
+from benchmarks.report_efficiency import table  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, PLOT = ROOT / "docs" / "results.md", ROOT / "docs" / "easy_vqa_budgets.png"
 TOKENS = ("64", "16", "4", "1")
@@ -45,14 +52,17 @@ def page() -> str:
         return "# Results\n\nNone yet; `python benchmarks/easy_vqa.py` makes them.\n"
     parts = [
         "# Results",
-        "Made by `python benchmarks/report.py` from the files in benchmarks/results. Every number is ours, measured;\n"
-        "each file holds its command, date, hardware and versions.",
+        "Made by `python benchmarks/report.py` from the files in benchmarks/results. Every number is ours, measured,\n"
+        "unless it says that it is the paper's or counted; each file holds its command, date, hardware and versions.",
         systems(runs),
         budgets(runs),
         ablations(runs),
         step_times(),
+        report_efficiency.efficiency(),
+        report_efficiency.heat_maps(),
+        report_efficiency.KNOWN,
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def accuracies(runs: list[dict], system: str, tokens: str, kind: str = "all") -> list[float]:
@@ -66,11 +76,6 @@ def cell(values: list[float]) -> str:
         return ""
     spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    line = lambda cells: "| " + " | ".join(cells) + " |"
-    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rows)])
 
 
 def systems(runs: list[dict]) -> str:
@@ -206,4 +211,5 @@ def plot() -> None:
 if __name__ == "__main__":
     PAGE.write_text(page())
     plot()
+    report_efficiency.plots()
     print(f"written to {PAGE} and {PLOT}")

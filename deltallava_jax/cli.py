@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,11 @@ def overrides(rest: list[str], command: str) -> dict[str, str]:
             value = rest.pop(0)
         found[name.removeprefix("--config.")] = value
     return found
+
+
+def say(line: str) -> None:
+    """A line for the person at the screen, apart from what the command prints for programs."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:

@@ -23,6 +23,20 @@ def get_config() -> c.Config:
     )
 
 
+def random_params(cfg: c.ModelConfig, seed: int = 0, scale: float = 0.2) -> dict:
+    """Parameters of a model as random numbers, norms' scales around 1: without compiling its initialisers."""
+    import jax
+    import numpy as np
+
+    from deltallava_jax.models import vlm
+    from deltallava_jax.models.names import flatten, unflatten
+
+    rng = np.random.default_rng(seed)
+    shapes = flatten(jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0))))
+    values = lambda path, shape: scale * rng.standard_normal(shape) + path.endswith("scale")
+    return unflatten({path: jax.numpy.float32(values(path, leaf.shape)) for path, leaf in shapes.items()})
+
+
 def make_run(cfg: c.Config, source=None):
     """(rows, plan, tokenizer) of a config, over easy-VQA or another source."""
     from deltallava_jax.data import tokens

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from deltallava_jax.analysis import flops, targets
 from deltallava_jax.analysis.collectives import Collective, collectives, received_bytes, summary
 from deltallava_jax.analysis.targets import Target
+from deltallava_jax.cli import say
 from deltallava_jax.config import Config, MeshConfig
 from deltallava_jax.data.packing import plan_for
 from deltallava_jax.models import projectors
@@ -120,10 +121,6 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
         rematerialization_warnings=len(re.findall("nvoluntary full remat", "".join(output))),
         jax=jax.__version__,
     )  # fmt: skip
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def first_batch(cfg: Config, text: int) -> tuple[int, int, int, int]:

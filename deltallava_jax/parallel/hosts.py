@@ -114,6 +114,21 @@ def whole(tree):
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
+def gather(text: str) -> list[str]:
+    """Every process's text, in the processes' order; all must call it."""
+    import jax
+    import numpy as np
+
+    if jax.process_count() == 1:
+        return [text]
+    from jax.experimental import multihost_utils
+
+    own = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(own)))
+    padded = multihost_utils.process_allgather(np.pad(own, (0, lengths.max() - len(own))))
+    return [bytes(row[:length]).decode() for row, length in zip(padded, lengths)]
+
+
 def lost(error: Exception) -> str | None:
     """What to tell the user where a collective failed because another process is gone; None for any other error."""
     reason = next(iter(str(error).splitlines()), "")

@@ -110,12 +110,12 @@ class Checkpoints:
     def restore_params(self, step: int, cfg: ModelConfig, like: Params | None = None) -> Params:
         """The parameters of a step alone.
 
-        like: their dtypes and shardings; by default the saved dtypes, whole on the first device. Raises
+        like: their dtypes and shardings; by default the saved dtypes, whole on this process's first device. Raises
         CheckpointError as ``restore`` does."""
         saved = self._saved_params(step)
         expected = jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0)))
         self._compare(step, join(saved["trained"], saved["frozen"]), expected)
-        flat, device = flatten(like or {}), SingleDeviceSharding(jax.devices()[0])
+        flat, device = flatten(like or {}), SingleDeviceSharding(jax.local_devices()[0])
 
         def wanted(path, leaf):
             if path in flat:

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from processes import GUARD, ROOT, finish, free_port, lines, start, start_as_slurm, start_several, wait_for
+from processes import GUARD, ROOT, environment, finish, free_port, lines, start, start_as_slurm, start_several, wait_for
 
 from deltallava_jax.config import ConfigError
 from deltallava_jax.parallel import hosts
@@ -139,3 +139,22 @@ def options(*arguments):
 def test_options_that_do_not_fit_are_refused(arguments, told):
     with pytest.raises(ConfigError, match=told):
         hosts.several(options(*arguments))
+
+
+def test_every_process_gets_the_texts_of_all():
+    """Of unequal length, one of them empty."""
+    port, program = (
+        free_port(),
+        (
+            "import jax, sys; jax.distributed.initialize(sys.argv[1], 3, int(sys.argv[2]));"
+            "from deltallava_jax.parallel import hosts;"
+            "print(hosts.gather(['', 'é' * 5, 'three'][int(sys.argv[2])]))"
+        ),
+    )
+    command = lambda number: [sys.executable, "-c", program, f"127.0.0.1:{port}", str(number)]
+    each = [
+        subprocess.Popen(command(number), stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
+        for number in range(3)
+    ]
+    for process in each:
+        assert process.communicate(timeout=GUARD)[0].splitlines()[-1] == "['', 'ééééé', 'three']"

@@ -85,7 +85,7 @@ def merge(
     return jnp.concatenate([merged, rest], axis=1), valid
 
 
-def _ratio(cfg: ProjectorConfig) -> float:
+def keep_ratio(cfg: ProjectorConfig) -> float:
     return KEEP_RATIO if cfg.keep_ratio is None else cfg.keep_ratio
 
 
@@ -94,7 +94,7 @@ class PruMerge(Mlp):
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None):
         cfg, attention = self.cfg, features.cls_attention
-        positions, count = candidates(attention, _ratio(cfg), plus=self.plus, duplicates=cfg.reproduce_duplicates)
+        positions, count = candidates(attention, keep_ratio(cfg), plus=self.plus, duplicates=cfg.reproduce_duplicates)
         tokens, valid = merge(features.last, attention, features.keys, positions, count, budget - 1)
         return self.project(tokens), valid
 
@@ -102,7 +102,7 @@ class PruMerge(Mlp):
     def budgets(cls, cfg: ProjectorConfig) -> tuple[int, ...]:
         patches = cfg.grid**2
         cap = cfg.tokens[0] - 1 if cfg.tokens else patches // 4
-        if ratio := _ratio(cfg):
+        if ratio := keep_ratio(cfg):
             step = int(1 / ratio)
             cap = int(patches * ratio) + (len(range(step // 2, patches - 1, step)) if cls.plus else 0)
         if not 1 <= cap < patches or len(cfg.tokens) > 1:

@@ -1,0 +1,137 @@
+"""What an answer costs in operations and in cache, by system and number of visual tokens: the paper's Figure 3.
+
+    python -m deltallava_jax flops                                # LLaVA-1.5's MLP and Delta, CLIP-L/14-336, Vicuna-7B
+    python -m deltallava_jax flops --config configs/finetune_13b.py --budgets 144,36,16 --json
+    python -m deltallava_jax flops --decoder qwen2_7b --systems all --text 40 --new 10 --plots plots
+
+One image, a prompt of --text tokens beside it, --new tokens of answer. Each number is given twice: "exact" counts every
+matrix product of the programs that run, "paper" is the paper's own arithmetic (two matrices in the decoder's MLP where
+there are three, two maps of the projector), which gives its published numbers. Nothing is computed: it takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from deltallava_jax import cli
+from deltallava_jax.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    DecoderConfig,
+    VisionConfig,
+    compose,
+    load_config,
+    override,
+    preset,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", help="a Python file with get_config(), as for train.py; its system by default")
+    parser.add_argument("--tower", help=f"instead of the configuration's: {', '.join(PRESETS[VisionConfig])}")
+    parser.add_argument("--decoder", help=f"instead of the configuration's: {', '.join(PRESETS[DecoderConfig])}")
+    parser.add_argument("--systems", default="", help="comma-separated, as published; or all")
+    parser.add_argument("--budgets", default="", help="visual tokens an image, comma-separated")
+    parser.add_argument("--text", type=int, default=68, metavar="T", help="tokens of text in the prompt (default: 68)")
+    parser.add_argument("--new", type=int, default=30, metavar="G", help="tokens of the answer (default: 30)")
+    parser.add_argument("--json", action="store_true", help="print a list of rows")
+    parser.add_argument(
+        "--plots",
+        type=Path,
+        metavar="DIR",
+        help="also write DIR/flops.png",
+    )
+    parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
+    parser.set_defaults(overrides=[])
+
+
+def main(options: argparse.Namespace) -> None:
+    from deltallava_jax.analysis import efficiency
+    from deltallava_jax.analysis.efficiency_plot import plot, require_matplotlib
+
+    if options.plots:
+        require_matplotlib()
+    if options.text < 1 or options.new < 0:
+        raise ConfigError(
+            f"--text {options.text} --new {options.new}; expected --text of 1 or more, --new of 0 or more"
+        )
+    model = base_model(options)
+    grid = model.vision.grid
+    squares = tuple((grid // s) ** 2 for s in range(1, grid + 1) if grid % s == 0)
+    asked = numbers(options.budgets)
+    rows = []
+    for cfg in models(model, options):
+        usual = efficiency.BUDGETS if grid == 24 else squares
+        for budget in asked or efficiency.budgets_of(cfg, usual):
+            rows += efficiency.rows(cfg, budget, options.text, options.new)
+    print(json.dumps(rows, indent=2) if options.json else table(rows))
+    if options.plots:
+        options.plots.mkdir(parents=True, exist_ok=True)
+        plot(rows, options.plots / "flops.png")
+        cli.say(f"written to {options.plots / 'flops.png'}")
+
+
+def base_model(options: argparse.Namespace):
+    """Tower, projector and decoder that were asked for; by default CLIP-L/14-336, Delta and Vicuna-7B."""
+    cfg = load_config(options.config) if options.config else Config()
+    cfg = override(cfg, cli.overrides(options.overrides, "-m deltallava_jax flops")).model
+    cfg.require_whole("a count of operations")
+    if not options.tower and not options.decoder:
+        return cfg
+    vision = preset(VisionConfig, options.tower) if options.tower else cfg.vision
+    text = preset(DecoderConfig, options.decoder) if options.decoder else cfg.decoder
+    fitted = dict(grid=vision.grid, in_width=vision.width, out_width=text.width, levels=())
+    if cfg.projector.grid != vision.grid:
+        fitted |= dict(scale_factor=1)  # one that fits; the budgets set it
+    projector = dataclasses.asdict(cfg.projector) | fitted
+    return compose(vision, text, projector, fastv=cfg.fastv, dtype=cfg.dtype)
+
+
+def models(model, options: argparse.Namespace) -> list:
+    """The systems that were asked for; else the configuration's own; without one the MLP and Delta."""
+    from deltallava_jax.analysis.efficiency import SYSTEMS, with_system
+    from deltallava_jax.models import projectors
+    from deltallava_jax.models.vision import check_needs
+
+    names = options.systems.split(",") if options.systems else ["mlp", "delta"]
+    if options.systems == "all":
+        names = SYSTEMS
+    elif options.config and not options.systems:
+        return [model]
+    found = []
+    for name in names:
+        cfg = with_system(model, name)
+        try:
+            check_needs(cfg.vision, projectors.needs(cfg.projector, cfg.vision.layers))
+        except ConfigError as error:
+            if options.systems != "all":
+                raise
+            cli.say(f"{name} is left out: {error}")
+            continue
+        found.append(cfg)
+    return found
+
+
+def numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"--budgets {text!r}: expected numbers, e.g. 144,36,16") from None
+
+
+def table(rows: list[dict]) -> str:
+    """The rows for people: TFLOPs by part, and the cache in MiB."""
+    head = ["system", "tokens", "convention", "vision", "projector", "prefill", "decode", "total", "cache MiB"]
+    lines = [f"TFLOPs for one image, {rows[0]['text_tokens']} tokens of text and {rows[0]['new_tokens']} new ones", ""]
+    lines.append(f"{head[0]:14} {head[1]:>6} {head[2]:>10}" + "".join(f"{name:>11}" for name in head[3:]))
+    for row in rows:
+        parts = [row[f"{name}_tflops"] for name in ("vision", "projector", "prefill", "decode", "total")]
+        cells = "".join(f"{value:11.4g}" for value in parts)
+        lines.append(
+            f"{row['system']:14} {row['budget']:6} {row['convention']:>10}{cells}{row['cache_bytes'] / 2**20:11.1f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,242 @@
+"""Where in the image an answer comes from, by its visual tokens: the paper's Figure 1.
+
+The answer's log-probability is differentiated at the projector's output. A token's heat is, by method:
+    relevance  |token . its gradient|: how much the log-probability changes, to first order, where the token is scaled;
+    gradcam    the positive part of the token's channels weighted by their mean gradient over all tokens (Selvaraju et
+               al., 2017), which the paper's figure shows (mzamini92/Delta-LLaVA, llava/eval/gradcam_visualization.py;
+               there of the logit of the first token alone). Where few tokens differ from the rest, the mean says little
+               of them: on easy-VQA it finds the shape less often (docs/results.md).
+Tokens must have a place in the image: a cell of a grid, or the patch that a selection kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from deltallava_jax.config import ConfigError, ModelConfig, ProjectorConfig
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, Tokenized, tokenize
+from deltallava_jax.data.images import load_image
+from deltallava_jax.inference.model import Model
+from deltallava_jax.models import decoder, projectors, vision, vlm
+from deltallava_jax.models.layers import Params
+from deltallava_jax.models.selection import fastervlm, prumerge
+from deltallava_jax.sequence import Batch, layout
+
+ON_A_GRID = ("delta", "mlp", "token_packer", "m3", "quecc", "honeybee_c", "honeybee_d")
+PRUNED = ("evit", "dynamicvit")  # selections on the tower's way
+SELECTED = ("fastervlm", "prumerge", "prumerge_plus", *PRUNED)
+LENGTH_STEP = 64  # texts are padded to a multiple, so that few lengths are compiled
+METHODS = ("relevance", "gradcam")
+HEAT = 0.45  # the colours' share in an overlay
+SHOWN = 336  # pixels a side of an overlay, at least
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """grid: heat of each cell, 0 or more, rows from the top; that of a selection is the patches', 0 where none is kept.
+    log_probability: of the whole answer, with what closes it."""
+
+    grid: Float[np.ndarray, "h w"]
+    budget: int
+    answer: str
+    log_probability: float
+
+
+def check(cfg: ModelConfig) -> None:
+    """ConfigError unless every visual token has a place that is known."""
+    cfg.require_whole("a heat map")
+    name = cfg.projector.name
+    if name not in (*ON_A_GRID, *SELECTED):
+        raise ConfigError(f"no heat map: {name}'s tokens are learned queries over the whole image, without a place")
+    if cfg.fastv:
+        raise ConfigError("no heat map: FastV drops visual tokens inside the decoder; ask the model without it")
+
+
+def heat_maps(
+    model: Model,
+    image: str | Path | bytes | Image.Image,
+    prompt: str,
+    *,
+    budgets: Sequence[int] = (),
+    answer: str | None = None,
+    method: str = "relevance",
+    max_new_tokens: int = 64,
+) -> list[HeatMap]:
+    """A heat map for each budget (the projector's largest by default), of ``answer``, or of what the model says itself.
+
+        model = deltallava_jax.load("runs/easy_vqa")
+        overlay(seen(model, "shape.png"), heat_maps(model, "shape.png", "what shape is present?")[0]).save("heat.png")
+
+    Raises ConfigError for a budget or a system that cannot be, BadSample for an image that cannot be read."""
+    check(model.cfg)
+    if method not in METHODS:
+        raise ConfigError(f"method is {method!r}; known: {', '.join(METHODS)}")
+    if model.tokenizer is None:
+        raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
+    budgets = [projectors.check_budget(model.cfg.projector, budget) for budget in budgets or (None,)]
+    text = prompt if IMAGE in prompt else f"{IMAGE}\n{prompt}"
+    if text.count(IMAGE) != 1:
+        raise ConfigError(f"the prompt holds {text.count(IMAGE)} {IMAGE} markers; a heat map is of one image")
+    pixels, found = _pixels(model, image)[None], []
+    for budget in budgets:
+        said = answer
+        if said is None:
+            said = model.generate(image, text, budget=budget, max_new_tokens=max_new_tokens)
+        row = _row(tokenize([(text, said)], TEMPLATES[model.template], model.tokenizer))
+        heat, log_probability = _heat(model.params, model.cfg, pixels, row, budget=budget, method=method)
+        places = _places(model.params, model.cfg, pixels, budget)
+        found.append(HeatMap(_on_grid(model.cfg.projector, heat, places), budget, said, float(log_probability)))
+    return found
+
+
+def _pixels(model: Model, image) -> UInt8[np.ndarray, "H W 3"]:
+    return load_image(image, model.cfg.vision.image_size, model.aspect, model.cfg.vision.mean_color)
+
+
+def _row(text: Tokenized) -> Batch:
+    """One row with the answer's tokens marked, padded to a length of few."""
+    T = -(-len(text.ids) // LENGTH_STEP) * LENGTH_STEP
+    padded = lambda values: np.pad(values, (0, T - len(values)))[None]
+    return Batch(
+        tokens=padded(text.ids),
+        loss_mask=padded(text.loss_mask),
+        segments=padded(np.ones_like(text.ids)),
+        image_positions=text.image_positions[None],
+        images=np.zeros((1, 1, 0, 0, 3), np.uint8),
+        questions=text.questions[None],
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "budget", "method"))
+def _heat(
+    params: Params, cfg: ModelConfig, pixels: UInt8[Array, "1 H W 3"], row: Batch, *, budget: int, method: str
+) -> tuple[Float[Array, " V"], Float[Array, ""]]:
+    """(heat of each token, the answer's log-probability)."""
+    visual, valid, _ = vlm.visual_tokens(params, cfg, pixels, row, budget=budget)
+    slots = layout(row, None if valid is None else valid[None], budget)
+    weights, shape = params["decoder"], cfg.decoder
+
+    def log_probability(visual: Float[Array, "1 V d"]) -> Float[Array, ""]:
+        hidden, _ = decoder.run(weights, shape, vlm.merge(params, cfg, row, slots, visual), slots)
+        scores = decoder.logits(weights, shape, decoder.finish(weights, shape, hidden))
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), slots.targets[..., None], axis=-1)[..., 0]
+        return jnp.where(slots.loss_mask, chosen, 0.0).sum()
+
+    value, gradient = jax.value_and_grad(log_probability)(visual)
+    visual, gradient = visual[0].astype(jnp.float32), gradient[0].astype(jnp.float32)
+    live = jnp.ones(budget, bool) if valid is None else valid[0]
+    if method == "gradcam":
+        channels = jnp.where(live[:, None], gradient, 0.0).sum(0) / live.sum()
+        heat = jax.nn.relu(visual @ channels)
+    else:
+        heat = jnp.abs((visual * gradient).sum(-1))
+    return jnp.where(live, heat, 0.0), value
+
+
+def _places(params: Params, cfg: ModelConfig, pixels: UInt8[Array, "1 H W 3"], budget: int) -> Int[Array, " V"]:
+    """The patch of each token of a selection, one past the last for a token of many; else its own number.
+
+    Not to be compiled as one program: a patch that a pruned tower kept is known by being the same to the bit."""
+    if cfg.projector.name not in SELECTED:
+        return jnp.arange(budget)
+    needs, nowhere = projectors.needs(cfg.projector, cfg.vision.layers), cfg.projector.grid**2
+    encode = functools.partial(vision.encode, params["vision"], cfg.vision, pixels, needs, dtype=cfg.dtype)
+    if cfg.projector.name in PRUNED:
+        places = [jnp.arange(nowhere)]
+        prune = projectors.pruning(params["projector"], cfg.projector)
+
+        def watched(stage, layer, x, kept):
+            left = prune(stage, _Passing(layer), x, kept)[0]
+            same = (left[0, 1:, None] == x[0, None, 1:]).all(-1)  # [left, before]: a token of many is like none
+            places.append(jnp.where(same.any(1), places[-1][same.argmax(1)], nowhere))
+            return prune(stage, layer, x, kept)
+
+        encode(prune=watched)
+        return places[-1]
+    attention = encode().cls_attention
+    if cfg.projector.name == "fastervlm":
+        return fastervlm.select(attention, budget)[0]
+    ratio, plus = prumerge.keep_ratio(cfg.projector), cfg.projector.name == "prumerge_plus"
+    kept, _ = prumerge.candidates(attention, ratio, plus=plus, duplicates=cfg.projector.reproduce_duplicates)
+    return jnp.append(kept[0, : budget - 1], nowhere)
+
+
+class _Passing:
+    """A tower layer that changes nothing but still says what its CLS token looks at: behind it are the very patches
+    that a system kept."""
+
+    def __init__(self, layer: vision.Layer):
+        self.cls_attention = layer.cls_attention
+
+    def attend(self, x: Array, kept: Array | None = None) -> Array:
+        return x
+
+    feed = __call__ = attend
+
+
+def _on_grid(cfg: ProjectorConfig, heat: Float[Array, " V"], places: Int[Array, " V"]) -> Float[np.ndarray, "h w"]:
+    side = cfg.grid if cfg.name in SELECTED else round(len(heat) ** 0.5)
+    cells = np.zeros(side * side + 1, np.float32)
+    np.add.at(cells, np.asarray(places), np.asarray(heat))
+    return cells[:-1].reshape(side, side)
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def seen(model: Model, image: str | Path | bytes | Image.Image) -> Image.Image:
+    """The square that the tower sees of an image, large enough to look at; what its patches leave out is cut off."""
+    covered = model.cfg.vision.grid * model.cfg.vision.patch_size
+    square = Image.fromarray(_pixels(model, image)[:covered, :covered])
+    side = max(SHOWN, covered)
+    return square.resize((side, side), Image.Resampling.BICUBIC if side > covered else Image.Resampling.NEAREST)
+
+
+def overlay(image: Image.Image, heat: HeatMap) -> Image.Image:
+    """The heat over an image (what ``seen`` returns) in colours from blue to red, a block a token."""
+    largest = heat.grid.max()
+    grid = heat.grid / largest if largest > 0 else heat.grid
+    x = 4 * grid[..., None] - np.array([3.0, 2.0, 1.0])  # "jet": red, green and blue, each a plateau with slopes
+    colors = (255 * np.clip(1.5 - np.abs(x), 0, 1)).astype(np.uint8)
+    blocks = Image.fromarray(colors).resize(image.size, Image.Resampling.NEAREST)
+    return Image.blend(image.convert("RGB"), blocks, HEAT)
+
+
+def figure(image: Image.Image, maps: Sequence[HeatMap]) -> Image.Image:
+    """The image and the overlay of each map beside it, with the number of tokens and the answer below."""
+    panels = [(image.convert("RGB"), "")]
+    for heat in maps:
+        tokens = f"{heat.budget} token{'' if heat.budget == 1 else 's'}"
+        panels.append((overlay(image, heat), f"{tokens}: {heat.answer}"))
+    gap, font = 8, ImageFont.load_default(14)
+    lines = [_wrapped(text, font, image.width) for _, text in panels]
+    size = (len(panels) * (image.width + gap) + gap, image.height + 2 * gap + 18 * max(map(len, lines)))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, ((panel, _), text) in enumerate(zip(panels, lines)):
+        left = gap + place * (image.width + gap)
+        sheet.paste(panel, (left, gap))
+        for number, line in enumerate(text):
+            draw.text((left, image.height + gap + 4 + 18 * number), line, fill="black", font=font)
+    return sheet
+
+
+def _wrapped(text: str, font, width: int) -> list[str]:
+    """Lines that fit the width, words kept whole."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

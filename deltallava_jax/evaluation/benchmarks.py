@@ -1,0 +1,93 @@
+"""The paper's benchmarks of one checkpoint at several budgets, with everything that a result needs to be compared."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from deltallava_jax import cli
+from deltallava_jax.config import Config, to_dict
+from deltallava_jax.inference.model import Model
+from deltallava_jax.parallel import hosts
+
+PACKAGES = ("jax", "flax", "numpy", "pillow", "tokenizers", "transformers", "lmms-eval", "datasets", "torch")
+
+
+def run(
+    model: Model,
+    cfg: Config,
+    tasks: Sequence[str],
+    budgets: Sequence[int],
+    folder: Path,
+    *,
+    step: int,
+    options: argparse.Namespace,
+) -> None:
+    """Writes FOLDER/TASK.json and FOLDER/TASK_BUDGET.json for each task and budget.
+
+    Answers are kept in FOLDER/answers: a killed run goes on with them, and asks nothing twice. options:
+    eval.py's offline, limit, batch and overrides. Raises ConfigError as evaluation/lmms.py does."""
+    if options.offline:  # before anything imports the library that looks at them
+        os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
+    from deltallava_jax.evaluation import lmms
+
+    for budget in budgets:
+        began = time.monotonic()
+        # Another step or setting gives other answers; what is asked is part of each answer's key.
+        state = hashlib.sha256(json.dumps([step, budget, to_dict(cfg.model)]).encode()).hexdigest()[:16]
+        asked = lmms.DeltaLlava(
+            model, budget=budget, batch_size=options.batch, answers=folder / "answers" / f"{budget}-{state}"
+        )
+        # Every process scores all answers, in a folder of its own; the first one writes the results.
+        scratch = folder / "lmms" / str(jax.process_index())
+        scored = lmms.evaluate(asked, tasks, scratch, offline=options.offline, limit=options.limit)
+        common = {
+            "model": str(folder.parent),
+            "system": "fastv" if cfg.model.fastv else cfg.model.projector.name,
+            "step": step,
+            "budget": budget,
+            "limit": options.limit,
+            "offline": str(options.offline) if options.offline else None,
+            "overrides": options.overrides,
+            "config": to_dict(cfg),
+            "versions": versions(),
+            "commit": commit(),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        for task, report in scored.items() if hosts.leads() else ():
+            text = json.dumps({"task": task} | report | common, indent=2)
+            for name in (task, f"{task}_{budget}"):
+                (folder / f"{name}.json").write_text(text)
+            metrics = ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items())
+            cli.say(f"{task} at {budget} tokens, {report['n']} documents: {metrics}")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that answers and scores come from."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of this code, with ``+`` where files differ from it; None outside a repository."""
+    here = Path(__file__).resolve().parent
+    git = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,165 @@
+"""Our models in lmms-eval (github.com/EvolvingLMMs-Lab/lmms-eval): the paper's benchmarks, by the official prompts and
+scorers. In process from eval.py, and as ``lmms-eval --model deltallava_jax --model_args path=DIR,budget=36``.
+
+As lmms-eval's own LLaVA model does, images go before the text, decoding is greedy and ``until`` is not looked at.
+lmms-eval is not one of our requirements: requirements-eval.txt says how it is installed. Only eval.py and the
+``lmms-eval`` command import this module."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+
+from deltallava_jax.config import ConfigError
+from deltallava_jax.evaluation.answers import Answerer, Kept
+from deltallava_jax.evaluation.tasks import DATA, official_name
+from deltallava_jax.inference.model import Model
+from deltallava_jax.parallel import hosts
+
+MAX_NEW_TOKENS = 1024  # lmms-eval's LLaVA model, where a task does not say
+
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # in a sheet, such as MMBench's scorer writes, an error
+
+
+def manifest():
+    """What the entry point lmms_eval.models loads."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest("deltallava_jax", simple_class_path=f"{__name__}.DeltaLlava")
+
+
+class DeltaLlava(lmms):
+    """A model of ours, answering lmms-eval's requests."""
+
+    is_simple = True
+
+    def __init__(
+        self,
+        path: str | Model,
+        budget: int | None = None,
+        batch_size: int | str = 16,
+        answers: str | Path | None = None,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ):
+        """path: a workdir, a folder in Hugging Face's or LLaVA's layout, or a loaded model. budget: visual tokens an
+        image. batch_size: questions at a time. answers: a folder that keeps finished answers: with the same folder a
+        run goes on where it was killed. device, max_batch_size: what lmms-eval passes; JAX has its devices already.
+
+        Several processes of one jax.distributed run share the questions, and each gets all the answers."""
+        super().__init__()
+        import deltallava_jax
+
+        model = path if isinstance(path, Model) else deltallava_jax.load(path)
+        self._answer = Answerer(model, budget=budget, rows=int(batch_size))
+        self._kept = Kept(Path(answers) if answers else None, jax.process_index())
+        self._budget, self.batch_size = self._answer.budget, self._answer.rows
+
+    @property
+    def device(self):
+        """Of the tensors in which lmms-eval counts requests."""
+        import torch
+
+        return torch.device("cpu")
+
+    def generate_until(self, requests: Sequence) -> list[str]:
+        """An answer to each request; its arguments are (context, options, doc_to_visual, document, task, split)."""
+        keys, kept = [self._key(request) for request in requests], self._kept.read()
+        done = self._of_all({place: kept[key] for place, key in enumerate(keys) if key in kept})
+        open_ = [place for place in range(len(keys)) if place not in done]
+        # Short prompts together; every process takes each n-th question, so that all have as much to do.
+        open_.sort(key=lambda place: (_most(requests[place]), len(requests[place].args[0]), place))
+        mine, new = open_[jax.process_index() :: jax.process_count()], {}
+        bar = tqdm(total=len(mine), desc="answering", unit="question", disable=jax.process_index() > 0 or not mine)
+        while mine:
+            most = _most(requests[mine[0]])
+            chosen = [place for place in mine[: self.batch_size] if _most(requests[place]) == most]
+            mine = mine[len(chosen) :]
+            found = dict(zip(chosen, self._answer([self._question(requests[place]) for place in chosen], most)))
+            self._kept.add({keys[place]: answer for place, answer in found.items()})
+            new |= found
+            bar.update(len(chosen))
+        bar.close()
+        done |= self._of_all(new)
+        return [UNPRINTABLE.sub("", done[place]) for place in range(len(keys))]
+
+    def loglikelihood(self, requests: Sequence):
+        raise NotImplementedError("tasks that compare likelihoods are not here: deltallava_jax answers")
+
+    def generate_until_multi_round(self, requests: Sequence):
+        raise NotImplementedError("tasks of several rounds are not here: deltallava_jax answers one")
+
+    def _question(self, request):
+        context, _, doc_to_visual, document, task, split = request.args
+        return doc_to_visual(self.task_dict[task][split][document]) or [], context
+
+    def _key(self, request) -> str:
+        """Says whether a kept answer is to this very request: the data, the prompt and the tokens it may take."""
+        context, _, _, document, task, split = request.args
+        data = getattr(self.task_dict[task][split], "_fingerprint", "")
+        asked = json.dumps([data, context, _most(request), self._budget])
+        return f"{task}/{split}/{document}/{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+
+    @staticmethod
+    def _of_all(own: dict[int, str]) -> dict[int, str]:
+        """The entries of all processes."""
+        found = {}
+        for text in hosts.gather(json.dumps(list(own.items()))):
+            found |= {place: answer for place, answer in json.loads(text)}
+        return found
+
+
+def _most(request) -> int:
+    return int(request.args[1].get("max_new_tokens") or MAX_NEW_TOKENS)
+
+
+# ------------------------------------------------------------------ in process
+
+
+def evaluate(model: lmms, tasks: Sequence[str], folder: Path, *, offline: Path | None = None, limit: int = 0) -> dict:
+    """{task: {"metrics": {name: value}, "n": documents}} of official tasks by name.
+
+    folder: for the files that scorers write. offline: a folder of local copies, one a task (evaluation/tasks.py).
+    limit: only the first documents. Raises ConfigError for an unknown task or a missing copy."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    names = {task: official_name(task, offline is not None) for task in tasks}
+    if offline is None:
+        manager = TaskManager(verbosity="ERROR")
+    else:
+        from deltallava_jax.evaluation.tasks import write_offline
+
+        manager = TaskManager(
+            verbosity="ERROR", include_path=str(write_offline(tasks, offline, folder)), include_defaults=False
+        )
+    if unknown := [task for task, name in names.items() if name not in manager.all_tasks]:
+        raise ConfigError(f"lmms-eval has no task {unknown[0]!r}; the paper's: {', '.join(DATA)}")
+    # What the command line would hold: scorers write below output_path, and take documents without their images.
+    options = argparse.Namespace(output_path=str(folder), process_with_media=False)
+    with contextlib.redirect_stdout(sys.stderr):  # scorers talk
+        found = simple_evaluate(
+            model, tasks=list(names.values()), task_manager=manager, cli_args=options, batch_size=model.batch_size,
+            limit=limit or None, log_samples=False, bootstrap_iters=0, verbosity="ERROR",
+        )  # fmt: skip
+    return {task: _scores(found, name) for task, name in names.items()}
+
+
+def _scores(found: dict, name: str) -> dict:
+    """Of a task or, for a group, of the group."""
+    metrics = {}
+    for key, value in found["results"][name].items():
+        metric, _, rule = key.partition(",")
+        if rule and "_stderr" not in metric and isinstance(value, (int, float)):
+            metrics[metric] = float(value)
+    return {"metrics": metrics, "n": found["n-samples"][name]["effective"]}

@@ -1,0 +1,67 @@
+"""The paper's ten benchmarks in lmms-eval, and their official prompts and scorers on local copies of the data."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from deltallava_jax.config import ConfigError
+
+# task -> (the official yaml below lmms_eval/tasks, its split)
+DATA = {
+    "gqa": ("gqa/gqa.yaml", "testdev"),
+    "mmbench_en_dev": ("mmbench/mmbench_en_dev_static.yaml", "dev"),
+    "mme": ("mme/mme.yaml", "test"),
+    "pope": ("pope/pope.yaml", "test"),
+    "scienceqa_img": ("scienceqa/scienceqa_img.yaml", "test"),
+    "textvqa_val": ("textvqa/textvqa_val.yaml", "validation"),
+    "vqav2_val": ("vqav2/vqav2_val.yaml", "validation"),
+    "vizwiz_vqa_val": ("vizwiz_vqa/vizwiz_vqa_val.yaml", "val"),
+    "nocaps_val": ("nocaps/nocaps_val.yaml", "validation"),
+    "flickr30k_test": ("flickr30k/flickr30k_test.yaml", "test"),
+}
+CAPTIONS = ("nocaps_val", "flickr30k_test")
+
+
+def require(tasks: Sequence[str]) -> None:
+    """ConfigError unless what these tasks need is installed; lmms-eval itself knows more tasks than the paper's."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        if unknown := [task for task in tasks if task not in DATA]:
+            raise ConfigError(f"unknown task {unknown[0]!r}; known: easy_vqa, {', '.join(DATA)}")
+        raise ConfigError(f"task {tasks[0]!r} needs lmms-eval; requirements-eval.txt says how it is installed")
+    if any(task in CAPTIONS for task in tasks) and shutil.which("java") is None:
+        raise ConfigError("the tokenizer of pycocoevalcap, with which captions are scored, needs a java on the PATH")
+
+
+def official_name(task: str, offline: bool) -> str:
+    """The task that lmms-eval is asked for. MMBench's default scorer lets GPT read answers that name no option; where
+    it cannot, the scorer without GPT is taken."""
+    if task == "mmbench_en_dev" and not offline and not os.environ.get("OPENAI_API_KEY"):
+        return "mmbench_en_dev_static"
+    return task
+
+
+def write_offline(tasks: Sequence[str], data: Path, folder: Path) -> Path:
+    """Task files for local copies: DATA/TASK is what ``datasets.DatasetDict.save_to_disk`` wrote, with the task's split
+    and the official columns, and for GQA the image itself in each row (column ``image``). Returns their folder.
+
+    Raises ConfigError for a task that is not one of ours or a copy that is not there."""
+    official = Path(importlib.util.find_spec("lmms_eval").origin).parent / "tasks"
+    written = folder / "tasks"
+    shutil.rmtree(written, ignore_errors=True)
+    written.mkdir(parents=True)
+    for task in tasks:
+        if task not in DATA:
+            raise ConfigError(f"--offline knows no task {task!r}; known: {', '.join(DATA)}")
+        path, split = DATA[task]
+        copy = (data / task).resolve()
+        if not (copy / split).is_dir():
+            raise ConfigError(f"--offline {data}: no {copy / split}; expected a data set saved there with save_to_disk")
+        lines = [f"include: {official / path}", f"task: {task}", f"dataset_path: {copy}"]
+        lines += ["dataset_name: null", "dataset_kwargs:", "  load_from_disk: true"]
+        lines += ["process_docs: null"] if task == "gqa" else []  # it would fetch the images
+        (written / f"{task}.yaml").write_text("\n".join(lines) + "\n")
+    return written

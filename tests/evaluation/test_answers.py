@@ -1,0 +1,108 @@
+"""Answers by batches against single ones, answers kept over a kill, and the table with the paper's rows."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deltallava_jax.config import ConfigError
+from deltallava_jax.data import tokens
+from deltallava_jax.evaluation import answers, benchmarks, table, tasks
+from deltallava_jax.inference.model import Model
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model():
+    cfg = tiny.get_config().model
+    cfg = dataclasses.replace(cfg, projector=dataclasses.replace(cfg.projector, scale_factor=(2, 4)))
+    return Model(cfg, tiny.random_params(cfg), tokens.train(["what color is it?", "yes no red"], 380), "brief")
+
+
+def test_answers_of_a_batch_are_those_of_single_questions(model):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 40, 50, 3)).astype(np.uint8)
+    pictures = [Image.fromarray(each) for each in pixels]
+    texts = ["what color is it?", "what?", "is it red or no color?", "yes"]
+    questions = [([picture], text) for picture, text in zip(pictures, texts)]
+    questions += [([], "no red"), ([pictures[0]], "<image>\nwhat?")]
+    found = answers.Answerer(model, budget=4, rows=3)(questions, 5)
+    single = [model.generate(list(shown), text, budget=4, max_new_tokens=5) for shown, text in questions]
+    assert found == single and len(set(found)) > 3
+    assert answers.Answerer(model, rows=1).budget == 16
+    with pytest.raises(ConfigError, match="16, 4 tokens"):
+        answers.Answerer(model, budget=9)
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        answers.Answerer(dataclasses.replace(model, tokenizer=None))
+
+
+def test_answers_are_kept_over_a_kill(tmp_path):
+    first, second = answers.Kept(tmp_path / "a", 0), answers.Kept(tmp_path / "a", 1)
+    assert first.read() == {}
+    first.add({"one": "yes\nno", "two": "é"})
+    second.add({"three": "3"})
+    file = tmp_path / "a" / "0.jsonl"
+    file.write_text(file.read_text() + '{"key": "four", "ans')  # cut short
+    assert first.read() == {"one": "yes\nno", "two": "é", "three": "3"}
+    first.add({"four": "4"})
+    assert second.read() == {"one": "yes\nno", "two": "é", "three": "3", "four": "4"}
+    nothing = answers.Kept(None)
+    nothing.add({"one": "1"})
+    assert nothing.read() == {}
+
+
+def report(folder, task, budget, limit=0, **metrics):
+    (folder / "eval").mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dict(task=task, budget=budget, limit=limit, metrics=metrics))
+    for name in (task, f"{task}_{budget}"):
+        (folder / "eval" / f"{name}.json").write_text(text)
+
+
+def test_the_table_has_our_rows_and_the_papers_marked(tmp_path):
+    report(tmp_path / "mine", "gqa", 36, exact_match=0.6149)
+    report(tmp_path / "mine", "pope", 36, pope_f1_score=0.5, pope_accuracy=0.9)
+    report(tmp_path / "mine", "gqa", 144, limit=8, exact_match=0.25)
+    report(tmp_path / "other", "mme", 1, mme_perception_score=1234.56)
+    (tmp_path / "mine" / "eval" / "easy_vqa_16.json").write_text(json.dumps(dict(task="easy_vqa", budget=16)))
+    lines = table.table([tmp_path / "mine", tmp_path / "other"]).split("\n")
+    assert lines[0] == "| Method | Tokens | GQA | MME | POPE |"
+    assert lines[2:4] == ["| mine | 144 | 25.0* |  |  |", "| mine | 36 | 61.5 |  | 50.0 |"]
+    assert lines[4] == "| other | 1 |  | 1234.6 |  |"
+    assert "| Delta-LLaVA (paper) | 144 | 62.34 | 1466.52 | 86.77 |" in lines
+    rows = [line for line in lines if line.startswith("| ")][1:]
+    assert all("(paper)" in line for line in rows[3:]) and len(rows) == 3 + len(table.PAPER)
+    assert "mix protocols" in lines[-5] + lines[-4]
+
+
+def test_the_papers_rows_have_a_value_a_column_at_most():
+    assert all(len(values) <= len(table.COLUMNS) for _, _, values in table.PAPER)
+    assert {task for task, _, _ in table.COLUMNS.values()} == set(tasks.DATA)
+
+
+def test_a_result_says_what_it_was_made_with():
+    found = benchmarks.versions()
+    assert found["jax"].startswith("0.") and "python" in found
+    commit = benchmarks.commit()
+    assert commit is None or len(commit.rstrip("+")) == 40
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="'gqa' needs lmms-eval; requirements-eval.txt"):
+        tasks.require(["gqa"])
+    with pytest.raises(ConfigError, match="unknown task 'gqua'; known: easy_vqa, gqa"):
+        tasks.require(["gqua"])
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tasks.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match="java"):
+        tasks.require(["gqa", "nocaps_val"])
+    tasks.require(["gqa", "pope"])
+
+
+def test_mmbench_is_scored_without_gpt_where_there_is_no_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert tasks.official_name("mmbench_en_dev", offline=False) == "mmbench_en_dev_static"
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    assert tasks.official_name("mmbench_en_dev", offline=False) == "mmbench_en_dev"
+    assert tasks.official_name("mmbench_en_dev", offline=True) == "mmbench_en_dev"
