@@ -2,6 +2,7 @@
 
 The cache lies beside pytest's own and is shared by the tests of a run, its worker processes and later runs."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,3 +13,14 @@ os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """A worker process runs hundreds of tests: kept, their programs take gigabytes and exhaust its memory mappings."""
+    yield
+    jax.clear_caches()
+    gc.collect()
