@@ -141,7 +141,7 @@ def test_a_smaller_budget_reaches_the_tower_that_is_pruned_and_the_projector():
 
 
 def test_cache_bytes_are_those_of_the_arrays():
-    held = lambda caches: sum(leaf.nbytes for cache in caches for leaf in (cache.k, cache.v))
+    held = lambda caches: sum(leaf.nbytes for cache in caches for leaf in (*cache.k, *cache.v))
     whole = decoder.init_cache(GROUPED, 1, 9 + 4 + 5, jnp.float32)
     assert by_convention(SMALL, 4, 9, 5)["exact"]["cache_bytes"] == held([whole])
     keep = FastVConfig(layer=3, keep=2)

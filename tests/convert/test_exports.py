@@ -179,11 +179,11 @@ def delta(request, composed, tmp_path_factory):
 @pytest.mark.parametrize("delta", DELTA_CASES, indirect=True)
 def test_visual_tokens_of_every_budget(delta):
     model, theirs = delta
-    budgets, images = projectors.budgets(model.cfg.projector), pixels(2)
+    budgets, images, engine = projectors.budgets(model.cfg.projector), pixels(2), Engine(model.params, model.cfg)
     for budget in budgets:
         with torch.no_grad():
             reference, _ = theirs.get_image_features(torch_pixels(images), budget)
-        assert_close(np.asarray(encode(model.params, model.cfg, images, budget=budget)[0]), reference)
+        assert_close(np.asarray(engine.encode(images, budget=budget)[0]), reference)
     with torch.no_grad():  # the largest budget is the default
         assert theirs.get_image_features(torch_pixels(images))[0].shape == (2, max(budgets), checkpoints.WIDTH)
 

@@ -94,7 +94,7 @@ def test_a_full_disk_ends_the_run_in_words_and_it_goes_on_when_there_is_room(und
     kept = Checkpoints(run).latest()
     (error,) = [line for line in err.splitlines() if line.startswith("error:")]
     assert f"No space left on device; the checkpoint of step {kept} is kept. Please make room on that disk" in error
-    assert kept > 1 and "Traceback" not in err
+    assert kept > 1 and err.rstrip().endswith(error)  # whatever orbax's threads say of their own end before it
     for step in range(1, kept):
         shutil.rmtree(run / "checkpoints" / str(step))
     _, err = finish(start(run, *LONG))

@@ -46,9 +46,9 @@ def run(
     rows: Layout,
     fastv: FastVConfig,
     slots: int,
-    caches: tuple[decoder.Cache, ...],
+    caches: tuple[decoder.Cache | None, ...] = (None, None, None),
 ) -> tuple[Float[Array, "B slots d"], Layout, tuple]:
-    """All layers over whole prompts, one a row, with empty caches.
+    """All layers over whole prompts, one a row, with empty caches or none.
 
     Returns (hidden states of the slots that stay, their layout, the caches)."""
     before, scoring, after = stages(cfg, fastv)
