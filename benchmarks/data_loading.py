@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 BUDGET, ROW_LENGTH, BATCH = 144, 2048, 16  # two packed rows hold about as many conversations
+WARM_UP = 12  # batches
 
 
 class Padded:
@@ -70,17 +71,14 @@ def collate(samples):
 def peer(folder: Path, records: list[int], tokenizer, workers: int) -> dict:
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(
-        Padded(folder, records, tokenizer), BATCH, num_workers=workers, collate_fn=collate, persistent_workers=True
-    )
-    next(iter(loader))  # the workers have started
-    images = live = slots = 0
-    began = time.perf_counter()
-    for ids, pixels, lengths, count in loader:
-        images += count
-        live += sum(lengths) + count * (BUDGET - 1)
-        slots += len(lengths) * (ids.shape[1] + (BUDGET - 1) * (pixels is not None))
-    return {"images": images, "seconds": time.perf_counter() - began, "live": live / slots}
+    loader = DataLoader(Padded(folder, records, tokenizer), BATCH, num_workers=workers, collate_fn=collate)
+
+    def count(batch):
+        ids, pixels, lengths, images = batch
+        live = sum(lengths) + images * (BUDGET - 1)
+        return images, live, len(lengths) * (ids.shape[1] + (BUDGET - 1) * (pixels is not None))
+
+    return measure(loader, count)
 
 
 def ours(rows, records: list[int], workers: int) -> dict:
@@ -88,19 +86,28 @@ def ours(rows, records: list[int], workers: int) -> dict:
     from deltallava_jax.data.pipeline import elements
 
     plan = PackPlan(*rows.lengths(), budgets=(BUDGET,), rows=2, row_length=ROW_LENGTH)
-    steps = plan.steps_for(1)
-    stream = elements(rows, plan, 0, steps, workers=workers)
-    for _ in range(workers):
-        next(stream)  # they take turns: all have started
-    images = live = slots = 0
-    began = time.perf_counter()
-    for element in stream:
+
+    def count(element):
         batch = element.batch
-        count = int((batch.image_positions < batch.tokens.shape[1]).sum())
-        images += count
-        live += int((batch.segments > 0).sum()) + count * (BUDGET - 1)
-        slots += batch.tokens.shape[0] * ROW_LENGTH
-    return {"images": images, "seconds": time.perf_counter() - began, "live": live / slots}
+        images = int((batch.image_positions < batch.tokens.shape[1]).sum())
+        live = int((batch.segments > 0).sum()) + images * (BUDGET - 1)
+        return images, live, batch.tokens.shape[0] * ROW_LENGTH
+
+    return measure(elements(rows, plan, 0, plan.steps_for(1), workers=workers), count)
+
+
+def measure(batches, count) -> dict:
+    """Sums of count(batch) -> (images, live slots, slots). The clock runs from the first batches, when all workers have
+    started and nothing is in stock, to the last one, and not until the workers have gone."""
+    sums, began = np.zeros(3, int), None
+    for number, batch in enumerate(batches):
+        if began is not None:
+            sums += count(batch)
+        elif number + 1 == WARM_UP:
+            began = time.perf_counter()
+        ended = time.perf_counter()
+    images, live, slots = map(int, sums)
+    return {"images": images, "seconds": ended - began, "live": live / slots}
 
 
 # Share, text tokens from and to, images: questions, conversations, captions and boxes, text alone.

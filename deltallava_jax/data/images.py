@@ -103,7 +103,8 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     elif "transparency" in image.info:  # of no use to RGB, and some values are refused or warned of
         image = image.copy()
         del image.info["transparency"]
-    image = image.convert("RGB")
+    if image.mode != "RGB":  # else convert would copy
+        image = image.convert("RGB")
     return image if transpose is None else image.transpose(transpose)
 
 
