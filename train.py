@@ -7,6 +7,7 @@ The same command with the same --workdir resumes from the newest checkpoint. Any
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import sys
@@ -131,10 +132,12 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
             accuracies.append(report["accuracy"])
         return sum(accuracies) / len(accuracies)
 
-    if train(
+    finished = train(
         cfg, step, rows, plan, workdir, steps, evaluate=evaluate if can_evaluate else None, profile=profile,
         operations=StepOperations(step), peak=peak_flops(jax.devices()[0].device_kind),
-    ):  # fmt: skip
+    )  # fmt: skip
+    gc.collect()  # the last batch, in a cycle, is shared memory that Python would call leaked
+    if finished:
         minutes = (time.monotonic() - began) / 60
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
         say(
