@@ -11,8 +11,10 @@ The model is a workdir of train.py, or a Hugging Face or LLaVA folder. While it 
 from __future__ import annotations
 
 import argparse
+import functools
 import signal
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -126,15 +128,33 @@ class Conversation:
         print(f"the next question is about {', '.join(self.images)}")
 
     def answer(self, question: str) -> None:
-        answer = self.chat.stream(question, self.images)
+        answer, before = self.chat.stream(question, self.images), compilations().total()
         self.shown, self.images = self.shown + self.images, []
         with interrupts(answer.cancel):
             for piece in answer:
                 print(piece, end="", flush=True)
-        steady = (answer.tokens - 1) / max(answer.seconds - answer.seconds_to_first, 1e-9)
-        speed = f", then {steady:.1f} tokens/s" if answer.tokens > 1 else ""
         how = ", stopped" if answer.finish == "cancelled" else ""
-        print(f"\n[{answer.tokens} tokens, the first after {answer.seconds_to_first:.2f} s{speed}{how}]", flush=True)
+        print(f"\n[{speed(answer, compilations().total() > before)}{how}]", flush=True)
+
+
+@functools.cache
+def compilations() -> Counter:
+    """How many programs JAX has compiled, or read from its cache, since the first call."""
+    import jax
+
+    counted = Counter()
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: counted.update([event] if event.endswith("backend_compile_duration") else [])
+    )
+    return counted
+
+
+def speed(answer, compiled: bool) -> str:
+    """A line about an answer's tokens and seconds."""
+    steady = (answer.tokens - 1) / max(answer.seconds - answer.seconds_to_first, 1e-9)
+    then = f", then {steady:.1f} tokens/s" if answer.tokens > 1 else ""
+    including = ", compiling included" if compiled else ""
+    return f"{answer.tokens} tokens, the first after {answer.seconds_to_first:.2f} s{then}{including}"
 
 
 @contextmanager

@@ -304,6 +304,6 @@ def check_pixels(data: bytes, limit: int) -> None:
             with Image.open(BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
     except Exception as error:
-        raise BadSample(f"an image of {len(data):,} bytes cannot be read: {type(error).__name__}") from error
+        raise BadSample(f"an image of {len(data):,} bytes cannot be read; expected {', '.join(FORMATS)}") from error
     if width * height > limit:
         raise BadSample(f"an image of {width} x {height} pixels; at most {limit:,} are read")
