@@ -104,7 +104,7 @@ class Conversation:
             if not value.strip().isdigit():
                 raise ConfigError(f"/budget {value.strip()!r}: expected a number of visual tokens, e.g. /budget 16")
             self.begin(int(value))
-            self.images = self.images or self.shown
+            self.images, self.shown = self.images or self.shown, []
             again = f", about {len(self.images)} image(s) as before" if self.images else ""
             print(f"{self.about}; the conversation begins anew{again}")
         elif command == "/reset":
