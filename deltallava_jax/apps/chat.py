@@ -5,7 +5,7 @@
 The model is a workdir of train.py, or a Hugging Face or LLaVA folder. While it runs:
     /image PATH    the next question is about this image; several for several
     /budget K      K visual tokens an image; the conversation begins anew
-    /reset         forget the conversation
+    /reset         forget the conversation and its images: a model trained on single questions needs it between two
     /help, /quit   Ctrl-C ends an answer early, Ctrl-D ends the program"""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import functools
 import signal
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -48,6 +48,8 @@ def sampling(options: argparse.Namespace) -> dict:
 def main(options: argparse.Namespace) -> None:
     from deltallava_jax import load
 
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  # input() then has the arrow keys and a history
     settings = sampling(options)
     Sampling(**settings)
     print(f"loading {options.model}", file=sys.stderr)
@@ -60,6 +62,7 @@ def main(options: argparse.Namespace) -> None:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
+            print(end="\n" if sys.stdin.isatty() else "")
             break
         except KeyboardInterrupt:
             print("\nCtrl-D or /quit ends the program")
@@ -125,7 +128,8 @@ class Conversation:
             raise ConfigError("the model has no vision tower, so it cannot read images")
         self.model.pixels(path)
         self.images.append(path)
-        print(f"the next question is about {', '.join(self.images)}")
+        kept = "; what was said and seen before is kept, /reset forgets it" if self.chat.last else ""
+        print(f"the next question is about {', '.join(self.images)}{kept}")
 
     def answer(self, question: str) -> None:
         answer, before = self.chat.stream(question, self.images), compilations().total()
