@@ -120,11 +120,12 @@ def make_page(model, options: argparse.Namespace):
             if not question.strip():
                 raise ConfigError("ask something")
             before = compilations().total()
+            line = lambda: speed(answer, compilations().total() > before)
             answer = model.stream(image, question, budget=budget, max_new_tokens=options.max_new_tokens)
             yield "", "", None, gr.skip(), gr.skip()
             for _ in answer:
-                yield answer.text, gr.skip(), gr.skip(), gr.skip(), gr.skip()
-            pace = speed(answer, compilations().total() > before)
+                yield answer.text, line(), gr.skip(), gr.skip(), gr.skip()
+            pace = line()
             yield answer.text, pace, gr.skip(), gr.skip(), gr.skip()
             if placeless:
                 return
@@ -156,7 +157,7 @@ def make_page(model, options: argparse.Namespace):
                     stop = gr.Button("Stop")
             with gr.Column():
                 heat = gr.Image(
-                    label="Where the answer comes from: red most, blue least", interactive=False, height=360,
+                    label="Where the answer comes from", interactive=False, height=360,
                     format="png", elem_classes="picture", buttons=["download", "fullscreen"],
                     placeholder=placeless or None,
                 )  # fmt: skip

@@ -1,5 +1,7 @@
 """Texts: streamed pieces, stop texts, cancelling; and chats, whose carried caches equal a fresh prefill."""
 
+import time
+
 import numpy as np
 import pytest
 from models import model, picture, visual
@@ -21,6 +23,14 @@ def test_streamed_is_whole():
     assert "".join(streamed) == whole == "".join(pieces) == answer.text
     assert len(streamed) > 5 and answer.tokens == 30 and answer.finish == "length"
     assert 0 < answer.seconds_to_first <= answer.seconds
+
+
+def test_the_seconds_of_an_answer_are_not_those_of_its_reader():
+    answer, began, slept = model().stream(picture(), QUESTION, max_new_tokens=9), time.perf_counter(), 0
+    for _ in answer:
+        time.sleep(0.05)
+        slept += 0.05
+    assert slept > 0.1 and 0 < answer.seconds <= time.perf_counter() - began - (slept - 0.05)
 
 
 def test_an_image_is_a_file_its_bytes_pixels_or_a_picture(tmp_path):
