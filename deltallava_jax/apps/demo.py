@@ -4,13 +4,16 @@
 
 Needs requirements-demo.txt. The model is a workdir of train.py, or a Hugging Face or LLaVA folder. An elastic model has
 a slider for its visual tokens an image; the answers before stay on the page, to compare. The page asks no other server
-for anything, and only this machine can open it unless --host says otherwise. Uploads are deleted within two hours."""
+for anything, and only this machine can open it unless --host says otherwise. Uploads are deleted within two hours, and
+all pictures when it ends."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,15 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    gradio()
-    from deltallava_jax import load
+    # Ends it as Ctrl-C does, with the folder of the pictures; gradio itself leaves some of those that it makes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="deltallava_demo_") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        gradio()
+        from deltallava_jax import load
 
-    Sampling(max_new_tokens=options.max_new_tokens)
-    print(f"loading {options.model}", file=sys.stderr)
-    page = make_page(load(options.model, dtype=options.dtype, tensor=options.tensor), options)
-    _, address, _ = launch(page, options)
-    print(f"open {address}  (Ctrl-C ends it; the first answer at each number of tokens compiles the model)", flush=True)
-    page.block_thread()
+        Sampling(max_new_tokens=options.max_new_tokens)
+        print(f"loading {options.model}", file=sys.stderr)
+        page = make_page(load(options.model, dtype=options.dtype, tensor=options.tensor), options)
+        _, address, _ = launch(page, options)
+        print(f"open {address}  (Ctrl-C ends it; the first answer at each number of tokens compiles)", flush=True)
+        page.block_thread()
 
 
 def gradio():
@@ -76,7 +83,8 @@ def launch(page, options: argparse.Namespace):
             theme=gradio().themes.Soft(font=["ui-sans-serif", "system-ui", "sans-serif"]),
         )  # fmt: skip
     except OSError as error:
-        raise ConfigError(f"{options.host}:{options.port} cannot be served: {error}") from error
+        where = f"{options.host}:{options.port}"
+        raise ConfigError(f"{where} is taken or no address of this machine; see --port and --host") from error
 
 
 def make_page(model, options: argparse.Namespace):
@@ -132,7 +140,7 @@ def make_page(model, options: argparse.Namespace):
             (heat,) = gradcam.heat_maps(model, image, question, budgets=[budget], answer=answer.text)
             overlay = gradcam.overlay(gradcam.seen(model, image), heat)
             earlier = [(overlay, f"{budget}: {question} {answer.text}"), *earlier][:EARLIER]
-            yield answer.text, pace, overlay, gr.Gallery(earlier, visible=len(earlier) > 1), earlier
+            yield answer.text, pace, overlay, gr.update(value=earlier, visible=len(earlier) > 1), earlier
 
     name, elastic = options.model.resolve().name, len(budgets) > 1
     with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(HOUR, HOUR)) as page:
