@@ -164,14 +164,14 @@ def make_page(model, options: argparse.Namespace):
                     button = gr.Button("Ask", variant="primary")
                     stop = gr.Button("Stop")
             with gr.Column():
-                heat = gr.Image(
+                heat_map = gr.Image(
                     label="Where the answer comes from", interactive=False, height=360,
                     format="png", elem_classes="picture", buttons=["download", "fullscreen"],
                     placeholder=placeless or None,
                 )  # fmt: skip
                 said = gr.Textbox(label="Answer", lines=2, elem_id="answer", interactive=False)
-                line = gr.Markdown(elem_id="speed")
-        before = gr.Gallery(
+                below = gr.Markdown(elem_id="speed")
+        gallery = gr.Gallery(
             label="Answers so far", visible=False, columns=6, height="auto", object_fit="contain", interactive=False,
             buttons=[], elem_id="earlier",
         )  # fmt: skip
@@ -180,7 +180,7 @@ def make_page(model, options: argparse.Namespace):
         picture.upload(look, picture, api_visibility="private").failure(lambda: None, None, picture)
         asked = gr.on(
             [button.click, question.submit], ask, [picture, question, place, earlier],
-            [said, line, heat, before, earlier], api_name="ask", concurrency_limit=1, show_progress="minimal",
+            [said, below, heat_map, gallery, earlier], api_name="ask", concurrency_limit=1, show_progress="minimal",
         )  # fmt: skip
         stop.click(None, cancels=asked)
     return page.queue(max_size=32)
