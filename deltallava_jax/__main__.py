@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": ("deltallava_jax.convert.command", "checkpoints of Hugging Face, LLaVA and ours, into each other"),
     "plan": ("deltallava_jax.analysis.plan_command", "memory, operations and collectives of a run on a machine"),
     "chat": ("deltallava_jax.apps.chat", "a conversation with a model in the terminal"),
+    "demo": ("deltallava_jax.apps.demo", "a web page to ask a model about pictures"),
     "serve": ("deltallava_jax.apps.serve", "a server with OpenAI's protocol"),
     "flops": ("deltallava_jax.analysis.efficiency_command", "operations and cache of an answer by system and tokens"),
     "gradcam": ("deltallava_jax.analysis.gradcam_command", "where in an image an answer comes from, as a picture"),

@@ -5,15 +5,17 @@
 The model is a workdir of train.py, or a Hugging Face or LLaVA folder. While it runs:
     /image PATH    the next question is about this image; several for several
     /budget K      K visual tokens an image; the conversation begins anew
-    /reset         forget the conversation
+    /reset         forget the conversation and its images: a model trained on single questions needs it between two
     /help, /quit   Ctrl-C ends an answer early, Ctrl-D ends the program"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import signal
 import sys
-from contextlib import contextmanager
+from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -46,6 +48,8 @@ def sampling(options: argparse.Namespace) -> dict:
 def main(options: argparse.Namespace) -> None:
     from deltallava_jax import load
 
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  # input() then has the arrow keys and a history
     settings = sampling(options)
     Sampling(**settings)
     print(f"loading {options.model}", file=sys.stderr)
@@ -58,6 +62,7 @@ def main(options: argparse.Namespace) -> None:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
+            print(end="\n" if sys.stdin.isatty() else "")
             break
         except KeyboardInterrupt:
             print("\nCtrl-D or /quit ends the program")
@@ -102,7 +107,7 @@ class Conversation:
             if not value.strip().isdigit():
                 raise ConfigError(f"/budget {value.strip()!r}: expected a number of visual tokens, e.g. /budget 16")
             self.begin(int(value))
-            self.images = self.images or self.shown
+            self.images, self.shown = self.images or self.shown, []
             again = f", about {len(self.images)} image(s) as before" if self.images else ""
             print(f"{self.about}; the conversation begins anew{again}")
         elif command == "/reset":
@@ -123,18 +128,37 @@ class Conversation:
             raise ConfigError("the model has no vision tower, so it cannot read images")
         self.model.pixels(path)
         self.images.append(path)
-        print(f"the next question is about {', '.join(self.images)}")
+        kept = "; what was said and seen before is kept, /reset forgets it" if self.chat.last else ""
+        print(f"the next question is about {', '.join(self.images)}{kept}")
 
     def answer(self, question: str) -> None:
-        answer = self.chat.stream(question, self.images)
+        answer, before = self.chat.stream(question, self.images), compilations().total()
         self.shown, self.images = self.shown + self.images, []
         with interrupts(answer.cancel):
             for piece in answer:
                 print(piece, end="", flush=True)
-        steady = (answer.tokens - 1) / max(answer.seconds - answer.seconds_to_first, 1e-9)
-        speed = f", then {steady:.1f} tokens/s" if answer.tokens > 1 else ""
         how = ", stopped" if answer.finish == "cancelled" else ""
-        print(f"\n[{answer.tokens} tokens, the first after {answer.seconds_to_first:.2f} s{speed}{how}]", flush=True)
+        print(f"\n[{speed(answer, compilations().total() > before)}{how}]", flush=True)
+
+
+@functools.cache
+def compilations() -> Counter:
+    """How many programs JAX has compiled, or read from its cache, since the first call."""
+    import jax
+
+    counted = Counter()
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: counted.update([event] if event.endswith("backend_compile_duration") else [])
+    )
+    return counted
+
+
+def speed(answer, compiled: bool) -> str:
+    """A line about an answer's tokens and seconds."""
+    steady = (answer.tokens - 1) / max(answer.seconds - answer.seconds_to_first, 1e-9)
+    then = f", then {steady:.1f} tokens/s" if answer.tokens > 1 else ""
+    including = ", compiling included" if compiled else ""
+    return f"{answer.tokens} tokens, the first after {answer.seconds_to_first:.2f} s{then}{including}"
 
 
 @contextmanager

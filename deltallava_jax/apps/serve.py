@@ -1,7 +1,9 @@
 """A server with OpenAI's protocol: chat completions with texts and images, streamed or whole, for many at a time.
 
     python -m deltallava_jax serve runs/easy_vqa --port 8000
-    curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "is it red?"}]}'
+    curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,'$(base64 -w0 shape.png)'"}},
+        {"type": "text", "text": "what color is the shape?"}]}]}'
 
 Needs requirements-serve.txt. Images come as data URIs (image_url). Beside OpenAI's fields a request may hold budget
 (visual tokens an image), top_k and repetition_penalty; temperature is 0 by default. /health and /metrics (Prometheus)
@@ -74,6 +76,7 @@ def make_app(model, options: argparse.Namespace):
     from starlette.routing import Route
 
     from deltallava_jax.inference.scheduler import Busy, Request, Scheduler
+    from deltallava_jax.models import projectors
 
     name, created = options.name or options.model.resolve().name, int(time.time())
     scheduler = Scheduler(model, rows=options.slots, context=options.context, waiting=options.waiting)
@@ -114,10 +117,13 @@ def make_app(model, options: argparse.Namespace):
         except Busy as error:
             raise Refused(429, str(error)) from error
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        read = len(asked.ids)
+        if len(pixels):
+            read += len(pixels) * (projectors.check_budget(model.cfg.projector, request.budget) - 1)
         usage = lambda: {
-            "prompt_tokens": len(asked.ids),
+            "prompt_tokens": read,
             "completion_tokens": request.tokens,
-            "total_tokens": len(asked.ids) + request.tokens,
+            "total_tokens": read + request.tokens,
         }
         if fields.get("stream"):
             asks_usage = (fields.get("stream_options") or {}).get("include_usage")
@@ -304,6 +310,6 @@ def check_pixels(data: bytes, limit: int) -> None:
             with Image.open(BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
     except Exception as error:
-        raise BadSample(f"an image of {len(data):,} bytes cannot be read: {type(error).__name__}") from error
+        raise BadSample(f"an image of {len(data):,} bytes cannot be read; expected {', '.join(FORMATS)}") from error
     if width * height > limit:
         raise BadSample(f"an image of {width} x {height} pixels; at most {limit:,} are read")

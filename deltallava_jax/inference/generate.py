@@ -202,7 +202,7 @@ class Answer:
     """One answer while it is made: iterate over it for the pieces of its text.
 
     text, finish ("stop", "length", or "cancelled"): of what was said so far. tokens: how many were. seconds_to_first,
-    seconds: from the start to the first token, and to the last."""
+    seconds: from the start to the first token, and to the last, without what the caller did between two pieces."""
 
     def __init__(self, engine: Engine, begin: Callable[[], Slots], text: Text, stride: int = STREAMED):
         self._engine, self._begin, self._text, self._stride = engine, begin, text, stride
@@ -223,7 +223,9 @@ class Answer:
                 self.tokens += 1
                 piece = self._text.add(token)
                 if piece:
+                    left = time.perf_counter()
                     yield piece
+                    began += time.perf_counter() - left
                 if self._text.finish:
                     break
             if self._text.finish or self._cancelled or not bool(self.slots.going[0]):

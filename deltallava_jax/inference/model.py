@@ -70,17 +70,26 @@ class Model:
     def stream(self, images: Pictures, prompt: str, *, budget: int | None = None, **sampling) -> Answer:
         """The same answer piece by piece; afterwards its tokens, seconds and finish can be read off.
 
-        for piece in model.stream("shape.png", "what color is the shape?"):
-            print(piece, end="", flush=True)"""
+            model = deltallava_jax.load("runs/easy_vqa")
+            answer = model.stream("shape.png", "what color is the shape?", budget=16)
+            for piece in answer:
+                print(piece, end="", flush=True)
+            print(answer.tokens, answer.seconds_to_first, answer.seconds, answer.finish)
+
+        Arguments and errors as of ``generate``."""
         asked = self.ask([(prompt, None)], images)
         return self.answer(asked, self.pixels(images), budget=budget, **sampling)
 
     def chat(self, *, budget: int | None = None, **sampling) -> Chat:
         """A conversation: an image is encoded once, and each turn reads only what is new.
 
-        chat = model.chat(budget=16)
-        chat.ask("what color is the shape?", "shape.png")
-        chat.ask("and what shape is it?")"""
+            model = deltallava_jax.load("runs/easy_vqa")
+            chat = model.chat(budget=16, max_new_tokens=32)
+            chat.ask("what color is the shape?", "shape.png")
+            for piece in chat.stream("and what shape is it?"):
+                print(piece, end="", flush=True)
+
+        budget and sampling as of ``generate``, for all its answers."""
         return Chat(self, budget, Sampling(**sampling))
 
     # ------------------------------------------------------------------ the parts of an answer

@@ -1,13 +1,19 @@
 """Texts: streamed pieces, stop texts, cancelling; and chats, whose carried caches equal a fresh prefill."""
 
+import inspect
+import textwrap
+import time
+
 import numpy as np
 import pytest
 from models import model, picture, visual
 from PIL import Image
 
+import deltallava_jax
 from deltallava_jax.config import ConfigError
 from deltallava_jax.data.conversation import TEMPLATES, BadSample
 from deltallava_jax.inference.generate import Engine, Text, bucket, prompt_batch
+from deltallava_jax.inference.model import Model
 from deltallava_jax.inference.sampling import Sampling
 
 QUESTION = "what color is the shape?"
@@ -23,6 +29,14 @@ def test_streamed_is_whole():
     assert 0 < answer.seconds_to_first <= answer.seconds
 
 
+def test_the_seconds_of_an_answer_are_not_those_of_its_reader():
+    answer, began, slept = model().stream(picture(), QUESTION, max_new_tokens=9), time.perf_counter(), 0
+    for _ in answer:
+        time.sleep(0.05)
+        slept += 0.05
+    assert slept > 0.1 and 0 < answer.seconds <= time.perf_counter() - began - (slept - 0.05)
+
+
 def test_an_image_is_a_file_its_bytes_pixels_or_a_picture(tmp_path):
     file = tmp_path / "a.png"
     Image.fromarray(picture()).save(file)
@@ -30,6 +44,18 @@ def test_an_image_is_a_file_its_bytes_pixels_or_a_picture(tmp_path):
     assert len({model().generate(form, QUESTION, max_new_tokens=8) for form in forms}) == 1
     with pytest.raises(BadSample, match="float64 .*expected uint8 .height, width, 3."):
         model().generate(np.zeros((4, 4, 3)), QUESTION)
+
+
+@pytest.mark.parametrize("documented", [Model.generate, Model.stream, Model.chat])
+def test_the_example_of_a_docstring_runs(documented, workdir, tmp_path, monkeypatch):
+    code = "\n".join(line for line in inspect.getdoc(documented).splitlines() if line.startswith("    "))
+    assert "load(" in code and f".{documented.__name__}(" in code
+    for name in ("shape.png", "a.png", "b.png"):
+        Image.fromarray(picture()).save(tmp_path / name)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "easy_vqa").symlink_to(workdir)
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(code), {"deltallava_jax": deltallava_jax})
 
 
 def test_a_stop_text_ends_the_answer_and_is_no_part_of_it():

@@ -79,6 +79,7 @@ def test_the_official_client(address):
     whole = client.chat.completions.create(**ask)
     assert whole.choices[0].message.content == expected and whole.choices[0].finish_reason == "length"
     assert whole.usage.completion_tokens == 12
+    assert whole.usage.prompt_tokens == len(model().ask([(f"<image>\n{QUESTION}", None)], picture()).ids) - 1 + 4
     pieces = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == expected
     assert len(pieces) > 4 and pieces[-1].usage.completion_tokens == 12

@@ -1,0 +1,198 @@
+"""A web page to ask a model about pictures: the answer as it is made, its speed, and where in a picture it comes from.
+
+    python -m deltallava_jax demo runs/easy_vqa        # then open http://127.0.0.1:7860
+
+Needs requirements-demo.txt. The model is a workdir of train.py, or a Hugging Face or LLaVA folder. An elastic model has
+a slider for its visual tokens an image; the answers before stay on the page, to compare. The page asks no other server
+for anything, and only this machine can open it unless --host says otherwise. Uploads are deleted within two hours, and
+all pictures when it ends."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from deltallava_jax.apps.chat import compilations, speed
+from deltallava_jax.apps.serve import check_pixels
+from deltallava_jax.config import ConfigError
+from deltallava_jax.data.conversation import BadSample
+from deltallava_jax.inference.sampling import Sampling
+
+EARLIER = 12  # answers that stay on the page
+HOUR = 3600
+STYLE = """
+.picture img {width: 100%; height: 100%; object-fit: contain; padding-top: 2.5rem}
+#answer textarea {font-size: 1.5rem; line-height: 1.35}
+#budget input[type=number], #budget .reset-button, #budget .min_value, #budget .max_value {display: none}
+#places {display: flex; justify-content: space-between; padding: 0 1rem .5rem}
+#tokens .styler {background: var(--block-background-fill)}
+#earlier .grid-wrap {padding-top: 2.5rem; min-height: 0; max-height: none; overflow: visible}
+#earlier .grid-container {grid-template-columns: repeat(6, 1fr)}
+#earlier .caption-label {white-space: normal; max-width: 100%; font-size: .75rem; opacity: .9}
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="DIR", help="a workdir, or a Hugging Face or LLaVA folder")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--max-bytes", type=int, default=2**23, help="of an uploaded file")
+    parser.add_argument("--max-pixels", type=int, default=2**24, help="of an image")
+    parser.add_argument("--max-new-tokens", type=int, default=Sampling().max_new_tokens, help="of an answer")
+    parser.add_argument("--dtype", help="of the weights, e.g. bfloat16; as they are saved by default")
+    parser.add_argument("--tensor", type=int, default=1, help="devices that share every layer, for a large model")
+
+
+def main(options: argparse.Namespace) -> None:
+    # Ends it as Ctrl-C does, with the folder of the pictures; gradio itself leaves some of those that it makes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="deltallava_demo_") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        gradio()
+        from deltallava_jax import load
+
+        Sampling(max_new_tokens=options.max_new_tokens)
+        print(f"loading {options.model}", file=sys.stderr)
+        page = make_page(load(options.model, dtype=options.dtype, tensor=options.tensor), options)
+        _, address, _ = launch(page, options)
+        print(f"open {address}  (Ctrl-C ends it; the first answer at each number of tokens compiles)", flush=True)
+        page.block_thread()
+
+
+def gradio():
+    """The module, told to ask nobody. Raises ConfigError where it is not installed."""
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    try:
+        import gradio
+    except ImportError as error:
+        raise ConfigError(f"{error}; the demo needs: pip install -r requirements-demo.txt") from error
+    return gradio
+
+
+def launch(page, options: argparse.Namespace):
+    """Serves the page from a thread: (application, its address, None). Raises ConfigError for a port that is taken."""
+    try:
+        return page.launch(
+            server_name=options.host, server_port=options.port, max_file_size=options.max_bytes, share=False,
+            prevent_thread_lock=True, quiet=True, ssr_mode=False, run_history=False, footer_links=[], css=STYLE,
+            theme=gradio().themes.Soft(font=["ui-sans-serif", "system-ui", "sans-serif"]),
+        )  # fmt: skip
+    except OSError as error:
+        where = f"{options.host}:{options.port}"
+        raise ConfigError(f"{where} is taken or no address of this machine; see --port and --host") from error
+
+
+def make_page(model, options: argparse.Namespace):
+    """gradio's Blocks. Raises ConfigError for a model that cannot read images or answer."""
+    gr = gradio()
+    from deltallava_jax.analysis import gradcam
+    from deltallava_jax.models import projectors
+
+    model.cfg.require_whole("the demo")
+    budgets = projectors.budgets(model.cfg.projector)[::-1]
+    try:
+        gradcam.check(model.cfg)
+        placeless = ""
+    except ConfigError as error:
+        placeless = str(error)
+
+    @contextmanager
+    def messages():
+        """What cannot be done is said on the page."""
+        try:
+            yield
+        except (ConfigError, BadSample) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def read(file: str | None) -> bytes:
+        if not file:
+            raise BadSample("choose a picture first")
+        data = Path(file).read_bytes()
+        check_pixels(data, options.max_pixels)
+        model.pixels(data)
+        return data
+
+    def look(file: str | None) -> None:
+        with messages():
+            read(file)
+
+    def ask(file: str | None, question: str, place: float, earlier: list):
+        """place: of the budget among the model's, fewest tokens first."""
+        with messages():
+            image, budget = read(file), budgets[int(place)]
+            if not question.strip():
+                raise ConfigError("ask something")
+            before = compilations().total()
+            line = lambda: speed(answer, compilations().total() > before)
+            answer = model.stream(image, question, budget=budget, max_new_tokens=options.max_new_tokens)
+            yield "", "", None, gr.skip(), gr.skip()
+            for _ in answer:
+                yield answer.text, line(), gr.skip(), gr.skip(), gr.skip()
+            pace = line()
+            yield answer.text, pace, gr.skip(), gr.skip(), gr.skip()
+            if placeless:
+                return
+            (heat,) = gradcam.heat_maps(model, image, question, budgets=[budget], answer=answer.text)
+            overlay = gradcam.overlay(gradcam.seen(model, image), heat)
+            earlier = [(overlay, f"{budget}: {question} {answer.text}"), *earlier][:EARLIER]
+            yield answer.text, pace, overlay, gr.update(value=earlier, visible=len(earlier) > 1), earlier
+
+    name, elastic = options.model.resolve().name, len(budgets) > 1
+    with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(HOUR, HOUR)) as page:
+        gr.Markdown(f"# {name}\n{', '.join(map(str, budgets))} visual tokens an image, by {model.cfg.projector.name}")
+        earlier = gr.State([])
+        with gr.Row():
+            with gr.Column():
+                picture = gr.Image(
+                    label="Picture", type="filepath", image_mode=None, sources=["upload"], height=360,
+                    elem_classes="picture",
+                )  # fmt: skip
+                question = gr.Textbox(label="Question", placeholder="what color is the shape?")
+                with gr.Group(visible=elastic, elem_id="tokens"):
+                    place = gr.Slider(
+                        0, max(len(budgets) - 1, 1), len(budgets) - 1, step=1, label="Visual tokens an image",
+                        elem_id="budget",
+                    )  # fmt: skip
+                    marks = "".join(f"<span>{budget}</span>" for budget in budgets)
+                    gr.HTML(f"<div id=places>{marks}</div>", padding=False)
+                with gr.Row():
+                    button = gr.Button("Ask", variant="primary")
+                    stop = gr.Button("Stop")
+            with gr.Column():
+                heat_map = gr.Image(
+                    label="Where the answer comes from", interactive=False, height=360,
+                    format="png", elem_classes="picture", buttons=["download", "fullscreen"],
+                    placeholder=placeless or None,
+                )  # fmt: skip
+                said = gr.Textbox(label="Answer", lines=2, elem_id="answer", interactive=False)
+                below = gr.Markdown(elem_id="speed")
+        gallery = gr.Gallery(
+            label="Answers so far", visible=False, columns=6, height="auto", object_fit="contain", interactive=False,
+            buttons=[], elem_id="earlier",
+        )  # fmt: skip
+
+        picture.preprocess, picture.async_move_resource_to_block_cache = path, uploaded
+        picture.upload(look, picture, api_visibility="private").failure(lambda: None, None, picture)
+        asked = gr.on(
+            [button.click, question.submit], ask, [picture, question, place, earlier],
+            [said, below, heat_map, gallery, earlier], api_name="ask", concurrency_limit=1, show_progress="minimal",
+        )  # fmt: skip
+        stop.click(None, cancels=asked)
+    return page.queue(max_size=32)
+
+
+def path(payload) -> str | None:
+    """In place of gradio's own preprocess, which opens the file before its size has been looked at."""
+    return payload and payload.path
+
+
+async def uploaded(file: str) -> str:
+    """In place of gradio's own, which fetches what is the address of a file elsewhere."""
+    if not Path(file).is_file():
+        raise gradio().Error(f"{file} is no uploaded file", print_exception=False)
+    return file
