@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from models import VOCAB, model, picture, prompt, visual
 
+import deltallava_jax as dl
 from deltallava_jax.inference import slots as device
-from deltallava_jax.inference.generate import Engine, bucket, prompt_batch
+from deltallava_jax.inference.generate import bucket, prompt_batch
 from deltallava_jax.inference.sampling import Sampling, controls
 
 NEW = 10
@@ -123,12 +124,11 @@ def test_requests_enter_and_leave_slots_while_others_are_answered():
     assert [said[index] for index in range(4)] == expected
 
 
-def test_sharded_over_devices_is_the_same():
-    plain = model()
-    engine = Engine(plain.params, plain.cfg, tensor=2)
+def test_sharded_over_devices_is_the_same(workdir):
+    plain, engine = model(), dl.load(workdir, tensor=2).engine
     kernel = engine.params["decoder"]["layers"][0]["gate"]["kernel"]
-    assert kernel.sharding.is_equivalent_to(NamedSharding(engine.mesh, P("tensor", "fsdp")), 2)
-    assert len(kernel.addressable_shards) == 2 and kernel.addressable_shards[0].data.shape[0] == kernel.shape[0] // 2
+    assert kernel.sharding.is_equivalent_to(NamedSharding(kernel.sharding.mesh, P("tensor", "fsdp")), 2)
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(kernel.shape[0] // 2, kernel.shape[1])}
     prompts = [prompt(length, 1, length) for length in (5, 13)]
     assert answers(engine, prompts, 1, [SHORT, DRAWN]) == answers(plain.engine, prompts, 1, [SHORT, DRAWN])
 
