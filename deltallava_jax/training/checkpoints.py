@@ -124,7 +124,8 @@ class Checkpoints:
         wanted = {}
         for part, tree in saved.items():
             found = {path: (place or as_saved)(path, leaf) for path, leaf in flatten(tree).items()}
-            wanted[part] = unflatten({path: leaf for path, leaf in found.items() if leaf is not None})
+            if found := {path: leaf for path, leaf in found.items() if leaf is not None}:
+                wanted[part] = unflatten(found)
         arguments = ocp.args.PyTreeRestore(
             wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
         )
@@ -134,7 +135,7 @@ class Checkpoints:
                 params = reader.restore(self.path / str(step) / "params", args=arguments)
         except Exception as error:  # as in ``_restore``
             raise self._damaged(step, _brief(error)) from error
-        return join(params["trained"], params["frozen"])
+        return join(params.get("trained", {}), params.get("frozen", {}))
 
     def frozen_paths(self, step: int) -> list[str]:
         """Names of the parameters that the training of this checkpoint keeps as they are."""
