@@ -80,7 +80,11 @@ def source(tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["read", "load", "workdir", "hf"])
 def test_the_peak_is_the_model_and_a_shard(source, tmp_path, how):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, source, how, tmp_path / "made"],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,

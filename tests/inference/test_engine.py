@@ -100,11 +100,12 @@ def test_an_answer_ends_at_its_last_token_while_others_go_on():
 
 
 def test_requests_enter_and_leave_slots_while_others_are_answered():
-    """What a server does: each gets the answer that it gets alone, whatever was in its slot before."""
-    engine = model().engine
+    """What a server does: each gets the answer that it gets alone, whatever was in its slot before. Under FastV, with
+    other budgets side by side."""
+    engine, budgets = model(fastv=True).engine, (16, 4, 4, 16)
     prompts = [prompt(length, 1, length) for length in (5, 13, 9, 11)]
     rows = [dataclasses.replace(DRAWN if index % 2 else SHORT, seed=index) for index in range(4)]
-    expected = [answers(engine, [one], 1, row)[0] for one, row in zip(prompts, rows)]
+    expected = [answers(engine, [one], 1, row, budget=V)[0] for one, row, V in zip(prompts, rows, budgets)]
     slots = device.empty(engine.cfg, controls([SHORT] * 2, -1), rows=2, capacity=96)
     waiting, running, said = list(range(4)), {}, {index: [] for index in range(4)}
     while waiting or running:
@@ -112,7 +113,8 @@ def test_requests_enter_and_leave_slots_while_others_are_answered():
             if row not in running and waiting:
                 index = running[row] = waiting.pop(0)
                 batch = prompt_batch([prompts[index]], 16)
-                one = engine.begin(batch, *visual(engine, [picture(len(prompts[index].ids))]), [rows[index]], -1)
+                shown = visual(engine, [picture(len(prompts[index].ids))], budgets[index])
+                one = engine.begin(batch, *shown, [rows[index]], -1)
                 said[index].append(int(one.token[0]))
                 slots = device.insert(slots, one, row)
         slots, new = engine.decode(slots, 3)
