@@ -98,10 +98,11 @@ def test_parts_are_loaded_too(models):
     assert set(models["clip"].params) == {"vision"} and models["clip"].tokenizer is None
 
 
-def test_a_folder_may_be_text_and_dtype_is_that_of_all_parameters(folders):
+def test_a_folder_may_be_text_and_dtype_is_that_of_all_parameters_and_of_computing(folders):
     for name in ("llama", "workdir"):
-        params = deltallava_jax.load(str(folders[name]), dtype="bfloat16").params
-        assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+        model = deltallava_jax.load(str(folders[name]), dtype="bfloat16")
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)} == {"bfloat16"}
+        assert model.cfg.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("form", ["hf", "llava", "workdir"])
