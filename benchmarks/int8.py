@@ -115,6 +115,7 @@ def main(out: Path) -> None:
         "hardware": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "qwix": qwix.__version__},
         "weights": smollm2.gguf().name,
+        "load": round(os.getloadavg()[0], 1),
         "new_tokens": NEW_TOKENS,
         "results": results,
     }
