@@ -48,7 +48,7 @@ def main(options: argparse.Namespace) -> None:
     from deltallava_jax.data import tokens
     from deltallava_jax.evaluation import TASKS
     from deltallava_jax.evaluation.tasks import require
-    from deltallava_jax.models import projectors
+    from deltallava_jax.models import decoder, projectors
     from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
 
     cfg = override(workdir_config(options.workdir), options.overrides)
@@ -73,6 +73,7 @@ def main(options: argparse.Namespace) -> None:
     if step is None:
         raise CheckpointError(f"{options.workdir} holds no finished checkpoint; train first")
     params = checkpoints.restore_params(step, cfg.model)
+    params["decoder"] = decoder.unstacked(params["decoder"], cfg.model.decoder, cfg.model.dtype, donate=True)
 
     folder = options.workdir / "eval"
     folder.mkdir(exist_ok=True)

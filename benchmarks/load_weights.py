@@ -78,7 +78,7 @@ def compile_for(target: Path, layers: int) -> None:
     from jax.sharding import SingleDeviceSharding
 
     from deltallava_jax.config import DecoderConfig, ModelConfig, preset
-    from deltallava_jax.convert.read import inserter, to_ours
+    from deltallava_jax.convert.arrays import inserter, to_ours
     from deltallava_jax.convert.write import HF_DECODER
     from deltallava_jax.models import vlm
     from deltallava_jax.models.names import flatten

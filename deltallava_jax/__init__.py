@@ -18,9 +18,10 @@ def load(path: str | Path, *, dtype: str | None = None, tensor: int = 1) -> Mode
         model = deltallava_jax.load("runs/easy_vqa")
         model.generate("shape.png", "what color is the shape?")
 
-    dtype: of the parameters, e.g. "bfloat16"; as they are saved by default. tensor: devices that share every layer when
-    the model answers. Raises ConversionError, CheckpointError or WeightMismatch, whose messages name the file and what
-    was expected; ConfigError for more devices than there are."""
+    dtype: of the parameters and of computing, e.g. "bfloat16"; by default tower and projector are as they are saved
+    and the decoder's matrices in the dtype of computing. tensor: devices that share every layer, each of which reads
+    its share alone. Raises ConversionError, CheckpointError or WeightMismatch, whose messages name the file and what
+    was expected; ConfigError for more devices than there are or a number that does not divide a layer."""
     from pathlib import Path
 
     from deltallava_jax.convert.workdir import load_model

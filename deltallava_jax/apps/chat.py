@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="DIR", help="a workdir, or a Hugging Face or LLaVA folder")
     parser.add_argument("--image", type=Path, action="append", default=[], help="for the first question; repeatable")
     parser.add_argument("--budget", type=int, help="visual tokens an image; the projector's largest by default")
-    parser.add_argument("--dtype", help="of the weights, e.g. bfloat16; as they are saved by default")
+    parser.add_argument("--dtype", help="of weights and computing, e.g. bfloat16; the model's own by default")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share every layer, for a large model")
     parser.add_argument("--stop", action="append", default=[], help="a text that ends an answer; repeatable")
     for field in fields(Sampling):

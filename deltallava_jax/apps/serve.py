@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-body", type=int, default=2**24, help="bytes of a request")
     parser.add_argument("--max-pixels", type=int, default=2**24, help="of an image")
     parser.add_argument("--max-images", type=int, default=8, help="of a request")
-    parser.add_argument("--dtype", help="of the weights, e.g. bfloat16; as they are saved by default")
+    parser.add_argument("--dtype", help="of weights and computing, e.g. bfloat16; the model's own by default")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share every layer, for a large model")
 
 

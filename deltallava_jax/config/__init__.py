@@ -8,6 +8,7 @@ Anything wrong raises ConfigError with one line that says what was expected.
 from deltallava_jax.config.checks import ConfigError
 from deltallava_jax.config.model import (
     ABLATIONS,
+    DTYPES,
     DecoderConfig,
     FastVConfig,
     ModelConfig,
@@ -31,6 +32,7 @@ from deltallava_jax.config.values import from_dict, load_config, override, parse
 __all__ = [
     "ABLATIONS",
     "ASPECTS",
+    "DTYPES",
     "PRESETS",
     "ROW_AXES",
     "Config",

@@ -6,15 +6,12 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
 from deltallava_jax.config import (
@@ -27,11 +24,12 @@ from deltallava_jax.config import (
     preset,
     to_dict,
 )
+from deltallava_jax.convert.arrays import load_array, unstacked_arrays
 from deltallava_jax.convert.families import DECODERS, PAIRS, TOWERS, decoder_family, refuse, tower_family
 from deltallava_jax.convert.tensors import ConversionError, Tensor, find
 from deltallava_jax.models import projectors, vlm
 from deltallava_jax.models.layers import Params
-from deltallava_jax.models.names import TRANSFORMS, Entry, check, flatten, linear, prefixed, unflatten
+from deltallava_jax.models.names import Entry, check, flatten, linear, prefixed, unflatten
 
 # Names of towers in the original layout's config.json whose shapes we know without a folder.
 KNOWN_TOWERS = {
@@ -40,9 +38,7 @@ KNOWN_TOWERS = {
     "clip-vit-base-patch32": "clip_b_32_224",
     "siglip-so400m-patch14-384": "siglip_so400m_14_384",
 }
-ROWS = {"same": 0, "linear": 1}  # our axis of a torch matrix's rows
 PARTS = ("vision", "projector", "decoder", "head")
-READERS, CHUNK = 4, 64 * 2**20  # threads that read, and about the bytes that are read at a time
 PROJECTOR_KEY = "deltallava_projector"  # the whole ProjectorConfig, in the config.json of our exports
 
 
@@ -122,13 +118,16 @@ def read(
     vision: Path | None = None,
     dtype: str | None = None,
     shard: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+    unstacked: bool = False,
     progress: bool = True,
 ) -> Pretrained:
     """The model in a folder in Hugging Face's or the original LLaVA layout, or in a projector's weights file.
 
     vision: a folder of the tower, for checkpoints that only name theirs. dtype: of the parameters; by default as they
-    are saved. shard(path, shape) gives each parameter's place; by default the first device. Raises ConversionError
-    for what is damaged or unknown, WeightMismatch with both sides where the weights are not those of config.json."""
+    are saved. shard(path, shape) gives each parameter's place; by default the first device. unstacked: the decoder in
+    the form of ``decoder.unstacked``, its matrices in the dtype of computing unless ``dtype`` is given. Raises
+    ConversionError for what is damaged or unknown, WeightMismatch with both sides where the weights are not those of
+    config.json."""
     if not path.exists():
         raise ConversionError(f"{path} does not exist")
     tensors = find(path)
@@ -150,7 +149,7 @@ def read(
     if "mm_vision_tower" in hf and layout.vision is None and cfg.vision:
         tower = read(_tower_folder(path, hf["mm_vision_tower"], vision), dtype=dtype, shard=shard, progress=progress)
     own = cfg if tower is None else dataclasses.replace(cfg, vision=None)
-    params, extra = _load(own, layout, tensors, dtype, shard, progress)
+    params, extra = _load(own, layout, tensors, dtype, shard, progress, unstacked)
     if tower is not None:
         params = {"vision": tower.params["vision"], **params}
     kept = sorted(file for file in folder.iterdir() if _is_kept(file)) if path.is_dir() else []
@@ -339,7 +338,7 @@ def _projector_config(
 # ------------------------------------------------------------------ loading
 
 
-def _load(cfg, layout, tensors, dtype, shard, progress) -> tuple[Params, dict[str, Tensor]]:
+def _load(cfg, layout, tensors, dtype, shard, progress, unstacked=False) -> tuple[Params, dict[str, Tensor]]:
     """(parameters, tensors the model has no use for)."""
     table = dataclasses.replace(layout, **{part: "" for part in PARTS if getattr(layout, part) is None}).table(cfg)
     shapes = {path: leaf.shape for path, leaf in flatten(jax.eval_shape(lambda: _init(cfg))).items()}
@@ -353,8 +352,15 @@ def _load(cfg, layout, tensors, dtype, shard, progress) -> tuple[Params, dict[st
     for entry in bar:
         parts = [tensors[name] for name in entry.torch_names(shapes[entry.path])]
         place = shard(entry.path, shapes[entry.path]) if shard else SingleDeviceSharding(jax.local_devices()[0])
-        flat[entry.path] = _load_array(entry, parts, place, dtype)
-    return unflatten(flat), {name: t for name, t in extra.items() if not _is_text_tower(name)}
+        if unstacked and entry.path.startswith("decoder/"):
+            flat.update(unstacked_arrays(entry, parts, place, dtype, cfg.dtype))
+        else:
+            flat[entry.path] = load_array(entry, parts, place, dtype)
+    params = unflatten(flat)
+    if unstacked and cfg.decoder:
+        layers = params["decoder"]["layers"]
+        params["decoder"]["layers"] = tuple(layers[str(number)] for number in range(cfg.decoder.layers))
+    return params, {name: t for name, t in extra.items() if not _is_text_tower(name)}
 
 
 def _init(cfg: ModelConfig) -> Params:
@@ -369,86 +375,3 @@ def is_extra(name: str) -> bool:
 
 def _is_text_tower(name: str) -> bool:
     return name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias"))
-
-
-def _load_array(entry: Entry, parts: list[Tensor], place: Sharding, dtype: str | None) -> jax.Array:
-    """One parameter. The tensors go to the devices as they lie on disk, each device's share alone, and their axes are
-    moved there: moving them on the host takes longer than reading them. Stacks are filled some layers at a time and
-    large matrices some rows, so that little more than the parameter itself is ever in memory."""
-    kind = functools.reduce(np.promote_types, (part.dtype for part in parts))
-    wanted = jnp.dtype(dtype) if dtype and jnp.issubdtype(kind, jnp.floating) else kind
-    source, shape = _source_sharding(entry, place), _our_shape(entry, parts)
-    if entry.stacked:
-        total, size, put = len(parts), parts[0].bytes, functools.partial(_put_layers, parts, kind, source)
-    else:
-        total = max((*parts[0].shape, 1)[0], 1)
-        size = parts[0].bytes // total
-        put = functools.partial(_put_rows, parts[0], kind, source)
-        if entry.kind not in ROWS or parts[0].bytes <= CHUNK or not isinstance(place, SingleDeviceSharding):
-            return to_ours(entry, wanted, place)(put(slice(None)))
-    whole = jax.jit(lambda: jnp.zeros(shape, wanted), out_shardings=place)()
-    insert, count = inserter(entry, wanted, place), max(1, CHUNK // size)
-    for first in range(0, total, count):
-        chunk = put(slice(first, min(first + count, total)))
-        whole = jax.block_until_ready(insert(whole, chunk, first))  # so that no chunk piles up
-    return whole
-
-
-def _our_shape(entry: Entry, parts: list[Tensor]) -> tuple[int, ...]:
-    shape = TRANSFORMS[entry.kind][0](np.broadcast_to(False, parts[0].shape)).shape
-    return (len(parts), *shape) if entry.stacked else shape
-
-
-def _put_rows(part: Tensor, kind, place: Sharding, cut: slice) -> jax.Array:
-    """A tensor, or some rows of it on one device, as it lies on disk, each device's share at its place."""
-    if cut != slice(None):
-        return jax.device_put(part.read((cut,)).astype(kind, copy=False), place)
-    return jax.make_array_from_callback(part.shape, place, lambda index: part.read(index).astype(kind, copy=False))
-
-
-def _put_layers(parts: list[Tensor], kind, place: Sharding, cut: slice) -> jax.Array:
-    """Some layers of a stack as they lie on disk, each device's share at its place."""
-    layers = parts[cut]
-    shape = (len(layers), *layers[0].shape)
-
-    def share(index: tuple[slice, ...]) -> np.ndarray:
-        chosen = layers[index[0]]
-        block = np.empty([len(range(*c.indices(size))) for c, size in zip(index, shape)], kind)
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(lambda row: chosen[row].read_into(block[row], index[1:]), range(len(chosen))))
-        return block
-
-    return jax.make_array_from_callback(shape, place, share)
-
-
-def to_ours(entry: Entry, dtype, place: Sharding) -> Callable[[jax.Array], jax.Array]:
-    """The compiled step from a tensor to our array at its place."""
-    return _to_ours(entry.kind, jnp.dtype(dtype), place)
-
-
-@functools.lru_cache(maxsize=256)
-def _to_ours(kind: str, dtype, place: Sharding):
-    return jax.jit(lambda x: TRANSFORMS[kind][0](x).astype(dtype), out_shardings=place)
-
-
-def inserter(entry: Entry, dtype, place: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-    """The compiled step that puts some layers or rows into our array, whose memory is used again."""
-    return _inserter(entry.kind, entry.stacked, jnp.dtype(dtype), place)
-
-
-@functools.lru_cache(maxsize=256)  # equal shapes are compiled for once
-def _inserter(kind: str, stacked: bool, dtype, place: Sharding):
-    move, axis = TRANSFORMS[kind][0], 0 if stacked else ROWS[kind]
-    move = jax.vmap(move) if stacked else move
-    insert = lambda whole, x, at: jax.lax.dynamic_update_slice_in_dim(whole, move(x).astype(dtype), at, axis)
-    return jax.jit(insert, donate_argnums=0, out_shardings=place)
-
-
-def _source_sharding(entry: Entry, place: Sharding) -> Sharding:
-    """The place of the tensors with their torch axes; whole on every device where axes are more than swapped."""
-    if not isinstance(place, NamedSharding) or entry.kind == "same":
-        return place
-    spec = list(place.spec)
-    if entry.kind == "linear" and len(spec) >= 2:
-        return NamedSharding(place.mesh, P(*spec[:-2], spec[-1], spec[-2]))
-    return NamedSharding(place.mesh, P())

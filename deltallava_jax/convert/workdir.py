@@ -8,20 +8,33 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
-from deltallava_jax.config import Config, DataConfig, ModelConfig, ProjectorConfig, from_dict, to_dict, workdir_config
+from deltallava_jax.config import (
+    DTYPES,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ProjectorConfig,
+    from_dict,
+    to_dict,
+    workdir_config,
+)
 from deltallava_jax.convert.read import Layout, Pretrained, fits, read, read_json, read_projector
 from deltallava_jax.convert.tensors import ConversionError, find
 from deltallava_jax.convert.write import write_extra
 from deltallava_jax.data import tokens
 from deltallava_jax.inference.model import Model
 from deltallava_jax.models import projectors
-from deltallava_jax.models.layers import Params
+from deltallava_jax.models.decoder import MATRICES, unstacked
 from deltallava_jax.models.names import flatten, unflatten
-from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
+from deltallava_jax.parallel import rules
+from deltallava_jax.parallel.mesh import tensor_mesh
+from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints, Place, as_saved
 
 
 def is_workdir(path: Path) -> bool:
@@ -41,26 +54,55 @@ def open_model(path: Path, *, dtype: str | None = None, vision: Path | None = No
 
 
 def load_model(path: Path, dtype: str | None = None, tensor: int = 1) -> Model:
-    """A model ready to answer, with the tokenizer and template beside it and its images' aspect."""
-    model = open_model(path, dtype=dtype)
+    """A model ready to answer, with the tokenizer and template beside it and its images' aspect.
+
+    Each of ``tensor`` devices reads its share of what they divide, so that the model is nowhere whole and nowhere
+    twice; the decoder is read in the form that answers (``decoder.unstacked``)."""
+    mesh = tensor_mesh(tensor) if tensor > 1 else None
+    first = SingleDeviceSharding(jax.local_devices()[0])
+    shard = lambda path, shape: NamedSharding(mesh, rules.spec_for(path, shape, mesh)) if mesh else first
+    if is_workdir(path):
+        model = _read_to_answer(path, dtype, shard)
+    else:
+        model = read(path, dtype=dtype, shard=shard, unstacked=True)
+    if dtype in DTYPES:
+        model.cfg = dataclasses.replace(model.cfg, dtype=dtype)
     folder = path if path.is_dir() else path.parent
     tokenizer = tokens.load(folder) if any((folder / name).is_file() for name in tokens.FILES) else None
-    return Model(model.cfg, model.params, tokenizer, model.template, model.aspect, tensor)
+    return Model(model.cfg, model.params, tokenizer, model.template, model.aspect)
 
 
-def read_workdir(path: Path) -> Pretrained:
+def _read_to_answer(path: Path, dtype: str | None, shard: Callable[[str, tuple[int, ...]], Sharding]) -> Pretrained:
+    compute = workdir_config(path).model.dtype
+
+    def place(name, saved):
+        matrix = name.startswith("decoder/") and name.endswith(MATRICES)
+        kind = dtype or (compute if matrix else saved.dtype)
+        return jax.ShapeDtypeStruct(saved.shape, kind, sharding=shard(name, saved.shape))
+
+    model = read_workdir(path, place)
+    if model.cfg.decoder:
+        model.params["decoder"] = unstacked(model.params["decoder"], model.cfg.decoder, donate=True)
+    return model
+
+
+def read_workdir(path: Path, place: Place | None = None) -> Pretrained:
     """The newest parameters of a workdir. What training kept frozen comes from the workdir it began with, where that
-    is still there, and so has every bit of the original."""
+    is still there, and so has every bit of the original. place: as in ``Checkpoints.restore_params``."""
     cfg = workdir_config(path)
     checkpoints = Checkpoints(path)
     step = checkpoints.latest()
     if step is None:
         raise CheckpointError(f"{path} holds no finished checkpoint; train first")
-    params = checkpoints.restore_params(step, cfg.model)
+    place = place or as_saved
     began = Path(cfg.init_from) if cfg.init_from and is_workdir(Path(cfg.init_from)) else None
     source = next((folder / "source" for folder in (path, began) if folder and (folder / "source").is_dir()), None)
+    frozen = {}
     if began is not None and cfg.optimizer.frozen:
-        params = _with_frozen(params, read_workdir(began).params, checkpoints.frozen_paths(step))
+        kept_frozen = set(checkpoints.frozen_paths(step))
+        frozen = flatten(read_workdir(began, lambda *one: place(*one) if one[0] in kept_frozen else None).params)
+    trained = checkpoints.restore_params(step, cfg.model, lambda *one: None if one[0] in frozen else place(*one))
+    params = unflatten(flatten(trained) | frozen)
     layout = origin = None
     hf, extra, origin_aspect = {}, {}, "square"
     kept = [path / name for name in ("tokenizer.json", "tokenizer_config.json") if (path / name).is_file()]
@@ -75,11 +117,6 @@ def read_workdir(path: Path) -> Pretrained:
     return Pretrained(
         cfg.model, params, layout, origin, hf, kept, extra, cfg.data.template, cfg.data.aspect, origin_aspect
     )
-
-
-def _with_frozen(params: Params, original: Params, frozen: list[str]) -> Params:
-    ours, theirs = flatten(params), flatten(original)
-    return unflatten({path: theirs[path] if path in frozen and path in theirs else leaf for path, leaf in ours.items()})
 
 
 def write_workdir(model: Pretrained, folder: Path, name: str) -> None:

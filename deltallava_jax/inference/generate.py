@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
@@ -17,8 +16,6 @@ from deltallava_jax.inference.sampling import GREEDY, Sampling, controls
 from deltallava_jax.inference.slots import CHUNK, Slots
 from deltallava_jax.models import decoder, projectors
 from deltallava_jax.models.layers import Params
-from deltallava_jax.parallel import rules
-from deltallava_jax.parallel.mesh import tensor_mesh
 from deltallava_jax.sequence import Batch
 
 STREAMED = 4  # tokens between two looks at an answer's text
@@ -58,22 +55,19 @@ def prompt_batch(prompts: Sequence[Tokenized], length: int) -> Batch:
 
 
 class Engine:
-    """A model's weights in the form that decodes fastest, and the compiled functions over them.
+    """The compiled functions over a model's weights, in the form of ``decoder.unstacked``.
 
     engine = Engine(params, cfg)
     visual, valid = engine.encode(pixels, prompts, budget=16)
     ids = engine.tokens(prompts, visual, valid, Sampling(max_new_tokens=32), end=tokenizer.eos)
 
-    tensor: devices that share every layer, for a model that is too large for one. Raises ConfigError for a model
-    without a decoder, for more devices than there are, and where a layer cannot be divided by ``tensor``."""
+    params: as ``deltallava_jax.load`` reads them, over as many devices as they lie on; or with the decoder as it
+    trains, which is then held a second time. Raises ConfigError for a model without a decoder."""
 
-    def __init__(self, params: Params, cfg: ModelConfig, *, tensor: int = 1):
+    def __init__(self, params: Params, cfg: ModelConfig):
         if cfg.decoder is None:
             raise ConfigError("the model has no decoder, so it cannot answer")
-        self.cfg, self.mesh = cfg, None
-        if tensor > 1:
-            self.mesh = tensor_mesh(tensor)
-            params = jax.device_put(params, rules.shardings(params, self.mesh))
+        self.cfg = cfg
         self.params = {**params, "decoder": decoder.unstacked(params["decoder"], cfg.decoder, cfg.dtype)}
 
     def encode(

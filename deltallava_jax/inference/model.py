@@ -27,19 +27,17 @@ Pictures = Picture | Sequence[Picture] | None
 class Model:
     """What ``deltallava_jax.load`` returns. ``tokenizer`` is None where the checkpoint holds none.
 
-    aspect: how images become square, as in DataConfig. tensor: devices that share every layer when it answers."""
+    params: the decoder in the form of ``decoder.unstacked``. aspect: how images become square, as in DataConfig."""
 
     cfg: ModelConfig
     params: Params
     tokenizer: Tokenizer | None
     template: str = "vicuna_v1"
     aspect: str = "square"
-    tensor: int = 1
 
     @functools.cached_property
     def engine(self) -> Engine:
-        """The decoder once more, in the form that answers fastest; made for the first answer."""
-        return Engine(self.params, self.cfg, tensor=self.tensor)
+        return Engine(self.params, self.cfg)
 
     def generate(
         self,

@@ -9,6 +9,7 @@ visual slots without a token) is seen by nobody.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -34,6 +35,8 @@ from deltallava_jax.models.layers import (
     output_major,
 )
 from deltallava_jax.sequence import Layout
+
+MATRICES = ("kernel", "embedding")  # the last names of what is multiplied with; the rest are norms and biases
 
 
 @jax.tree_util.register_dataclass
@@ -154,20 +157,37 @@ def visible(queries: Int[Array, "B Q"], keys: Int[Array, "B K"], start: int | Ar
     return ((queries[:, :, None] == keys[:, None, :]) & causal)[:, None]
 
 
-def unstacked(params: Params, cfg: DecoderConfig, dtype=None) -> Params:
+def unstacked(params: Params, cfg: DecoderConfig, dtype=None, *, donate: bool = False) -> Params:
     """The same decoder for inference: ``layers`` a tuple, matrices [out, in] and in ``dtype`` (their own for None).
 
     A scan reads each layer's weights twice, once to slice them from the stack. Every function here takes either form;
-    what trains is the stacked one."""
-    make = jax.jit(lambda x: jnp.swapaxes(x, -1, -2).astype(dtype or x.dtype))
+    what trains is the stacked one. donate: each stack is deleted as soon as its layers are taken out of it, so that
+    little more than one decoder is ever in memory."""
+    if isinstance(params["layers"], tuple):
+        return params
 
     def leaf(path, x):
-        return make(x) if path[-1].key == "kernel" else x
+        matrix = path[-1].key in MATRICES
+        kind = dtype if matrix and dtype else x.dtype
+        turn = path[-1].key == "kernel"
+        if path[0].key != "layers":
+            return jnp.swapaxes(x, -1, -2).astype(kind) if turn else x.astype(kind)
+        found = [_taken(x, index, turn, jnp.dtype(kind)) for index in range(cfg.layers)]
+        if donate:
+            jax.block_until_ready(found)
+            x.delete()
+        return found
 
-    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(cfg.layers)]
-    turned = jax.tree_util.tree_map_with_path(leaf, {"layers": tuple(layers), "head": params["head"]})
-    table = params["embed"]["embedding"]
-    return {**turned, "embed": {"embedding": table.astype(dtype or table.dtype)}}
+    turned = jax.tree_util.tree_map_with_path(leaf, params)
+    lists = lambda x: isinstance(x, list)
+    layers = (jax.tree.map(lambda x, i=i: x[i], turned["layers"], is_leaf=lists) for i in range(cfg.layers))
+    return {**turned, "layers": tuple(layers)}
+
+
+@functools.partial(jax.jit, static_argnames=("turn", "dtype"))
+def _taken(stack: Array, index: int, turn: bool, dtype) -> Array:
+    x = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+    return (jnp.swapaxes(x, -1, -2) if turn else x).astype(dtype)
 
 
 def layer(params: Params, cfg: DecoderConfig, index: int) -> Layer:

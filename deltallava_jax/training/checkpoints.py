@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,6 +19,9 @@ from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.training.optimizer import join
 from deltallava_jax.training.step import TrainState
+
+# (path, saved) -> the shape, dtype and sharding in which a parameter is wanted, or None
+Place = Callable[[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct | None]
 
 # What orbax logs with tracebacks it also raises: the user gets it once, as CheckpointError.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -78,7 +83,8 @@ class Checkpoints:
 
         In the foreground and uncompressed: otherwise copies of the whole model are in memory meanwhile."""
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-        handlers = {"params": ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=1)}
+        room = _gigabytes(jax.tree.leaves(params))
+        handlers = {"params": ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=room)}
         manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
         manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave({"trained": params, "frozen": {}})))
         manager.close()
@@ -107,27 +113,29 @@ class Checkpoints:
             items["record"],
         )
 
-    def restore_params(self, step: int, cfg: ModelConfig, like: Params | None = None) -> Params:
-        """The parameters of a step alone.
+    def restore_params(self, step: int, cfg: ModelConfig, place: Place | None = None) -> Params:
+        """The parameters of a step alone; by default in the saved dtypes, whole on this process's first device.
 
-        like: their dtypes and shardings; by default the saved dtypes, whole on this process's first device. Raises
+        place(path, saved): the shape, dtype and sharding in which one is wanted, None to leave it out. Raises
         CheckpointError as ``restore`` does."""
         saved = self._saved_params(step)
         expected = jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0)))
         self._compare(step, join(saved["trained"], saved["frozen"]), expected)
-        flat, device = flatten(like or {}), SingleDeviceSharding(jax.local_devices()[0])
-
-        def wanted(path, leaf):
-            if path in flat:
-                return flat[path]
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-
-        shapes = {
-            part: unflatten({path: wanted(path, leaf) for path, leaf in flatten(tree).items()})
-            for part, tree in saved.items()
-        }
-        params = self._restore(step, params=ocp.args.StandardRestore(shapes))["params"]
-        return join(params["trained"], params["frozen"])
+        wanted = {}
+        for part, tree in saved.items():
+            found = {path: (place or as_saved)(path, leaf) for path, leaf in flatten(tree).items()}
+            if found := {path: leaf for path, leaf in found.items() if leaf is not None}:
+                wanted[part] = unflatten(found)
+        arguments = ocp.args.PyTreeRestore(
+            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_gigabytes(jax.tree.leaves(saved)))
+        try:
+            with ocp.Checkpointer(handler) as reader:
+                params = reader.restore(self.path / str(step) / "params", args=arguments)
+        except Exception as error:  # as in ``_restore``
+            raise self._damaged(step, _brief(error)) from error
+        return join(params.get("trained", {}), params.get("frozen", {}))
 
     def frozen_paths(self, step: int) -> list[str]:
         """Names of the parameters that the training of this checkpoint keeps as they are."""
@@ -190,6 +198,16 @@ class Checkpoints:
     def close(self) -> None:
         with self._writing():
             self._manager.close()
+
+
+def as_saved(path: str, saved: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """A parameter as it was saved, whole on this process's first device."""
+    return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0]))
+
+
+def _gigabytes(leaves: list) -> int:
+    """As little memory as orbax can hold arrays in that are on their way: more than the largest of them."""
+    return 1 + max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) // 10**9
 
 
 def _brief(error: Exception) -> str:

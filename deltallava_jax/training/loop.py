@@ -16,6 +16,7 @@ from deltallava_jax.config import Config
 from deltallava_jax.data.packing import Plan
 from deltallava_jax.data.pipeline import Element, Rows, elements
 from deltallava_jax.models.layers import Params
+from deltallava_jax.models.names import flatten
 from deltallava_jax.models.selection import llavolta
 from deltallava_jax.parallel import hosts
 from deltallava_jax.parallel.mesh import put_rows
@@ -119,7 +120,8 @@ def _initial_params(cfg: Config, step: TrainStep) -> Params | None:
     latest = source.latest()
     if latest is None:
         raise CheckpointError(f"config.init_from={cfg.init_from} holds no finished checkpoint")
-    return source.restore_params(latest, cfg.model, like=step.shapes.params)
+    shapes = flatten(step.shapes.params)
+    return source.restore_params(latest, cfg.model, lambda path, _: shapes[path])
 
 
 @contextlib.contextmanager

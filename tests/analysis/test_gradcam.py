@@ -14,7 +14,7 @@ from deltallava_jax.config import ConfigError, FastVConfig
 from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import TEMPLATES, tokenize
 from deltallava_jax.inference.model import Model
-from deltallava_jax.models import vision, vlm
+from deltallava_jax.models import decoder, vision, vlm
 from deltallava_jax.models.selection import dynamicvit, fastervlm
 from deltallava_jax.sequence import Batch
 from tests import tiny
@@ -31,7 +31,9 @@ def make(tokenizer, **projector):
     cfg = tiny.get_config().model
     settings = dict(name="mlp") | projector
     cfg = dataclasses.replace(cfg, projector=dataclasses.replace(cfg.projector, **settings))
-    return Model(cfg, tiny.random_params(cfg), tokenizer, "brief")
+    params = tiny.random_params(cfg)
+    params["decoder"] = decoder.unstacked(params["decoder"], cfg.decoder)  # as ``load`` gives it
+    return Model(cfg, params, tokenizer, "brief")
 
 
 def picture(place=None):

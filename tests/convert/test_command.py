@@ -21,6 +21,7 @@ import deltallava_jax
 from deltallava_jax.__main__ import parse
 from deltallava_jax.config import workdir_config
 from deltallava_jax.convert import command as convert_command
+from deltallava_jax.convert.workdir import open_model
 from deltallava_jax.models import projectors
 
 ROOT = Path(__file__).parents[2]
@@ -185,7 +186,7 @@ def test_an_option_that_is_none_of_ours(arguments, words, capsys):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_is_that_of_all_parameters(sources, tmp_path, dtype):
     convert(sources["llama"], tmp_path / "made", "--dtype", dtype)
-    params = deltallava_jax.load(tmp_path / "made").params
+    params = open_model(tmp_path / "made").params
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {dtype}
 
 

@@ -1,4 +1,4 @@
-"""Conversion needs the memory of the model and of one shard, not of two models: tried on 600 MB in three shards."""
+"""Conversion and loading need the memory of the model and of one shard, not of two models: tried on 600 MB in three."""
 
 import json
 import math
@@ -24,13 +24,17 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import jax
+import deltallava_jax
 from deltallava_jax.convert.read import read
 from deltallava_jax.convert.workdir import write_workdir
 from deltallava_jax.convert.write import write_hf
 
 source, how, target = sys.argv[1:]
-model = read(Path(source), progress=False)
-if how != "read":
+if how == "load":
+    model = deltallava_jax.load(source, tensor=2)
+else:
+    model = read(Path(source), progress=False)
+if how in ("workdir", "hf"):
     Path(target).mkdir()
 if how == "workdir":
     write_workdir(model, Path(target), "model")
@@ -74,9 +78,13 @@ def source(tmp_path_factory):
         file.unlink()
 
 
-@pytest.mark.parametrize("how", ["read", "workdir", "hf"])
+@pytest.mark.parametrize("how", ["read", "load", "workdir", "hf"])
 def test_the_peak_is_the_model_and_a_shard(source, tmp_path, how):
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, source, how, tmp_path / "made"],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,

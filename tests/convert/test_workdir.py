@@ -5,9 +5,11 @@ The runs of train.py are in this process and on one device; most stop before the
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -23,7 +25,7 @@ import train as door
 from deltallava_jax.analysis import plan as analysis
 from deltallava_jax.config import ASPECTS, ConfigError, workdir_config
 from deltallava_jax.convert.read import Pretrained
-from deltallava_jax.convert.tensors import ConversionError
+from deltallava_jax.convert.tensors import ConversionError, Tensor, find
 from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir
 from deltallava_jax.data import sources, tokens
 from deltallava_jax.data.conversation import TEMPLATES, BadSample, Template, tokenize
@@ -73,11 +75,11 @@ def ask(model, images, prompt=QUESTION, **options) -> str:
 
 
 def assert_same_params(ours, theirs) -> None:
-    ours, theirs = flatten(ours), flatten(theirs)
+    ours, theirs = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (ours, theirs))
     assert set(ours) == set(theirs)
     for path, leaf in theirs.items():
         assert ours[path].dtype == leaf.dtype, path
-        np.testing.assert_array_equal(np.asarray(ours[path]), np.asarray(leaf), err_msg=path)
+        np.testing.assert_array_equal(np.asarray(ours[path]), np.asarray(leaf), err_msg=str(path))
 
 
 # ------------------------------------------------------------------ load
@@ -96,10 +98,37 @@ def test_parts_are_loaded_too(models):
     assert set(models["clip"].params) == {"vision"} and models["clip"].tokenizer is None
 
 
-def test_a_folder_may_be_text_and_dtype_is_that_of_all_parameters(folders):
+def test_a_folder_may_be_text_and_dtype_is_that_of_all_parameters_and_of_computing(folders):
     for name in ("llama", "workdir"):
-        params = deltallava_jax.load(str(folders[name]), dtype="bfloat16").params
-        assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+        model = deltallava_jax.load(str(folders[name]), dtype="bfloat16")
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)} == {"bfloat16"}
+        assert model.cfg.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("form", ["hf", "llava", "workdir"])
+def test_each_device_reads_its_share_alone(form, models, folders, pictures, monkeypatch):
+    """What the rules divide lies whole on no device, and is read from its file once."""
+    read, read_into = Counter(), Tensor.read_into
+
+    def count(tensor, out, index=()):
+        read[tensor.name] += out.nbytes
+        read_into(tensor, out, index)
+
+    monkeypatch.setattr(Tensor, "read_into", count)
+    model = deltallava_jax.load(folders[form], tensor=2)
+    assert_same_params(model.params, models[form].params)
+    whole = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        parts = [shard.data.nbytes for shard in leaf.addressable_shards]
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        divided = re.search(r"decoder/.*(kernel|embedding)|layers/.*(kernel|\b(q|k|v|up)/bias)", name)
+        assert parts == [leaf.nbytes // 2 if divided else leaf.nbytes] * 2, name
+        whole += not divided
+    assert 0 < whole < len(jax.tree.leaves(model.params)) // 2
+    for tensor in find(folders[form]).values() if form != "workdir" else ():
+        if "proj.weight" in tensor.name and "layers" in tensor.name:
+            assert read[tensor.name] == tensor.bytes
+    assert ask(model, pictures[0]) == ask(models[form], pictures[0])
 
 
 def test_the_template_is_the_workdirs(folders, tmp_path):

@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from models import VOCAB, model, picture, prompt, visual
 
+import deltallava_jax as dl
 from deltallava_jax.inference import slots as device
-from deltallava_jax.inference.generate import Engine, bucket, prompt_batch
+from deltallava_jax.inference.generate import bucket, prompt_batch
 from deltallava_jax.inference.sampling import Sampling, controls
 
 NEW = 10
@@ -99,11 +100,12 @@ def test_an_answer_ends_at_its_last_token_while_others_go_on():
 
 
 def test_requests_enter_and_leave_slots_while_others_are_answered():
-    """What a server does: each gets the answer that it gets alone, whatever was in its slot before."""
-    engine = model().engine
+    """What a server does: each gets the answer that it gets alone, whatever was in its slot before. Under FastV, with
+    other budgets side by side."""
+    engine, budgets = model(fastv=True).engine, (16, 4, 4, 16)
     prompts = [prompt(length, 1, length) for length in (5, 13, 9, 11)]
     rows = [dataclasses.replace(DRAWN if index % 2 else SHORT, seed=index) for index in range(4)]
-    expected = [answers(engine, [one], 1, row)[0] for one, row in zip(prompts, rows)]
+    expected = [answers(engine, [one], 1, row, budget=V)[0] for one, row, V in zip(prompts, rows, budgets)]
     slots = device.empty(engine.cfg, controls([SHORT] * 2, -1), rows=2, capacity=96)
     waiting, running, said = list(range(4)), {}, {index: [] for index in range(4)}
     while waiting or running:
@@ -111,7 +113,8 @@ def test_requests_enter_and_leave_slots_while_others_are_answered():
             if row not in running and waiting:
                 index = running[row] = waiting.pop(0)
                 batch = prompt_batch([prompts[index]], 16)
-                one = engine.begin(batch, *visual(engine, [picture(len(prompts[index].ids))]), [rows[index]], -1)
+                shown = visual(engine, [picture(len(prompts[index].ids))], budgets[index])
+                one = engine.begin(batch, *shown, [rows[index]], -1)
                 said[index].append(int(one.token[0]))
                 slots = device.insert(slots, one, row)
         slots, new = engine.decode(slots, 3)
@@ -123,12 +126,11 @@ def test_requests_enter_and_leave_slots_while_others_are_answered():
     assert [said[index] for index in range(4)] == expected
 
 
-def test_sharded_over_devices_is_the_same():
-    plain = model()
-    engine = Engine(plain.params, plain.cfg, tensor=2)
+def test_sharded_over_devices_is_the_same(workdir):
+    plain, engine = model(), dl.load(workdir, tensor=2).engine
     kernel = engine.params["decoder"]["layers"][0]["gate"]["kernel"]
-    assert kernel.sharding.is_equivalent_to(NamedSharding(engine.mesh, P("tensor", "fsdp")), 2)
-    assert len(kernel.addressable_shards) == 2 and kernel.addressable_shards[0].data.shape[0] == kernel.shape[0] // 2
+    assert kernel.sharding.is_equivalent_to(NamedSharding(kernel.sharding.mesh, P("tensor", "fsdp")), 2)
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(kernel.shape[0] // 2, kernel.shape[1])}
     prompts = [prompt(length, 1, length) for length in (5, 13)]
     assert answers(engine, prompts, 1, [SHORT, DRAWN]) == answers(plain.engine, prompts, 1, [SHORT, DRAWN])
 

@@ -126,6 +126,9 @@ def test_unstacked_layers_are_the_same_decoder():
     mine, reference = (jax.jit(lambda p: decoder.run(p, CFG, x, slots)[0])(p) for p in (params, PARAMS))
     close(mine, reference)
     close(decoder.logits(params, CFG, mine), decoder.logits(PARAMS, CFG, reference))
+    given = jax.tree.map(jnp.copy, PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, decoder.unstacked(given, CFG, donate=True), params)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given["layers"]))
 
 
 def test_slices_of_layers_equal_all():
