@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmark", help="the workdirs")
     parser.add_argument("--step-times", action="store_true")
-    parser.add_argument("--towers", action="store_true")
+    parser.add_argument("--towers", nargs="?", const=",".join(TOWERS), default="", help="all, or comma-separated")
     options = parser.parse_args()
     systems = options.systems.split(",") if options.systems else [*TRAINED, *UNTRAINED]
     unknown = [system for system in systems if system not in TRAINED and system not in UNTRAINED]
@@ -304,7 +304,7 @@ def main() -> None:
         return
     if options.towers:
         for seed in numbers(options.seeds):
-            for tower in TOWERS:
+            for tower in options.towers.split(","):
                 run_tower(tower, seed, options.runs)
         return
     asked = plan(systems, numbers(options.tokens), numbers(options.seeds)) if options.systems else the_table()
