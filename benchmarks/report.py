@@ -61,6 +61,7 @@ def page() -> str:
         *report_speed.parts(),
         report_efficiency.efficiency(),
         report_efficiency.heat_maps(),
+        report_speed.WHOSE,
         report_efficiency.KNOWN,
     ]
     return "\n\n".join(filter(None, parts)) + "\n"

@@ -19,6 +19,29 @@ PAPER_TOWERS = {
 }
 
 
+WHOSE = """\
+## What is the paper's and what is ours
+
+- Ours, measured: every table on easy-VQA, the times and the heat maps. Small models, trained here from scratch.
+- Ours, counted: the operations of an answer, in the paper's convention and by every matrix product.
+- The paper's: what is named so, copied from its tables and its Figure 3. None of its results was reproduced: its
+  models are Vicuna-7B and 13B after LLaVA's 558k captions and 665k conversations, and no run of that size was made.
+
+Those runs are, with the data and weights in place ([README](../README.md)) and other configurations for other budgets
+and towers ([configs](../configs/README.md)):
+
+```
+python -m deltallava_jax convert --vision clip-vit-large-patch14-336 --decoder vicuna-7b-v1.5 \\
+    --config configs/pretrain_7b.py runs/delta_start
+python train.py --config configs/pretrain_7b.py --workdir runs/delta_pretrain
+python train.py --config configs/finetune_7b.py --workdir runs/delta
+python eval.py --workdir runs/delta --tasks \\
+    gqa,mmbench_en_dev,mme,pope,scienceqa_img,textvqa_val,vqav2_val,vizwiz_vqa_val,nocaps_val,flickr30k_test
+python benchmarks/train_speed.py --minutes 9
+python benchmarks/inference.py --random vicuna_7b
+```"""
+
+
 def parts() -> tuple[str, ...]:
     return towers(), training_time(), throughput()
 

@@ -116,9 +116,10 @@ class Load:
         self.first = next(step for step in self.steps if (step.text, step.images) == (self.text, self.images))
         # Other shapes take their time in proportion to their slots.
         self.measured = sum(map(slots, self.steps)) / slots(self.first)
-        kept = [record for step in self.steps for row in step.rows for record in row]
-        lengths, images = (column[kept] for column in self.lengths_images)
-        live = np.minimum(lengths, self.text).sum() + images.sum() * (max(tokens, 1) - 1)
+        kept = [(record, step.text) for step in self.steps for row in step.rows for record in row]
+        records, room = (np.array(column) for column in zip(*kept))
+        lengths, images = (column[records] for column in self.lengths_images)
+        live = np.minimum(lengths, room).sum() + images.sum() * (max(tokens, 1) - 1)
         self.epoch = {"conversations": len(kept), "images": int(images.sum()), "tokens": int(live)}
         self.live = live / (self.measured * slots(self.first) * cfg.data.rows)
 
