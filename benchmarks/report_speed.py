@@ -70,7 +70,9 @@ NOTES = """\
   are those of the steps with images. A ratio is the time of an epoch at 576 tokens by that at so many.
 - The paper's ratios are those of its Table 4, whole epochs of its run in hours and minutes: its decoder has 7B
   parameters, its text is LLaVA's, its batches are padded, and reading the data counts.
-- Attention over a row takes a larger share in a narrow model, and more where rows are long: packed rows are."""
+- Attention over a row takes a larger share in a narrow model, and packed rows are longer: there packing pays with
+  few tokens an image and costs with 576. Padded batches have lengths in multiples of 256: the captions of stage 1 are
+  mostly padding there, which holds their ratio down."""
 
 
 def throughput() -> str:
@@ -107,8 +109,9 @@ def throughput() -> str:
 
 
 def cell(values: list[float]) -> str:
-    """The mean and the range."""
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    """The mean and, of several seeds, the range."""
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def towers() -> str:
@@ -134,9 +137,9 @@ def towers() -> str:
     return "\n".join([
         "## Towers",
         "",
-        f"`python benchmarks/easy_vqa.py --towers --seeds 0,1`, {runs[0]['hardware']}: Delta with the paper's scale",
-        f"factors, {runs[0]['epochs']} epochs from scratch, tower and decoder included; easy-VQA's official test",
-        "split. The mean and the range of the seeds.",
+        f"`python benchmarks/easy_vqa.py --towers`, {runs[0]['hardware']}: Delta with the paper's scale factors,",
+        f"{runs[0]['epochs']} epochs from scratch, tower and decoder included; easy-VQA's official test split. With",
+        "several seeds the mean and the range.",
         "",
         table(head, rows),
         "",
@@ -144,4 +147,5 @@ def towers() -> str:
         "  patches a side instead of 24, 16 and 27. SigLIP's shape has no class token and no norm before its layers.",
         "- Nothing was pretrained: this shows what resolution and tokens do to a small tower that learns with the",
         "  rest, not how the published CLIP and SigLIP compare. After so few epochs shapes are only partly learned.",
+        "- The paper's own towers are configs/llava_systems/delta_clip_224.py and delta_siglip.py, with the 7B data.",
     ])  # fmt: skip

@@ -47,7 +47,8 @@ PAPER = {
 }
 CAPTIONS = ((1.0, 15, 65, 1),)  # as MIXTURE: share, text tokens from and to, images
 TEXT_SHARE = sum(share for share, _, _, images in MIXTURE if not images)  # of stage 2's conversations
-GIB, ROOM = 2**30, 16 * 2**30  # room: bytes beside parameters, optimizer and gradients
+GIB = 2**30
+ROOM = {1: 16 * GIB, 4: 8 * GIB}  # bytes beside parameters, optimizer and gradients, by microbatches
 
 
 def mixture(stage: str, tokens: int) -> tuple:
@@ -84,14 +85,14 @@ def config(size: str, stage: str, tokens: int, layout: str, devices: int, capaci
         optimizer=dataclasses.replace(cfg.optimizer, accumulation=parts),
         mesh=MeshConfig(data=1, fsdp=-1) if devices > 1 else MeshConfig(),
     )
-    while capacity and cfg.model.decoder.layers > 4 and state_bytes(cfg) / devices + ROOM > capacity:
+    while capacity and cfg.model.decoder.layers > 4 and state_bytes(cfg) / devices + ROOM[parts] > capacity:
         decoder = dataclasses.replace(cfg.model.decoder, layers=cfg.model.decoder.layers - 4)
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, decoder=decoder))
     return cfg
 
 
 def state_bytes(cfg) -> int:
-    """Of parameters, optimizer and gradients."""
+    """Of parameters, optimizer and gradients, which microbatches hold twice: what they sum up and their own."""
     import jax
 
     from deltallava_jax.models import vlm
@@ -99,7 +100,8 @@ def state_bytes(cfg) -> int:
 
     sizes_of = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     shapes = jax.eval_shape(lambda: split(vlm.init_params(cfg.model, jax.random.key(0)), cfg.optimizer.frozen))
-    return 16 * sizes_of(shapes[0]) + 2 * sizes_of(shapes[1])
+    gradients = 4 if cfg.optimizer.accumulation == 1 else 8
+    return (12 + gradients) * sizes_of(shapes[0]) + 2 * sizes_of(shapes[1])
 
 
 class Load:
@@ -288,7 +290,13 @@ def main() -> None:
         if start - began + 1.2 * longest > 60 * options.minutes:
             print(f"stopped after {(start - began) / 60:.1f} minutes; the same command goes on")
             break
-        result = run(options.size, stage, tokens, layout, options.steps)
+        try:
+            result = run(options.size, stage, tokens, layout, options.steps)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"{file.stem}: the memory does not suffice, left out; {str(error).splitlines()[0]}", flush=True)
+            continue
         file.write_text(json.dumps(result, indent=2) + "\n")
         longest = max(longest, time.monotonic() - start)
         print(f"{file.stem}: {result['seconds_a_step']} s a step, {time.monotonic() - start:.0f} s in all", flush=True)

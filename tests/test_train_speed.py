@@ -39,7 +39,8 @@ def test_stage_2_takes_its_share_of_records_without_an_image():
 def test_the_decoder_gets_the_layers_that_a_device_holds():
     whole = train_speed.config("vicuna_7b", "finetune", 144, "packed", 1)
     assert 6.6e9 * 16 < train_speed.state_bytes(whole) < 7.1e9 * 16  # float32: weights, two moments, gradients
-    on = lambda stage, gib: train_speed.config("vicuna_7b", stage, 144, "packed", 1, gib * 2**30)
-    layers = lambda stage, gib: on(stage, gib).model.decoder.layers
+    on = lambda stage, gib, layout: train_speed.config("vicuna_7b", stage, 144, layout, 1, gib * 2**30)
+    layers = lambda stage, gib, layout="packed": on(stage, gib, layout).model.decoder.layers
     assert layers("finetune", 75) == 16 and layers("finetune", 132) == 32
+    assert layers("finetune", 75, "padded") == 16 and layers("finetune", 132, "padded") == 28  # gradients twice
     assert layers("pretrain", 75) == 32
