@@ -62,7 +62,6 @@ def config(size: str, stage: str, tokens: int, layout: str, devices: int, capaci
 
     capacity: bytes of memory of a device; the decoder has as many layers, in fours, as fit."""
     from configs.llava import CONVERSATIONS, MEAN_TEXT, base
-    from deltallava_jax.config import MeshConfig
 
     projector = dict(name="mlp")
     if tokens != 576:
@@ -83,7 +82,6 @@ def config(size: str, stage: str, tokens: int, layout: str, devices: int, capaci
         model=sizes.model(size, projector),
         data=dataclasses.replace(cfg.data, **data),
         optimizer=dataclasses.replace(cfg.optimizer, accumulation=parts),
-        mesh=MeshConfig(data=1, fsdp=-1) if devices > 1 else MeshConfig(),
     )
     while capacity and cfg.model.decoder.layers > 4 and state_bytes(cfg) / devices + ROOM[parts] > capacity:
         decoder = dataclasses.replace(cfg.model.decoder, layers=cfg.model.decoder.layers - 4)
