@@ -3,11 +3,13 @@
     python benchmarks/easy_vqa.py                                        # all runs of the table; a finished one is kept
     python benchmarks/easy_vqa.py --systems delta,mlp --tokens 16 --seeds 0,1
     python benchmarks/easy_vqa.py --step-times                           # step time, as a ratio to the MLP's
+    python benchmarks/easy_vqa.py --towers --seeds 0,1                   # Delta on towers of other shapes
     python benchmarks/report.py                                          # docs/results.md from the result files
 
 The tower and the decoder are those of one model, trained from scratch with the MLP. As in LLaVA's second stage the
 tower is frozen, projector and decoder train. A run is convert, train.py and eval.py on configs/systems/SYSTEM.py; its
-result is one file in benchmarks/results/easy_vqa/. Started again, it goes on where it stopped."""
+result is one file in benchmarks/results/easy_vqa/. Started again, it goes on where it stopped. There are no pretrained
+towers here of one size and several shapes, so --towers trains everything from scratch, tower included."""
 
 from __future__ import annotations
 
@@ -25,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # instead of this folder, in which this file hides the package of the same name
 RESULTS = ROOT / "benchmarks" / "results" / "easy_vqa"
+TOWER_RESULTS = RESULTS.with_name("towers")
 GRID = 8  # patches a side
 # The run that tower and decoder come from; it reads the tower's last layer, so that all layers are trained.
 BASE, BASE_SETTINGS = "mlp", {"training.epochs": 6, "training.eval_every": 0, "model.projector.select_layer": -1}
@@ -62,6 +65,13 @@ UNTRAINED = {
     "fastv": lambda t: {"model.fastv.layer": 1, "model.fastv.keep": t},
 }
 ABLATIONS = ("delta_no_emhsa", "delta_no_delta", "delta_no_tb")
+# The paper's Table 5 in small: CLIP 336, CLIP 224 and SigLIP 384 with its scale factors there; patches of 8 x 8 pixels.
+TOWERS = {  # name -> (family, pixels a side, scale factor)
+    "clip_48": ("clip", 48, 3),
+    "clip_32": ("clip", 32, 2),
+    "siglip_72": ("siglip", 72, 3),
+}
+TOWER_EPOCHS = 3
 MORE_SEEDS = ("delta", "token_packer", "mqt", "mlp")  # three of each
 
 
@@ -112,24 +122,41 @@ def run(system: str, tokens: int | None, seed: int, epochs: float, runs: Path) -
         settings |= changes | {"optimizer.frozen": "('^vision/',)"}
         call("train.py", "--config", config, "--workdir", workdir, settings)
     call("eval.py", "--workdir", workdir, evaluated)
+    result = {"system": system, "seed": seed, "epochs": epochs, "accuracy": accuracies(workdir, evaluated)}
+    command = f"--systems {system} --seeds {seed}" + (f" --tokens {tokens}" if tokens else "")
+    write(out, result, began, command, size(workdir) if system in TRAINED else {})
+
+
+def run_tower(tower: str, seed: int, runs: Path) -> None:
+    """Trains and evaluates Delta, tower and decoder from scratch unless the result is there; writes it."""
+    family, pixels, scale = TOWERS[tower]
+    out, workdir, began = TOWER_RESULTS / f"{tower}-s{seed}.json", runs / f"tower_{tower}-s{seed}", time.monotonic()
+    if out.exists():
+        print(f"{tower}, seed {seed}: kept")
+        return
+    changes = {"vision.family": family, "vision.image_size": pixels, "projector.grid": pixels // 8}
+    changes |= {"vision.norm_eps": 1e-6} if family == "siglip" else {}
+    changes = {f"model.{key}": value for key, value in (changes | {"projector.scale_factor": scale}).items()}
+    settings = {"seed": seed, "training.epochs": TOWER_EPOCHS, "training.eval_every": 0} | changes
+    call("train.py", "--config", ROOT / "configs" / "systems" / "delta.py", "--workdir", workdir, settings)
+    call("eval.py", "--workdir", workdir)
+    result = {"tower": tower, "family": family, "pixels": pixels, "patches": (pixels // 8) ** 2, "scale_factor": scale}
+    result |= {"seed": seed, "epochs": TOWER_EPOCHS, "accuracy": accuracies(workdir, {})}
+    write(out, result, began, f"--towers --seeds {seed}", size(workdir))
+
+
+def write(out: Path, result: dict, began: float, command: str, sizes: dict) -> None:
     minutes = (time.monotonic() - began) / 60
-    result = {
-        "system": system,
-        "seed": seed,
-        "epochs": epochs,
-        "accuracy": accuracies(workdir, evaluated),
+    result |= {
         "minutes": round(minutes, 1),
         "date": str(date.today()),
         "hardware": f"{os.cpu_count()} CPU cores",
         "versions": versions(),
-        "command": f"python benchmarks/easy_vqa.py --systems {system} --seeds {seed}"
-        + (f" --tokens {tokens}" if tokens else ""),
+        "command": f"python benchmarks/easy_vqa.py {command}",
     }
-    if system in TRAINED:
-        result |= size(workdir)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{name}: {result['accuracy']} in {minutes:.1f} min", flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result | sizes, indent=2) + "\n")
+    print(f"{out.stem}: {result['accuracy']} in {minutes:.1f} min", flush=True)
 
 
 def begin(config: Path, changes: dict, seed: int, start: Path, base: Path) -> Path:
@@ -265,6 +292,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmark", help="the workdirs")
     parser.add_argument("--step-times", action="store_true")
+    parser.add_argument("--towers", nargs="?", const=",".join(TOWERS), default="", help="all, or comma-separated")
     options = parser.parse_args()
     systems = options.systems.split(",") if options.systems else [*TRAINED, *UNTRAINED]
     unknown = [system for system in systems if system not in TRAINED and system not in UNTRAINED]
@@ -273,6 +301,11 @@ def main() -> None:
     numbers = lambda text: [int(part) for part in text.split(",")]
     if options.step_times:
         step_times([system for system in systems if system in TRAINED], 16)
+        return
+    if options.towers:
+        for seed in numbers(options.seeds):
+            for tower in options.towers.split(","):
+                run_tower(tower, seed, options.runs)
         return
     asked = plan(systems, numbers(options.tokens), numbers(options.seeds)) if options.systems else the_table()
     for system, tokens, seed in asked:

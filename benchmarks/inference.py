@@ -4,6 +4,7 @@
     python benchmarks/inference.py --workdir runs/easy_vqa    # a model of ours, at each of its budgets
     python benchmarks/inference.py --random vicuna_7b --compile-for h100:1    # no GPU: compiles alone
     python benchmarks/inference.py --random vicuna_7b     # random bfloat16 weights, CLIP ViT-L/14-336, 576 to 1 tokens
+    python benchmarks/inference.py --random small --out benchmarks/results/inference_small.json    # the same on a CPU
 
 What to install for SmolLM2 is said in smollm2.py. Both sides run the same prompts in turns within one process; torch
 does so with a thread for each core and with one alone, and the faster of the two counts. Beside the speeds stands what
@@ -26,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import smollm2  # noqa: E402
+from benchmarks import sizes, smollm2  # noqa: E402
 
 PROMPTS = (
     "The capital of France is",
@@ -35,12 +36,13 @@ PROMPTS = (
     "Explain in one sentence why the sky is blue.",
 )
 TEXT = 68  # text tokens of a prompt about an image, as in the paper's measurements
+PAPER = {576: 23.96, 1: 37.08}  # Figure 3: tokens a second, where section 6.5 prints them
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path)
-    parser.add_argument("--random", metavar="DECODER", help="a preset of the decoder, e.g. vicuna_7b")
+    parser.add_argument("--random", choices=sizes.SIZES, help=sizes.HELP)
     parser.add_argument("--compile-for", metavar="TARGET", help="as plan's --target")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--new", type=int, default=30, help="new tokens")
@@ -172,26 +174,32 @@ def by_budget(options: argparse.Namespace) -> list[dict]:
             }
             print(json.dumps(result), flush=True)
             results.append(result)
+        if options.random:
+            print(ratios(results, rows))
     return results
 
 
-def random_config(decoder: str):
-    from deltallava_jax.config import DecoderConfig, VisionConfig, compose, preset
+def ratios(results: list[dict], rows: int) -> str:
+    """Tokens a second of whole calls as shares of those at 576 visual tokens, beside the paper's."""
+    rate = {one["budget"]: one["new_tokens_per_second_of_the_whole_call"] for one in results if one["batch"] == rows}
+    paper = lambda budget: f" (the paper's: {PAPER[budget] / PAPER[576]:.2f})" if budget in PAPER else ""
+    shares = [f"{budget}: {each / rate[576]:.2f}{paper(budget)}" for budget, each in rate.items()]
+    return f"batch {rows}, ratio to 576 visual tokens: " + ", ".join(shares)
 
-    tower, shape = preset(VisionConfig, "clip_l_14_336"), preset(DecoderConfig, decoder)
-    return compose(tower, shape, dict(scale_factor=(1, 2, 3, 4, 6, 12, 24)))
+
+def random_config(size: str):
+    return sizes.model(size, dict(name="delta", scale_factor=(1, 2, 3, 4, 6, 12, 24)))
 
 
-def random_model(decoder: str):
-    """(parameters, config) in bfloat16, made on the device."""
+def random_model(size: str):
+    """(parameters, config) in the size's dtype, made on the device."""
     import jax
-    import jax.numpy as jnp
 
     from deltallava_jax.models import vlm
 
-    cfg = random_config(decoder)
+    cfg = random_config(size)
     shapes = jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0)))
-    draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
+    draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, cfg.dtype), static_argnums=1)
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
     return jax.tree.map(lambda leaf: draw(next(keys), leaf.shape), shapes), cfg
 

@@ -91,7 +91,7 @@ def gradients(
         (total, count), grads = value_and_grad(trained, batch, rng)
     else:
         # Strided, so that each device's own rows are spread over the microbatches and none of them moves.
-        strided = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
+        strided = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1), batch)
 
         def body(sums, part_and_key):
             (total, count), grads = value_and_grad(trained, *part_and_key)

@@ -89,10 +89,12 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch():
     batch = dataclasses.replace(batch, loss_mask=batch.loss_mask & (np.arange(8)[:, None] > 1))  # uneven parts
     params, frozen = split(vlm.init_params(cfg.model, jax.random.key(1)), ())
 
-    def of(parts):
+    def of(parts, batch=batch, run=jax.jit):
         split_up = override(cfg, {"optimizer.accumulation": str(parts)})
-        return jax.jit(lambda p, b: gradients(split_up, p, frozen, b, jax.random.key(0), 4))(params, batch)
+        return run(lambda p, b: gradients(split_up, p, frozen, b, jax.random.key(0), 4))(params, batch)
 
+    no_images = {name: getattr(batch, name)[:, :0] for name in ("image_positions", "images", "questions")}
+    assert of(4, dataclasses.replace(batch, **no_images), jax.make_jaxpr).out_avals
     (loss, count, grads), (loss4, count4, grads4) = of(1), of(4)
     assert count == count4 == batch.loss_mask.sum()
     np.testing.assert_allclose(loss4, loss, rtol=1e-5)
