@@ -16,10 +16,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.kernels.attention import attention
 from deltallava_jax.models.layers import (
     LayerNorm,
     Linear,
-    attention,
     drop_path,
     gelu,
     resize_grid,
