@@ -168,6 +168,7 @@ def test_the_choice(monkeypatch, caplog):
         ("tpu", "splash", {"width": 20}, "heads of a multiple of 8, not 20"),
         ("tpu", "splash", {"dtype": "float16"}, "float32 or bfloat16, not float16"),
         ("tpu", "splash", {"seen": Seen(jnp.ones((2, 1, 150, 150), bool))}, "rows that attend to themselves"),
+        ("tpu", "splash", {"dtype": "bfloat16"}, "where jax_default_matmul_precision is highest"),  # as in these tests
         ("gpu", "cudnn", {}, "bfloat16 or float16, not float32"),
         ("gpu", "cudnn", {"dtype": "bfloat16", "width": 256}, "a multiple of 8 up to 128, not 256"),
     ],

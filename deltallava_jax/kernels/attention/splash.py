@@ -16,6 +16,9 @@ def refusal(q, k, seen) -> str | None:
     """Why the kernel cannot run on these, None where it can."""
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes float32 or bfloat16, not {q.dtype}"
+    precision = jax.config.jax_default_matmul_precision
+    if q.dtype == jnp.bfloat16 and precision not in (None, "default", "bfloat16"):
+        return f"does not compile in bfloat16 where jax_default_matmul_precision is {precision}"
     if q.shape[1] != k.shape[1] or (seen is not None and seen.segments is None):
         return "takes rows that attend to themselves, whole or causally by segments"
     if q.shape[3] % SUBLANES:
