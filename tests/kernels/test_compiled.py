@@ -30,7 +30,7 @@ MACHINES = [
 ]
 
 
-def compiled(target, scale, shards=1):
+def compiled(target, scale, shards=1, window=1):
     """The program of forward and backward, BATCH images a device."""
     targets.prepare(target)
     mesh = jax.make_mesh((shards,), ("data",), axis_types=(AxisType.Auto,), devices=targets.devices(target)[:shards])
@@ -40,7 +40,9 @@ def compiled(target, scale, shards=1):
 
     def run(q, k, v, do):
         heads = lambda x: x.reshape(*x.shape[:3], HEADS, 128)
-        attention = lambda *x: windowed_attention(*map(heads, x), implementation="pallas").reshape(q.shape)
+        attention = lambda *x: windowed_attention(*map(heads, x), window=window, implementation="pallas").reshape(
+            q.shape
+        )
         out, pull = jax.vjp(attention, q, k, v)
         return out, *pull(do)
 
@@ -56,6 +58,13 @@ def test_both_kernels_compile_at_every_budget(target, scale):
     assert sum(CALLS[target.kind] in call for call in calls) == 2, calls
     # The queries and the output may be laid out anew, keys and values not.
     assert program.memory_analysis().temp_size_in_bytes < BATCH * GRID**2 * HEADS * 128
+
+
+@pytest.mark.parametrize("scale, window", [(1, 4), (2, 2), (3, 8), (6, 2)])
+@pytest.mark.parametrize("target", [machine for machine in MACHINES if machine.values[0].kind == "v5e"])
+def test_windows_of_several_queries_compile(target, scale, window):
+    calls = re.findall(r'custom_call_target="([^"]+)"', compiled(target, scale, window=window).as_text())
+    assert sum(CALLS[target.kind] in call for call in calls) == 2, calls
 
 
 @pytest.mark.parametrize("target", MACHINES)
