@@ -5,6 +5,9 @@ the published numbers: block, position, projection, local attention, MLP. "paper
 11: refinement, position, linear projection, block, windowed attention, residual feed-forward. No parameter's shape
 depends on the scale factor s, so one set of weights serves every budget (grid / s)^2. At s = 1 the release's queries
 have one key each: the output then depends on the values alone, and the query branch gets no gradient.
+
+Keys and values by heads are never in memory where windowed attention runs in XLA (common.local_attention): the paper's
+variant reads the tower's layers as they are, the release's has k and v once, behind their GELU and LayerNorm.
 """
 
 from __future__ import annotations
