@@ -158,8 +158,9 @@ def main() -> None:
     file = RESULTS / f"{kind.replace(' ', '-').lower()}-batch-{options.batch}.json"
     result = json.loads(file.read_text()) if file.exists() else {"rows": {}}
     result |= {
-        "device": kind, "batch": options.batch, "out_width": options.out_width, "date": str(date.today()),
-        "versions": versions(), "command": " ".join(["python benchmarks/projector_speed.py", *sys.argv[1:]]),
+        "device": kind, "batch": options.batch, "out_width": options.out_width, "rounds": options.rounds,
+        "date": str(date.today()), "versions": versions(),
+        "command": " ".join(["python benchmarks/projector_speed.py", *sys.argv[1:]]),
     }  # fmt: skip
     for budget in options.budgets:
         if str(budget) not in result["rows"]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.extend.core
+from jax.sharding import PartitionSpec as P
 
 from deltallava_jax.config import Config, DecoderConfig
 from deltallava_jax.models import projectors
@@ -23,6 +24,9 @@ from deltallava_jax.training.step import TrainStep
 PASSES = ("forward", "backward", "recompute")
 # Part of the model -> its named scopes; the first one found in an operation's scopes decides.
 PARTS = {"logits": "logits", "tower": "tower", "projector": "projector", "decoder": "decoder_layers|question"}
+# Splash attention's backward kernels (jax.experimental.pallas.ops.tpu) -> the share of their products that the forward
+# pass, or the other kernel, has had: of scores, dV, dP, dK the scores, of scores, dP, dQ the former two.
+RECOMPUTED = {"splash_mha_dkv": 1 / 4, "splash_mha_dq": 2 / 3}
 Flops = dict[str, dict[str, int]]  # part -> pass -> operations; "other" for what lies in no part
 
 
@@ -83,10 +87,28 @@ def _products(jaxpr: jax.extend.core.Jaxpr, scopes: str, times: int) -> Iterator
             out_features = shapes[1][eqn.params["dimension_numbers"].rhs_spec[0]]
             yield inside, times * 2 * math.prod(shapes[2]) * math.prod(shapes[1]) // out_features
         inner = [each for value in eqn.params.values() for each in _jaxprs(value)]
+        runs = times * _runs(eqn)
         if name == "while" and any(True for each in inner for _ in _products(each, inside, 1)):
             raise ValueError(f"a while loop in {inside} has matrix products, and nobody knows how often it runs")
+        again = next((share for kernel, share in RECOMPUTED.items() if kernel in eqn.params.get("name", "")), 0)
         for each in inner:
-            yield from _products(each, inside, times * eqn.params.get("length", 1))
+            for scope, operations in _products(each, inside, runs):
+                if again and name == "pallas_call":
+                    once_more = round(operations * again)
+                    yield f"{scope}/rematted", once_more
+                    operations -= once_more
+                yield scope, operations
+
+
+def _runs(eqn: jax.extend.core.JaxprEqn) -> int:
+    """How often an operation runs the programs inside it: a scan its length, a kernel its grid, on all devices."""
+    if eqn.primitive.name == "pallas_call":
+        return math.prod(eqn.params["grid_mapping"].grid)
+    if eqn.primitive.name == "shard_map":
+        specs = jax.tree.leaves(eqn.params["in_specs"], is_leaf=lambda x: isinstance(x, P))
+        names = {name for spec in specs for axes in spec for name in (axes if isinstance(axes, tuple) else (axes,))}
+        return math.prod(eqn.params["mesh"].shape[name] for name in names if name)
+    return eqn.params.get("length", 1)
 
 
 def _jaxprs(value) -> Iterator[jax.extend.core.Jaxpr]:

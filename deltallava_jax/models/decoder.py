@@ -20,13 +20,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from deltallava_jax.config import DecoderConfig
+from deltallava_jax.kernels.attention import Seen, attention, causal
 from deltallava_jax.models.layers import (
     REMAT,
     Linear,
     OutputMajor,
     Params,
     RMSNorm,
-    attention,
     bind,
     by_rows,
     init,
@@ -76,14 +76,14 @@ class Layer(nnx.Module):
         self.down = make(cfg.mlp_width, width)
         self.head_dim = cfg.head_dim
 
-    def __call__(self, x, rotary, mask, remember=lambda k, v: (k, v)):
+    def __call__(self, x, rotary, seen: Seen, remember=lambda k, v: (k, v)):
         """x [B, Q, d] -> x. remember: takes the new keys and values, returns those that are attended to."""
         with jax.named_scope("attention"):
             y = self.attention_norm(x)
             split = lambda t: rearrange(t, "b t (h d) -> b t h d", d=self.head_dim)
             q, k, v = split(self.q(y)), split(self.k(y)), split(self.v(y))
             k, v = remember(rotate(k, rotary), v)
-            y = attention(rotate(q, rotary), k.astype(q.dtype), v.astype(q.dtype), mask)
+            y = attention(rotate(q, rotary), k.astype(q.dtype), v.astype(q.dtype), seen)
             x = x + self.o(rearrange(y, "b t h d -> b t (h d)"))
         with jax.named_scope("mlp"):
             y = self.mlp_norm(x)
@@ -146,15 +146,6 @@ def rotate(x: Float[Array, "B S H D"], rotary: tuple[Array, Array]) -> Float[Arr
     cosine, sine = rotary
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)
-
-
-def visible(queries: Int[Array, "B Q"], keys: Int[Array, "B K"], start: int | Array = 0) -> Bool[Array, "B 1 Q K"]:
-    """Mask: a query at slot start + i sees the keys up to its own slot whose segment equals its own.
-
-    start: of all rows, or [B, 1, 1] of each."""
-    Q, K = queries.shape[1], keys.shape[1]
-    causal = jnp.arange(K)[None, :] <= start + jnp.arange(Q)[:, None]
-    return ((queries[:, :, None] == keys[:, None, :]) & causal)[:, None]
 
 
 def unstacked(params: Params, cfg: DecoderConfig, dtype=None, *, donate: bool = False) -> Params:
@@ -233,27 +224,28 @@ def run(
     rotary = rotary_angles(layout.positions, cfg)
     scope = jax.named_scope(f"decoder_layers_{first}_{last}")
     if cache is None:
-        mask = visible(layout.segments, layout.segments)
+        seen = causal(layout.segments)
         if layout.branches is not None:
-            own, seen = layout.branches[:, :, None], layout.branches[:, None, :]
-            mask &= ((seen == 0) | (seen == own))[:, None]
+            own, keys = layout.branches[:, :, None], layout.branches[:, None, :]
+            seen = Seen(seen.mask & ((keys == 0) | (keys == own))[:, None])
         if isinstance(params["layers"], tuple):
             with scope:
                 for index in range(first, last):
-                    hidden = layer(params, cfg, index)(hidden, rotary, mask)
+                    hidden = layer(params, cfg, index)(hidden, rotary, seen)
                 return hidden, None
         stack = jax.tree.map(lambda x: x[first:last], params["layers"])
-        body = REMAT[remat](lambda x, layer: (by_rows(bind(Layer, cfg, layer)(by_rows(x), rotary, mask)), None))
+        body = REMAT[remat](lambda x, layer: (by_rows(bind(Layer, cfg, layer)(by_rows(x), rotary, seen)), None))
         with scope:
             return jax.lax.scan(body, hidden, stack)[0], None
     if layout.branches is not None:
         raise ValueError("branches are for whole rows; a cache holds one continuous text a row")
     new, at, Q = layout.segments > 0, cache.length, hidden.shape[1]
     live = append(cache.live, new, at)
-    seen = new if fresh else live
-    start = 0 if fresh else at[:, None, None]
-    causal = jnp.arange(seen.shape[1]) <= start + jnp.arange(Q)[:, None]
-    mask = (seen[:, None] & causal)[:, None]
+    if fresh:
+        seen = causal(new.astype(jnp.int32))
+    else:
+        before = jnp.arange(live.shape[1]) <= at[:, None, None] + jnp.arange(Q)[:, None]
+        seen = Seen((live[:, None] & before)[:, None])
     written = []
 
     def remember(k, v):
@@ -263,7 +255,7 @@ def run(
 
     with scope:
         for index in range(first, last):
-            hidden = layer(params, cfg, index)(hidden, rotary, mask, remember)
+            hidden = layer(params, cfg, index)(hidden, rotary, seen, remember)
     k, v = zip(*written) if written else ((), ())
     used = jnp.where(new.any(1), Q - jnp.argmax(new[:, ::-1], axis=1), 0).astype(jnp.int32)
     return hidden, Cache(k, v, live, at + used)
@@ -287,7 +279,8 @@ def attention_row(
     k = rotate(split(block.k(y)), rotary)
     q = rearrange(q, "b 1 (g r) d -> b g r d", g=cfg.kv_heads)
     scores = jnp.einsum("bgrd,bsgd->bgrs", q, k, preferred_element_type=jnp.float32) * cfg.head_dim**-0.5
-    seen = visible(at(layout.segments), layout.segments, slot[:, None, None])
+    before = jnp.arange(layout.segments.shape[1]) <= slot[:, None]
+    seen = (before & (layout.segments == at(layout.segments)))[:, None, None]
     return jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).mean((1, 2))
 
 

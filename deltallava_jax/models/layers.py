@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from deltallava_jax.config import ROW_AXES
 
@@ -146,16 +146,6 @@ class RMSNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
         return (y * self.scale[...]).astype(x.dtype)
-
-
-def attention(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B K G D"],
-    v: Float[Array, "B K G D"],
-    mask: Bool[Array, "B 1 Q K"] | None = None,
-) -> Float[Array, "B Q H D"]:
-    """Dense attention, softmax in float32; H may be a multiple of the key heads G. The one dense call site."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
 def masked_attention(

@@ -13,12 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from deltallava_jax.config import ConfigError, VisionConfig
+from deltallava_jax.kernels.attention import attention
 from deltallava_jax.models.layers import (
     REMAT,
     LayerNorm,
     Linear,
     Params,
-    attention,
     bind,
     by_rows,
     init,

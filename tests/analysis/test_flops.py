@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from deltallava_jax import kernels
 from deltallava_jax.analysis import flops
 from deltallava_jax.analysis.plan import compiler_flops, unrolled
 from deltallava_jax.config import DecoderConfig, OptimizerConfig, VisionConfig
+from deltallava_jax.kernels.attention import dispatch
 from deltallava_jax.models import decoder, vision
 from deltallava_jax.parallel.mesh import make_mesh
 from deltallava_jax.sequence import text_layout
@@ -52,6 +54,36 @@ def test_decoder_is_its_formula():
     assert counted["logits"]["forward"] == ROWS * 2 * SLOTS * 64 * 96
     # Of SLOTS^2 pairs a causal mask leaves SLOTS (SLOTS + 1) / 2.
     assert 3 * attention - flops.masked(cfg, SLOTS) == 3 * 2 * 2 * (SLOTS * (SLOTS + 1) // 2) * 64
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)])
+def test_splash_attention_counts_as_dense_attention(monkeypatch, remat, mesh):
+    """On a mesh too. What its backward kernels compute again is three products of the scores' size."""
+    cfg, slots = dataclasses.replace(GROUPED, layers=1), 128
+
+    def loss(params, hidden):
+        places = jnp.broadcast_to(jnp.arange(slots), (ROWS, slots))
+        return decoder.run(params, cfg, hidden, text_layout(places, jnp.ones_like(places)), remat=remat)[0].sum()
+
+    params = jax.eval_shape(lambda: decoder.init_params(cfg, jax.random.key(0)))
+    hidden = jax.ShapeDtypeStruct((ROWS, slots, 64), jnp.float32)
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    devices = jax.devices()[: mesh[1] * mesh[2]]
+
+    def count():
+        with jax.set_mesh(jax.make_mesh(mesh, ("data", "fsdp", "tensor"), axis_types=axis_types, devices=devices)):
+            program = jax.make_jaxpr(lambda *x: jax.value_and_grad(loss, (0, 1))(*x))(params, hidden)
+        return flops.traced(program)["decoder"], str(program).count("pallas_call")
+
+    expected, _ = count()
+    monkeypatch.setattr(kernels.devices, "device", lambda: ("tpu", "a kind"))
+    monkeypatch.setitem(dispatch.AUTOMATIC, "tpu", ("splash", slots))
+    found, calls = count()
+    assert calls == {"none": 3, "full": 4}[remat]
+    product = ROWS * 2 * slots * slots * 64
+    expected["recompute"] += 3 * product
+    assert found == pytest.approx(expected, rel=1e-3)  # a row's sum of output times gradient is a product here
 
 
 def test_tower_is_its_formula():

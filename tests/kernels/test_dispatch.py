@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from windows import draw
 
+from deltallava_jax.kernels import devices
 from deltallava_jax.kernels.windowed_attention import dispatch, reference, windowed_attention
 
 
@@ -23,9 +24,9 @@ def on(monkeypatch):
         return reference.windowed_attention(q, k, v, window=window)
 
     def device(platform, kind):
-        monkeypatch.setattr(dispatch, "_device", lambda: (platform, kind))
+        monkeypatch.setattr(devices, "device", lambda: (platform, kind))
         monkeypatch.setattr(dispatch, "attend", attend)
-        dispatch._say.cache_clear()
+        devices.say.cache_clear()
         return calls
 
     return device

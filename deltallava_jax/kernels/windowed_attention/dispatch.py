@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import logging
-import math
 
-import jax
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from deltallava_jax.config import ROW_AXES
+from deltallava_jax.kernels import devices
 from deltallava_jax.kernels.windowed_attention import reference
 from deltallava_jax.kernels.windowed_attention.vjp import attend
 
@@ -42,10 +36,11 @@ def windowed_attention(
         raise ValueError(f'implementation={implementation!r}; expected "xla", "pallas" or None')
     if (implementation or choose(q, k, window)) == "xla":
         return reference.windowed_attention(q, k, v, window=window)
-    platform, kind = _device()
+    platform, kind = devices.device()
     if reason := refusal(platform, kind, q, k, window):
         raise ValueError(f'implementation="pallas": {reason}')
-    return _by_shard(lambda q, k, v: attend(_backend(platform), q, k, v, window))(q, k, v)
+    run = lambda q, k, v: attend(_backend(platform), q, k, v, window)
+    return devices.per_device(run, devices.rows_spec(), devices.rows_spec())(q, k, v)
 
 
 def refusal(platform: str, kind: str, q, k, window: int) -> str | None:
@@ -56,55 +51,28 @@ def refusal(platform: str, kind: str, q, k, window: int) -> str | None:
         return f"the GPU kernel needs a GPU from Hopper on, not {kind}"
     if q.dtype != k.dtype or q.shape[3] != k.shape[3]:
         return "the kernels take queries and keys of one dtype and as many heads"
-    if shards := _row_shards():
-        if q.shape[0] % shards:
-            return f"a batch of {q.shape[0]} does not divide over {shards} devices"
+    if reason := devices.indivisible(q.shape[0]):
+        return reason
     return _backend(platform).refusal(q, k, window)
 
 
 def choose(q, k, window: int) -> str:
     """The automatic choice for arrays of these shapes and dtypes, "xla" or "pallas"; what it gives up is said once."""
-    platform, kind = _device()
+    platform, kind = devices.device()
     if platform not in ("tpu", "gpu"):
         return "xla"
     if kind not in MEASURED:
-        _say(f"windowed attention runs in XLA: its kernel has not been measured on {kind} (benchmarks/kernels.py)")
+        devices.say(
+            f"windowed attention runs in XLA: its kernel has not been measured on {kind} (benchmarks/kernels.py)"
+        )
         return "xla"
     if (window * (k.shape[1] // q.shape[1])) ** 2 not in MEASURED[kind]:
         return "xla"
     if reason := refusal(platform, kind, q, k, window):
-        _say(f"windowed attention runs in XLA: {reason}")
+        devices.say(f"windowed attention runs in XLA: {reason}")
         return "xla"
     return "pallas"
 
 
-@functools.lru_cache(maxsize=64)
-def _say(message: str) -> None:
-    """Logs a message once."""
-    logging.getLogger(__name__).warning(message)
-
-
-def _device() -> tuple[str, str]:
-    """(platform, kind) of the devices that are compiled for."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return device.platform, device.device_kind
-
-
 def _backend(platform: str):
     return importlib.import_module(f"deltallava_jax.kernels.windowed_attention.{platform}")
-
-
-def _row_shards() -> int:
-    """Devices that share the batch where the kernel has to be divided among them by hand, else 0."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
-        return 0
-    return math.prod(size for name, size in mesh.shape.items() if name in ROW_AXES)
-
-
-def _by_shard(function):
-    """``function`` of batches on each device's own part: XLA cannot divide a kernel that it does not know."""
-    if not _row_shards():
-        return function
-    rows = P(tuple(name for name in jax.sharding.get_abstract_mesh().axis_names if name in ROW_AXES))
-    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)

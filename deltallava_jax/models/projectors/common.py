@@ -9,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.kernels.attention import attention
 from deltallava_jax.kernels.windowed_attention import choose, windowed_attention
-from deltallava_jax.models.layers import Linear, attention, resize_grid, sincos_table, trunc_normal, xavier_uniform
+from deltallava_jax.models.layers import Linear, resize_grid, sincos_table, trunc_normal, xavier_uniform
 from deltallava_jax.models.names import Entry, linear
 from deltallava_jax.models.vision import Needs
 

@@ -5,6 +5,9 @@ the published numbers: block, position, projection, local attention, MLP. "paper
 11: refinement, position, linear projection, block, windowed attention, residual feed-forward. No parameter's shape
 depends on the scale factor s, so one set of weights serves every budget (grid / s)^2. At s = 1 the release's queries
 have one key each: the output then depends on the values alone, and the query branch gets no gradient.
+
+Keys and values by heads are never in memory where windowed attention runs in XLA (common.local_attention): the paper's
+variant reads the tower's layers as they are, the release's has k and v once, behind their GELU and LayerNorm.
 """
 
 from __future__ import annotations
@@ -16,10 +19,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.kernels.attention import attention
 from deltallava_jax.models.layers import (
     LayerNorm,
     Linear,
-    attention,
     drop_path,
     gelu,
     resize_grid,
@@ -81,8 +84,7 @@ class SelfAttention(nnx.Module):
 class ConvAttention(nnx.Module):
     """MHCA: grouped 3x3 convolution, LayerNorm, ReLU, 1x1 convolution; no biases.
 
-    The convolution is one matrix product over the nine shifted copies: XLA's grouped convolution is far slower on
-    CPU. Release: groups of block_head_dim channels; paper: depthwise."""
+    Release: groups of block_head_dim channels; paper: depthwise."""
 
     def __init__(self, width: int, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
         group = cfg.block_head_dim if cfg.variant == "release" else 1
@@ -91,17 +93,19 @@ class ConvAttention(nnx.Module):
         self.projection = Linear(width, width, bias=False, kernel_init=torch_default(width), rngs=rngs)
 
     def __call__(self, x: Float[Array, "n g g C"]) -> Float[Array, "n g g C"]:
-        n, h, w, width = x.shape
-        kernel = rearrange(self.kernel[...].astype(x.dtype), "p q i (g o) -> g (p q i) o", g=width // self.group)
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifted = jnp.stack([padded[:, p : p + h, q : q + w] for p in range(3) for q in range(3)])
-        patches = rearrange(shifted, "t n h w (g i) -> n h w g (t i)", i=self.group)
-        y = jnp.einsum("nhwgi,gio->nhwgo", patches, kernel)
-        return self.projection(jax.nn.relu(self.norm(y.reshape(n, h, w, width))))
+        y = grouped_convolution(x, self.kernel[...].astype(x.dtype))
+        return self.projection(jax.nn.relu(self.norm(y)))
 
-    @property
-    def group(self) -> int:
-        return self.kernel.shape[2]
+
+def grouped_convolution(x: Float[Array, "n h w C"], kernel: Float[Array, "3 3 i C"]) -> Float[Array, "n h w C"]:
+    """A 3x3 convolution over groups of i channels, zeros around the grid: a matrix product a group over the nine
+    shifted copies. XLA's grouped convolution is far slower on CPUs (benchmarks/projector_parts.py)."""
+    (n, h, w, width), group = x.shape, kernel.shape[2]
+    kernel = rearrange(kernel, "p q i (g o) -> g (p q i) o", g=width // group)
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = jnp.stack([padded[:, p : p + h, q : q + w] for p in range(3) for q in range(3)])
+    patches = rearrange(shifted, "t n h w (g i) -> n h w g (t i)", i=group)
+    return jnp.einsum("nhwgi,gio->nhwgo", patches, kernel).reshape(n, h, w, width)
 
 
 class Block(nnx.Module):

@@ -13,7 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from deltallava_jax.config import ConfigError, ProjectorConfig
-from deltallava_jax.models.layers import LayerNorm, Linear, attention, normal, trunc_normal, xavier_uniform
+from deltallava_jax.kernels.attention import attention
+from deltallava_jax.models.layers import LayerNorm, Linear, normal, trunc_normal, xavier_uniform
 from deltallava_jax.models.names import Entry, linear, norm
 from deltallava_jax.models.projectors import common
 from deltallava_jax.models.vision import Needs, VisionFeatures

@@ -1,0 +1,32 @@
+"""cuDNN's flash attention. It has no segments through JAX: what a query sees is told by the mask, one for all heads,
+and the scores are still never in memory. With a mask, cuDNN's backward pass has given NaN for lengths of 64 beyond a
+multiple of 128, so lengths are padded to whole multiples."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.nn import dot_product_attention
+
+BLOCK = 128
+MAX_WIDTH = 128  # of a head, on any GPU
+
+
+def refusal(q, k, seen) -> str | None:
+    """Why the kernel cannot run on these, None where it can."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 or float16, not {q.dtype}"
+    if q.shape[3] % 8 or q.shape[3] > MAX_WIDTH:
+        return f"takes heads of a multiple of 8 up to {MAX_WIDTH}, not {q.shape[3]}"
+    return None
+
+
+def attend(q, k, v, seen):
+    """Shapes as in dispatch.attention."""
+    if seen is None:
+        return dot_product_attention(q, k, v, implementation="cudnn")
+    more = lambda x, axis: -x.shape[axis] % BLOCK
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, more(x, 1)), (0, 0), (0, 0)))
+    # A query that sees nothing would be NaN: those of the padding see all real keys.
+    mask = jnp.pad(seen.mask, ((0, 0), (0, 0), (0, more(seen.mask, 2)), (0, 0)), constant_values=True)
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, more(mask, 3))))
+    return dot_product_attention(*map(pad, (q, k, v)), mask=mask, implementation="cudnn")[:, : q.shape[1]]

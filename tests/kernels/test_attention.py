@@ -1,0 +1,199 @@
+"""Dense attention: splash attention on a CPU against float64 and XLA's form, who sees whom, and which one is chosen."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deltallava_jax.config import DecoderConfig
+from deltallava_jax.kernels import devices
+from deltallava_jax.kernels.attention import Seen, attention, causal, cudnn, dispatch, splash
+from deltallava_jax.models import decoder
+from deltallava_jax.sequence import text_layout
+
+SEGMENTS = np.array([[1] * 70 + [2] * 60 + [0] * 20, [1] * 40 + [2] * 9 + [3] * 101])  # 150 slots: 256 with padding
+
+
+def draw(rows=2, length=150, heads=4, key_heads=2, width=128, dtype="float32"):
+    """q, k, v and the output's gradient."""
+    rng = np.random.default_rng(0)
+    counts = heads, key_heads, key_heads, heads
+    return [jnp.asarray(rng.standard_normal((rows, length, n, width)), dtype) for n in counts]
+
+
+def both(function):
+    """(output, dq, dk, dv) of ``function(q, k, v)``."""
+
+    def run(q, k, v, do):
+        out, pull = jax.vjp(function, q, k, v)
+        return out, *pull(do)
+
+    return jax.jit(run)
+
+
+def in_float64(q, k, v, do, seen):
+    """(output, dq, dk, dv), a head and a row at a time; seen [B, Q, K]."""
+    q, k, v, do = (np.asarray(x).astype(np.float64) for x in (q, k, v, do))
+    out, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
+    scale, share = q.shape[-1] ** -0.5, q.shape[2] // k.shape[2]
+    for b, h in np.ndindex(q.shape[0], q.shape[2]):
+        at, key = (b, slice(None), h), (b, slice(None), h // share)
+        scores = np.where(seen[b], q[at] @ k[key].T * scale, -np.inf)
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        weights /= weights.sum(1, keepdims=True)
+        d_weights = do[at] @ v[key].T
+        d_scores = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True)) * scale
+        out[at], dq[at] = weights @ v[key], d_scores @ k[key]
+        dk[key] += d_scores.T @ q[at]
+        dv[key] += weights.T @ do[at]
+    return out, dq, dk, dv
+
+
+interpreted = functools.partial(splash.attend, interpret=True)
+
+
+@pytest.mark.parametrize("form", ["splash", "xla"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("packed", [True, False])
+def test_equals_float64(form, dtype, tolerance, packed):
+    arrays, seen = draw(dtype=dtype), causal(jnp.asarray(SEGMENTS)) if packed else None
+    attend = interpreted if form == "splash" else attention
+    found = both(lambda q, k, v: attend(q, k, v, seen))(*arrays)
+    sees = np.ones((2, 150, 150), bool)
+    if packed:
+        sees = np.tril(SEGMENTS[:, :, None] == SEGMENTS[:, None, :])
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, in_float64(*arrays, sees)):
+        scale = max(1.0, np.abs(b).max() / 4)  # bfloat16 sums of many values round by their size
+        np.testing.assert_allclose(np.asarray(a, float), b, atol=tolerance * scale, rtol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("form", ["splash", "xla"])
+def test_segments_do_not_see_each_other(form):
+    q, k, v, do = draw(rows=1, length=256)
+    segments = np.array([[1] * 100 + [2] * 90 + [0] * 66])
+    attend = interpreted if form == "splash" else attention
+    run = both(lambda q, k, v: attend(q, k, v, causal(jnp.asarray(segments))))
+    other = (segments == 2)[..., None, None]
+    before, after = run(q, k, v, do), run(*(jnp.where(other, -3 * x, x) for x in (q, k, v, do)))
+    for a, b in zip(before, after):
+        np.testing.assert_array_equal(a[segments != 2], b[segments != 2])
+        assert np.abs(a - b)[segments == 2].max() > 0.1
+
+
+def on(monkeypatch, platform="tpu"):
+    """Makes the dispatch believe in a device, and splash attention run on a CPU."""
+    monkeypatch.setattr(devices, "device", lambda: (platform, "a kind"))
+    monkeypatch.setattr(splash, "attend", interpreted)
+    devices.say.cache_clear()
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)])
+def test_a_mesh_divides_the_kernel(sizes, monkeypatch):
+    arrays, segments = draw(rows=8, length=128, heads=4, key_heads=2), jnp.asarray(np.tile(SEGMENTS[:, :128], (4, 1)))
+    whole = both(lambda q, k, v: interpreted(q, k, v, causal(segments)))(*arrays)
+    on(monkeypatch)
+    mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        run = both(lambda q, k, v: attention(q, k, v, causal(segments), implementation="splash"))
+        program = run.lower(*arrays).as_text()
+        divided = run(*arrays)
+    rows, heads = 8 // (sizes[0] * sizes[1]), 4 // sizes[2]
+    assert f"tensor<{rows}x{heads}x128x128xf32>" in program  # of one device, as the kernel takes them
+    for a, b in zip(whole, divided):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_decoder_through_splash_attention(monkeypatch):
+    cfg = DecoderConfig(vocab_size=50, width=256, layers=2, heads=2, kv_heads=1, mlp_width=64)
+    params = decoder.init_params(cfg, jax.random.key(0))
+    hidden = jax.random.normal(jax.random.key(1), (2, 150, 256))
+    places = np.tril(SEGMENTS[:, :, None] == SEGMENTS[:, None, :]).sum(-1) - 1
+    rows = text_layout(jnp.asarray(places), jnp.asarray(SEGMENTS))
+    live = (SEGMENTS > 0)[..., None]
+
+    def loss(params, hidden):
+        return jnp.square(jnp.where(live, decoder.run(params, cfg, hidden, rows, remat="full")[0], 0)).mean()
+
+    step = lambda: jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, hidden)
+    expected = step()
+    on(monkeypatch)
+    monkeypatch.setitem(dispatch.AUTOMATIC, "tpu", ("splash", 100))
+    loss_, gradients = jax.tree.map(np.asarray, step())
+    np.testing.assert_allclose(loss_, expected[0], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+def test_what_cudnn_is_given(monkeypatch):
+    """Lengths of whole multiples of 128, no query without a key, and the same output."""
+    given = []
+
+    def record(q, k, v, mask=None, implementation=None):
+        given.append((q.shape[1], k.shape[1], mask, implementation))
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+
+    q, k, v, _ = draw(length=192)
+    segments = jnp.asarray(np.pad(SEGMENTS, ((0, 0), (0, 42))))
+    expected = attention(q, k, v, causal(segments))
+    monkeypatch.setattr(cudnn, "dot_product_attention", record)
+    found = cudnn.attend(q, k, v, causal(segments))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    (queries, keys, mask, implementation), *_ = given
+    assert (queries, keys, implementation) == (256, 256, "cudnn") and mask.any(-1).all()
+
+
+def test_the_choice(monkeypatch, caplog):
+    q, k, v, _ = draw(rows=1, length=1024, heads=1, key_heads=1)
+    seen = causal(jnp.ones((1, 1024), jnp.int32))
+    assert dispatch.choose(q, k, seen) == "xla"
+    on(monkeypatch)
+    assert dispatch.choose(q, k, seen) == dispatch.choose(q, k, None) == "splash"
+    assert dispatch.choose(q[:, :512], k[:, :512], seen) == "xla"
+    assert dispatch.choose(q[:, :1], k, Seen(seen.mask[:, :, :1])) == "xla"  # a token that is decoded
+    assert not caplog.records
+    for _ in range(2):
+        assert dispatch.choose(q[..., :20], k[..., :20], seen) == "xla"
+    assert [record.message for record in caplog.records] == [
+        "attention of 1024 slots runs in XLA: splash takes heads of a multiple of 8, not 20"
+    ]
+
+
+@pytest.mark.parametrize(
+    "platform, name, change, message",
+    [
+        ("cpu", "splash", {}, "runs on a tpu, not on a cpu"),
+        ("tpu", "cudnn", {}, "runs on a gpu, not on a tpu"),
+        ("tpu", "splash", {"width": 20}, "heads of a multiple of 8, not 20"),
+        ("tpu", "splash", {"dtype": "float16"}, "float32 or bfloat16, not float16"),
+        ("tpu", "splash", {"seen": Seen(jnp.ones((2, 1, 150, 150), bool))}, "rows that attend to themselves"),
+        ("tpu", "splash", {"dtype": "bfloat16"}, "where jax_default_matmul_precision is highest"),  # as in these tests
+        ("gpu", "cudnn", {}, "bfloat16 or float16, not float32"),
+        ("gpu", "cudnn", {"dtype": "bfloat16", "width": 256}, "a multiple of 8 up to 128, not 256"),
+    ],
+)
+def test_what_cannot_run_is_refused(monkeypatch, platform, name, change, message):
+    on(monkeypatch, platform)
+    seen = change.pop("seen", None)
+    q, k, v, _ = draw(**change)
+    with pytest.raises(ValueError, match=f'implementation="{name}": .*{message}') as error:
+        attention(q, k, v, seen, implementation=name)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_and_heads_that_do_not_divide_are_refused(monkeypatch):
+    on(monkeypatch)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        for shape, message in (
+            ({"rows": 3}, "a batch of 3 does not divide over 4 devices"),
+            ({"rows": 4, "key_heads": 1}, "1 heads do not divide over 2 devices"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                attention(*draw(**shape)[:3], implementation="splash")
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="expected xla, splash, cudnn or None"):
+        attention(*draw()[:3], implementation="triton")
