@@ -58,7 +58,11 @@ def page() -> str:
         budgets(runs),
         ablations(runs),
         step_times(),
+<<<<<<< HEAD
         *report_speed.parts(),
+=======
+        soak(),
+>>>>>>> scale
         report_efficiency.efficiency(),
         report_efficiency.heat_maps(),
         report_speed.WHOSE,
@@ -185,6 +189,24 @@ def step_times() -> str:
     return (
         f"## Step times\n\n`{found['command']}`, {found['hardware']}: a train step by question, in turns with the\n"
         f"MLP's in the same process, medians.\n\n{table(head, rows)}"
+    )
+
+
+def soak() -> str:
+    """What became of a training that was killed again and again; "" without the file."""
+    file = RESULTS / "soak.json"
+    if not file.exists():
+        return ""
+    run = json.loads(file.read_text())
+    same = run["parameters_equal_to_the_bit"] and run["losses_equal_to_the_bit"]
+    which = "those" if same else "**not** those"
+    before, after = run["memory_mib_after_a_quarter_and_at_the_end"]
+    return (
+        "## A training that is killed\n\n"
+        f"{run['steps']:,} steps of a tiny model with a checkpoint every {run['checkpoint_every']}, killed "
+        f"{len(run['killed_after_steps'])} times at random and\nstarted again (`{run['command']}`, {run['hardware']}): "
+        f"all losses and the final parameters are\n{which} of the undisturbed run, bit for bit. "
+        f"The undisturbed process held {before:,} MiB after a quarter of\nthe steps and {after:,} MiB at the end."
     )
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +74,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "soak.json")
     options = parser.parse_args()
+    import jax
+
     with tempfile.TemporaryDirectory() as folder:
         alone, disturbed = Path(folder) / "alone", Path(folder) / "killed"
         assert start(alone, options).wait() == 0
@@ -81,6 +85,10 @@ def main() -> None:
         tail = np.array([pair for pair in memory if pair[0] > options.steps // 4])  # after the warming up
         slope, _ = np.polyfit(tail[:, 0], tail[:, 1], 1)
         result = {
+            "date": str(date.today()),
+            "command": " ".join(["python benchmarks/soak.py", *sys.argv[1:]]),
+            "hardware": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} CPU cores",
+            "versions": {"python": platform.python_version(), "jax": jax.__version__},
             "steps": options.steps,
             "checkpoint_every": options.every,
             "killed_after_steps": left,
@@ -91,7 +99,6 @@ def main() -> None:
             == [line["loss"] for line in records(disturbed)],
             "memory_mib_after_a_quarter_and_at_the_end": [round(float(tail[0, 1]), 1), round(float(tail[-1, 1]), 1)],
             "memory_growth_mib_per_1000_steps": round(float(slope) * 1000, 2),
-            "cpus": os.cpu_count(),
         }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -139,12 +139,31 @@ def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> i
     """Iterations of a while loop. Raises ValueError where neither the loop nor its condition tells."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known.group(1))
-    condition = re.search(r"condition=%?([\w.-]+)", loop.rest).group(1)
-    # A counted loop: from 0 in steps of 1, while less than the one constant.
-    limits = {int(i.rest.split(")")[0]) for i in computations[condition] if i.opcode == "constant" and "[]" in i.shape}
-    if len(limits) != 1:
-        raise ValueError(f"the loop {loop.name} does not say how often it runs: {condition} compares with {limits}")
-    return limits.pop()
+    name = lambda key: re.search(rf"{key}=%?([\w.-]+)", loop.rest).group(1)
+    condition, body = ({i.name: i for i in computations[name(key)]} for key in ("condition", "body"))
+    # A counted loop: from 0 while less than the condition's one constant, in steps of what the body adds to the counter
+    # that the condition reads; the TPU compiler takes two steps at once in loops of its own.
+    limits = {_integer(i) for i in condition.values() if _integer(i) is not None}
+    counters = {m.group(1) for i in condition.values() if (m := re.search(r"index=(\d+)", i.rest))}
+    after = next(_operands(i) for i in body.values() if i.root)
+    added = [body[after[int(index)]] for index in counters] if len(counters) == 1 else []
+    steps = {_integer(body[o]) for i in added if i.opcode == "add" for o in _operands(i)} - {None}
+    if len(limits) != 1 or len(steps) != 1:
+        raise ValueError(
+            f"the loop {loop.name} does not say how often it runs: {name('condition')} compares with {limits}, "
+            f"the body adds {steps}"
+        )
+    return -(-limits.pop() // steps.pop())
+
+
+def _integer(each: _Instruction) -> int | None:
+    """The value of a constant whole number, else None."""
+    known = each.opcode == "constant" and re.match(r"[su]\d+\[\]", each.shape)
+    return int(each.rest.split(")")[0]) if known else None
+
+
+def _operands(each: _Instruction) -> list[str]:
+    return re.findall(r"%([\w.-]+)", each.rest.split(")")[0])
 
 
 def _result(each: _Instruction) -> str:

@@ -27,7 +27,7 @@ from deltallava_jax.config import Config, MeshConfig
 from deltallava_jax.data.packing import plan_for
 from deltallava_jax.models import projectors
 from deltallava_jax.models.names import flatten
-from deltallava_jax.parallel.mesh import AXES, make_mesh
+from deltallava_jax.parallel.mesh import AXES, compiler_options, make_mesh
 from deltallava_jax.training.step import TrainState, TrainStep, batch_shapes
 
 MIB = 2**20
@@ -90,7 +90,7 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
     with compiler_output() as output:
         began = time.monotonic()
         lowered = traced.lower()
-        program, used = compile_or_size(lowered)
+        program, used = compile_or_size(lowered, compiler_options(mesh))
         seconds = time.monotonic() - began
     counted = None
     if count:
@@ -133,10 +133,10 @@ def first_batch(cfg: Config, text: int) -> tuple[int, int, int, int]:
     return budget, first.text, first.images, sum(map(len, first.rows))
 
 
-def compile_or_size(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, int]:
+def compile_or_size(lowered: jax.stages.Lowered, options: dict[str, str]) -> tuple[jax.stages.Compiled | None, int]:
     """(program, 0), or (None, bytes that it would need) where the TPU compiler refuses a program for its size."""
     try:
-        return lowered.compile(), 0
+        return lowered.compile(options), 0
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not used:

@@ -100,7 +100,11 @@ def test_a_wrapped_asynchronous_collective_is_counted_where_it_is():
 LOOP = """%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
   %fa = (f32[8]{0}, f32[64]{0}) fusion(%x), kind=kOutput, calls=%start
   %fb = f32[64]{0} fusion(%y), kind=kOutput, calls=%end
-  ROOT %o = (s32[], f32[8]) tuple(%i, %z)
+  %t = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %step = s32[]{:T(128)} constant(1)
+  %next = s32[] add(%i, %step)
+  ROOT %o = (s32[], f32[8]) tuple(%next, %z)
 }
 
 %start (x: f32[8]) -> (f32[8], f32[64]) {
@@ -118,6 +122,7 @@ LOOP = """%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
 
 %condition (t: (s32[], f32[8])) -> pred[] {
   %limit = s32[]{:T(128)} constant(24)
+  %i = s32[] get-tuple-element(%t), index=0
   ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
 }
 """  # noqa: E501
@@ -135,5 +140,8 @@ def test_the_tpu_compilers_forms():
     assert (scatter.count, scatter.bytes) == (1, 32) and len(found) == 2
     known = text.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
     assert [one.count for one in collectives(known, 8) if one.kind == "all-gather"] == [3]
-    with pytest.raises(ValueError, match="does not say how often"):
-        collectives(text.replace("constant(24)", "parameter(0)"), 8)
+    double = text.replace("constant(1)", "constant(2)")  # as in loops over the shards of a product
+    assert [one.count for one in collectives(double, 8) if one.kind == "all-gather"] == [12]
+    for unknown in (text.replace("constant(24)", "parameter(0)"), text.replace("constant(1)", "parameter(1)")):
+        with pytest.raises(ValueError, match="does not say how often"):
+            collectives(unknown, 8)

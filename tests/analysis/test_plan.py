@@ -83,19 +83,19 @@ def test_a_model_with_parts_missing_is_refused():
 
 def test_a_program_that_the_tpu_compiler_refuses_is_read_from_its_message():
     class Refused:
-        def compile(self):
+        def compile(self, options):
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
                 "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
             )
 
     class Broken:
-        def compile(self):
+        def compile(self, options):
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    assert plan.compile_or_size(Refused()) == (None, int(20.5 * 2**30))
+    assert plan.compile_or_size(Refused(), {}) == (None, int(20.5 * 2**30))
     with pytest.raises(jax.errors.JaxRuntimeError):
-        plan.compile_or_size(Broken())
+        plan.compile_or_size(Broken(), {})
 
 
 # ------------------------------------------------------------------ the door

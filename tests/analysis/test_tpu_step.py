@@ -5,13 +5,16 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from deltallava_jax.analysis import plan, targets
-from deltallava_jax.analysis.collectives import collectives
+from deltallava_jax.analysis.collectives import collectives, summary
 from deltallava_jax.config import DecoderConfig, MeshConfig, compose
 from deltallava_jax.models.names import flatten
-from deltallava_jax.parallel.mesh import make_mesh
+from deltallava_jax.parallel.mesh import ROWS, compiler_options, make_mesh
 from deltallava_jax.training.step import TrainStep, batch_shapes
 from tests import tiny
 
@@ -76,3 +79,16 @@ def test_the_optimizer_lies_as_its_parameters(compiled):
             assert given.is_equivalent_to(wanted.sharding, wanted.ndim)
     sharded = [leaf for leaf in parameters.values() if math.prod(leaf.shape) >= 2**16]
     assert sharded and all(not leaf.sharding.is_fully_replicated for leaf in sharded)
+
+
+def test_weights_are_gathered_before_a_large_product(compiled):
+    mesh, width = compiled[0].mesh, 4096
+    shape = lambda rows, spec: jax.ShapeDtypeStruct((rows, width), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    lowered = jax.jit(jnp.matmul).lower(shape(8 * width, ROWS), shape(width, P("fsdp")))
+    with plan.compiler_output():
+        ours, default = (lowered.compile(options).as_text() for options in (compiler_options(mesh), {}))
+    weights = 2 * width**2
+    assert summary(collectives(ours, 8)) == [dict(kind="all-gather", count=1, bytes=weights)]
+    # What the compiler does by default: shards go round. They are counted as often as they are sent.
+    (one,) = summary(collectives(default, 8))
+    assert one["kind"] == "collective-permute" and 7 / 8 * weights <= one["bytes"] <= 9 / 8 * weights
