@@ -58,11 +58,8 @@ def page() -> str:
         budgets(runs),
         ablations(runs),
         step_times(),
-<<<<<<< HEAD
         *report_speed.parts(),
-=======
         soak(),
->>>>>>> scale
         report_efficiency.efficiency(),
         report_efficiency.heat_maps(),
         report_speed.WHOSE,
