@@ -147,6 +147,7 @@ def test_what_cudnn_is_given(monkeypatch):
 def test_the_choice(monkeypatch, caplog):
     q, k, v, _ = draw(rows=1, length=1024, heads=1, key_heads=1)
     seen = causal(jnp.ones((1, 1024), jnp.int32))
+    monkeypatch.setitem(dispatch.AUTOMATIC, "tpu", ("splash", 1024))
     assert dispatch.choose(q, k, seen) == "xla"
     on(monkeypatch)
     assert dispatch.choose(q, k, seen) == dispatch.choose(q, k, None) == "splash"

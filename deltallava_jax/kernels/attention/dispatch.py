@@ -13,9 +13,9 @@ from deltallava_jax.kernels import devices
 
 KERNELS = {"splash": "tpu", "cudnn": "gpu"}
 IMPLEMENTATIONS = ("xla", *KERNELS)
-# Platform -> the kernel that is taken by itself, from so many keys on. XLA's form keeps the scores of all heads in
-# memory, splash attention none (benchmarks/results/kernels/compiled-v5e.json has both). cuDNN has not run yet.
-AUTOMATIC = {"tpu": ("splash", 1024)}
+# Platform -> the kernel that is taken by itself, from so many keys on: {"tpu": ("splash", 1024)} once it has run on one
+# (benchmarks/kernels.py). XLA's form keeps the scores of all heads in memory, the kernels none.
+AUTOMATIC: dict[str, tuple[str, int]] = {}
 
 
 @jax.tree_util.register_dataclass
@@ -47,9 +47,9 @@ def attention(
     """Attention with scale D**-0.5, softmax in float32; H may be a multiple of the key heads G. seen: None for all.
 
     implementation: "xla"; "splash" on a TPU, for rows that attend to themselves, whole or by segments; "cudnn" on an
-    NVIDIA GPU, in half precision; None: the platform's kernel for long rows where it can run, else XLA, which is said
-    once. The platform is that of the mesh in use, so that of a machine compiled for. Under a mesh the kernels run on
-    each device's own rows and heads.
+    NVIDIA GPU, in half precision; None: the platform's kernel of AUTOMATIC for long rows where it can run, else XLA,
+    which is said once. The platform is that of the mesh in use, so that of a machine compiled for. Under a mesh the
+    kernels run on each device's own rows and heads.
 
     Raises ValueError where a kernel that is asked for by name cannot run."""
     if implementation not in (None, *IMPLEMENTATIONS):
