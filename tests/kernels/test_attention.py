@@ -126,22 +126,23 @@ def test_a_decoder_through_splash_attention(monkeypatch):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
-def test_what_cudnn_is_given(monkeypatch):
-    """Lengths of whole multiples of 128, no query without a key, and the same output."""
+@pytest.mark.parametrize("packed, length, whole", [(True, 192, 256), (False, 149, 150), (False, 150, 150)])
+def test_what_cudnn_is_given(monkeypatch, packed, length, whole):
+    """With a mask lengths of whole multiples of 128, else even ones, no query without a key, and the same output."""
     given = []
 
-    def record(q, k, v, mask=None, implementation=None):
+    def record(q, k, v, mask=None, implementation=None, **lengths):
         given.append((q.shape[1], k.shape[1], mask, implementation))
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, **lengths, implementation="xla")
 
-    q, k, v, _ = draw(length=192)
-    segments = jnp.asarray(np.pad(SEGMENTS, ((0, 0), (0, 42))))
-    expected = attention(q, k, v, causal(segments))
+    q, k, v, _ = draw(length=length)
+    seen = causal(jnp.asarray(np.pad(SEGMENTS, ((0, 0), (0, length - 150))))) if packed else None
+    expected = attention(q, k, v, seen)
     monkeypatch.setattr(cudnn, "dot_product_attention", record)
-    found = cudnn.attend(q, k, v, causal(segments))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(cudnn.attend(q, k, v, seen), expected, atol=1e-6)
     (queries, keys, mask, implementation), *_ = given
-    assert (queries, keys, implementation) == (256, 256, "cudnn") and mask.any(-1).all()
+    assert (queries, keys, implementation) == (whole, whole, "cudnn")
+    assert not packed or mask.any(-1).all()
 
 
 def test_the_choice(monkeypatch, caplog):

@@ -22,10 +22,15 @@ def refusal(q, k, seen) -> str | None:
 
 def attend(q, k, v, seen):
     """Shapes as in dispatch.attention."""
-    if seen is None:
-        return dot_product_attention(q, k, v, implementation="cudnn")
-    more = lambda x, axis: -x.shape[axis] % BLOCK
+    block = BLOCK if seen is not None else 2  # JAX refuses gradients of odd lengths
+    more = lambda x, axis: -x.shape[axis] % block
     pad = lambda x: jnp.pad(x, ((0, 0), (0, more(x, 1)), (0, 0), (0, 0)))
+    if seen is None:
+        lengths = lambda x: jnp.full(x.shape[0], x.shape[1], jnp.int32)
+        padded = (
+            {"query_seq_lengths": lengths(q), "key_value_seq_lengths": lengths(k)} if more(q, 1) or more(k, 1) else {}
+        )
+        return dot_product_attention(*map(pad, (q, k, v)), **padded, implementation="cudnn")[:, : q.shape[1]]
     # A query that sees nothing would be NaN: those of the padding see all real keys.
     mask = jnp.pad(seen.mask, ((0, 0), (0, 0), (0, more(seen.mask, 2)), (0, 0)), constant_values=True)
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, more(mask, 3))))
