@@ -25,8 +25,8 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 
     On CPUs, whose thunks may run side by side, the processes must take the collectives in one order, each the same.
     On TPUs, where parameters are divided by fsdp alone, they are gathered before a product. By default the compiler
-    would make each large product a loop over the devices' shards, whose own products over 256 chips contract 16 of
-    4,096 numbers, on units of 128 x 128; and it takes three times as long to compile."""
+    would make each large product a loop over the devices' shards, whose own products on 256 chips contract 16 of
+    4,096 numbers, on units of 128 x 128; and takes several times as long to compile."""
     several = len({device.process_index for device in mesh.devices.flat}) > 1
     platform = mesh.devices.flat[0].platform
     if several and platform == "cpu":
