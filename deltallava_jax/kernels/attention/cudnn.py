@@ -27,10 +27,9 @@ def attend(q, k, v, seen):
     pad = lambda x: jnp.pad(x, ((0, 0), (0, more(x, 1)), (0, 0), (0, 0)))
     if seen is None:
         lengths = lambda x: jnp.full(x.shape[0], x.shape[1], jnp.int32)
-        padded = (
-            {"query_seq_lengths": lengths(q), "key_value_seq_lengths": lengths(k)} if more(q, 1) or more(k, 1) else {}
-        )
-        return dot_product_attention(*map(pad, (q, k, v)), **padded, implementation="cudnn")[:, : q.shape[1]]
+        odd = more(q, 1) or more(k, 1)
+        real = {"query_seq_lengths": lengths(q), "key_value_seq_lengths": lengths(k)} if odd else {}
+        return dot_product_attention(*map(pad, (q, k, v)), **real, implementation="cudnn")[:, : q.shape[1]]
     # A query that sees nothing would be NaN: those of the padding see all real keys.
     mask = jnp.pad(seen.mask, ((0, 0), (0, 0), (0, more(seen.mask, 2)), (0, 0)), constant_values=True)
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, more(mask, 3))))
