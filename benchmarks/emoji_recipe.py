@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -72,8 +73,9 @@ class Recipe:
             if missing := smollm2.absent():
                 sys.exit(f"missing packages: {', '.join(missing)}. {smollm2.__doc__}")
             smollm2.write(self.decoder)
-        if not self.tower.exists():
-            emoji.build(self.data, HELD_OUT, limit=4 * self.signs - 3)  # these and three between each two of them
+        if not (self.tower / "about.json").exists():
+            shutil.rmtree(self.tower, ignore_errors=True)
+            emoji.build(self.data, HELD_OUT, limit=max(4 * self.signs - 3, 0))  # and three between each two of them
             self._train_tower()
         emoji.build(self.data, HELD_OUT, limit=self.signs)
         captions, test = self.read("pretrain"), self.read("test")
@@ -122,10 +124,11 @@ class Recipe:
         """Trains and evaluates a run unless its result is there."""
         out = self.results / f"{name}-s{seed}.json"
         if out.exists():
-            print(f"{name}-s{seed}: kept")
+            print(f"{name}-s{seed}: kept", flush=True)
             return
         began = time.monotonic()
         if name in PRUNED:
+            self.run(PRUNED_FROM, seed)
             pooling = self.folder(PRUNED_FROM, seed, "finetune")
             result = {"held_out": {}}
             for tokens, changes in PRUNED[name].items():  # FastV's tokens are those that are left of its budget
@@ -163,6 +166,7 @@ class Recipe:
         self.train(system, "pretrain", start, pretrained, "pretrain_shuffled" if control else "pretrain", seed)
         values = [json.loads(line)["loss"] for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
         result = {
+            "projector_parameters": projector_size(pretrained),
             "stage1_loss": self.losses(pretrained),
             "stage1_last_fifth": statistics.mean(values[-len(values) // 5 :]),
         }
@@ -235,6 +239,16 @@ class Recipe:
                     "said": dict(list(zip(names, said))[:8]),
                 }
         return found
+
+
+def projector_size(workdir: Path) -> int:
+    import jax
+
+    from deltallava_jax.config import workdir_config
+    from deltallava_jax.models import projectors
+
+    cfg = workdir_config(workdir).model.projector
+    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: projectors.init_params(cfg, jax.random.key(0)))))
 
 
 def ceiling(test: list[dict]) -> float:

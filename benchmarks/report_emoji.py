@@ -54,8 +54,16 @@ def losses(runs: list[dict]) -> str:
         for tokens, found in run["stage1_loss"]["held_out"].items():
             seen = run["stage1_loss"]["train"][tokens]
             cells = [f"{each[kind]:.3f}" for each in (seen, found) for kind in ("pictures", "shuffled")]
-            rows.append([label(run, runs), tokens, *cells])
-    head = ["After stage 1", "Tokens", "Training styles", "shuffled", "Held-out style", "shuffled"]
+            rows.append([label(run, runs), tokens, f"{run['projector_parameters']:,}", *cells])
+    head = [
+        "After stage 1",
+        "Tokens",
+        "Projector parameters",
+        "Training styles",
+        "shuffled",
+        "Held-out style",
+        "shuffled",
+    ]
     return f"""\
 The loss of a name after stage 1, with its own picture and with that of another sign; what a picture says about its
 name is the difference. The control was trained with the pictures shuffled among the names: nothing about the
