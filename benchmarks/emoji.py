@@ -5,9 +5,8 @@ Two styles train, the third is the test (--held-out facebook). Writes OUT/images
     pretrain.json   stage 1: a picture and its name
     finetune.json   stage 2: its name, and its group or whether it is a thing that is named
     test.json       [{"image", "question", "answer"}]: the names of the held-out style
-What is there already is kept: the same command goes on. The data go through both stages as LLaVA's own would:
-    python train.py --config configs/pretrain_7b.py --workdir runs/names \\
-        --config.data.json=data/emoji/pretrain.json --config.data.images=data/emoji/images ...
+What is there already is kept: the same command goes on. emoji_recipe.py takes them through both stages; any other
+configuration does with --config.data.json=data/emoji/pretrain.json --config.data.images=data/emoji/images.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ NAMES = {  # run -> its name, in the order of the tables
     "prumerge": "PruMerge on pooling's MLP",
 }
 TRAINED = ("delta", "mqt", "pool", "token_packer")
-CAPTIONS = ("delta", "pool", "fastv", "fastervlm", "prumerge")
+PRUNED = ("fastv", "fastervlm", "prumerge")
 
 
 def emoji() -> str:
@@ -28,7 +28,7 @@ def emoji() -> str:
     runs.sort(key=lambda run: (list(NAMES).index(run["run"]), run["seed"]))
     if not any("held_out" in run and run["run"] in TRAINED for run in runs):
         return ""
-    return "\n\n".join([about(runs[0]), losses(runs), names(runs), pruning(runs)])
+    return "\n\n".join(filter(None, [about(runs[0]), losses(runs), names(runs), pruning(runs), absent(runs)]))
 
 
 def about(run: dict) -> str:
@@ -64,12 +64,13 @@ def losses(runs: list[dict]) -> str:
         "Held-out style",
         "shuffled",
     ]
-    return f"""\
-The loss of a name after stage 1, with its own picture and with that of another sign; what a picture says about its
-name is the difference. The control was trained with the pictures shuffled among the names: nothing about the
-held-out style is to be learned from them.
-
-{table(head, rows)}"""
+    text = """\
+The loss of a name after stage 1, with its own picture and with that of another sign: what a picture says about its
+name is the difference."""
+    if any(run["run"].endswith("_shuffled") for run in runs):
+        text += """ The control was trained with the pictures shuffled among the names: from them nothing can be
+learned about another style."""
+    return f"{text}\n\n{table(head, rows)}"
 
 
 def names(runs: list[dict]) -> str:
@@ -90,7 +91,9 @@ was trained on. Chance is {1 / signs:.3f}; CIDEr of the names themselves is {bes
 
 
 def pruning(runs: list[dict]) -> str:
-    found = {name: [run for run in runs if run["run"] == name and "held_out" in run] for name in CAPTIONS}
+    found = {
+        name: [run for run in runs if run["run"] == name and "held_out" in run] for name in ("delta", "pool", *PRUNED)
+    }
     rows = []
     for name, own in found.items():
         cells = []
@@ -99,12 +102,20 @@ def pruning(runs: list[dict]) -> str:
             cells.append(f"{statistics.mean(values):.1f}" if values else "")
         if own:
             rows.append([NAMES[name], *cells])
+    if not any(found[name] for name in PRUNED):
+        return ""
     return f"""\
 CIDEr on the held-out style when tokens are pruned, the shape of the paper's Table 6. The pruned rows are not trained:
 FastV keeps tokens of the pooling model's 16 from the decoder's third layer on, FasterVLM and PruMerge choose among the
 64 patches before its MLP, which was trained with pooled ones behind it.
 
 {table(["CIDEr", *TOKENS], rows)}"""
+
+
+def absent(runs: list[dict]) -> str:
+    missing = [name for name in NAMES if name not in {run["run"] for run in runs}]
+    names = ", ".join(f"`{name}`" for name in missing)
+    return f"Not run here, the same command makes them: {names}." if missing else ""
 
 
 def label(run: dict, runs: list[dict]) -> str:
