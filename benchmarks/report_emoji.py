@@ -79,13 +79,17 @@ def names(runs: list[dict]) -> str:
         for tokens in TOKENS:
             if tokens in run["held_out"]:
                 held, seen = run["held_out"][tokens], run["train"][tokens]
-                cells = [f"{held['exact']:.3f}", f"{held['cider']:.1f}", f"{seen['exact']:.3f}", f"{seen['cider']:.1f}"]
-                rows.append([label(run, runs), tokens, *cells])
+                cells = [
+                    [f"{of['exact']:.3f}", f"{of['cider']:.1f}", f"{of['cider_of_others']:.1f}"] for of in (held, seen)
+                ]
+                rows.append([label(run, runs), tokens, *cells[0], *cells[1]])
     signs, best = runs[0]["signs"], runs[0]["best_cider"]
-    head = ["After stage 2", "Tokens", "Held-out: exact", "CIDEr", "Trained style: exact", "CIDEr"]
+    head = ["After stage 2", "Tokens", "Held-out: exact", "CIDEr", "of others"]
+    head += ["Trained style: exact", "CIDEr", "of others"]
     return f"""\
 Names told ("What is this?", greedy) of the {signs} pictures of the held-out style and of half as many of a style that
-was trained on. Chance is {1 / signs:.3f}; CIDEr of the names themselves is {best:.0f}, as they have few words.
+was trained on. Chance is {1 / signs:.3f}; CIDEr of the names themselves is {best:.0f}, as they have few words. The control,
+"of others": the CIDEr of the same answers for the names of the other pictures.
 
 {table(head, rows)}"""
 

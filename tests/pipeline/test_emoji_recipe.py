@@ -56,6 +56,11 @@ def test_the_control_gives_every_name_another_picture():
     assert all(a["image"] != b["image"] for a, b in zip(mixed, records))
 
 
-def test_cider_of_the_names_themselves_bounds_every_answer():
-    test = [dict(answer=name) for name in ("dog face", "grinning face", "flag of chad", "fire")]
-    assert 0 < emoji_recipe.ceiling(test) < 1000
+def test_answers_are_scored_against_their_own_names_and_those_of_others():
+    names = ["dog face", "grinning face", "flag of chad", "fire"]
+    right, moved = emoji_recipe.scores(names, names), emoji_recipe.scores(names[1:] + names[:1], names)
+    assert right["exact"] == 1 and 0 < right["cider"] < 1000 and right["cider_of_others"] < 0.2 * right["cider"]
+    # Of three moves one brings every answer back to its name.
+    assert moved["exact"] == 0 and moved["cider_of_others"] > right["cider"] / 3
+    same = emoji_recipe.scores(["flag of chad"] * 4, names)  # says nothing of the picture
+    assert same["exact"] == 0.25 and same["cider"] == pytest.approx(same["cider_of_others"])
