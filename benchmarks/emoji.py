@@ -3,11 +3,10 @@
 From the npm packages emoji-datasource-google, -twitter and -facebook (MIT), which draw the same signs in three styles.
 Two styles train, the third is the test (--held-out facebook). Writes OUT/images, and as LLaVA's records
     pretrain.json   stage 1: a picture and its name
-    finetune.json   stage 2: its name, its group, and whether it is a thing that is named
+    finetune.json   stage 2: its name, and its group or whether it is a thing that is named
     test.json       [{"image", "question", "answer"}]: the names of the held-out style
-What is there already is kept: the same command goes on. The data go through both stages as LLaVA's own would:
-    python train.py --config configs/pretrain_7b.py --workdir runs/names \\
-        --config.data.json=data/emoji/pretrain.json --config.data.images=data/emoji/images ...
+What is there already is kept: the same command goes on. emoji_recipe.py takes them through both stages; any other
+configuration does with --config.data.json=data/emoji/pretrain.json --config.data.images=data/emoji/images.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def draw(style: str, archive: Path, wanted: list[dict], folder: Path) -> None:
 
 
 def records(wanted: list[dict], styles: list[str], seed: int) -> tuple[list[dict], list[dict]]:
-    """(stage 1, stage 2): LLaVA's records. Of two questions whether it is a thing one is to be affirmed."""
+    """(stage 1, stage 2): LLaVA's records. The second question of stage 2 is in turn one of three."""
     rng = np.random.default_rng(seed)
     captions, talks = [], []
     for style in styles:
@@ -92,8 +91,8 @@ def records(wanted: list[dict], styles: list[str], seed: int) -> tuple[list[dict
             ]
             captions.append(dict(id=key, image=image, conversations=ask((f"<image>\n{NAME}", sign["name"]))))
             other = wanted[(number + int(rng.integers(1, len(wanted)))) % len(wanted)]["name"]
-            pairs = [(NAME, sign["name"]), (GROUP, sign["group"])]
-            pairs += [(WHETHER.format(sign["name"]), "yes"), (WHETHER.format(other), "no")]
+            others = [(GROUP, sign["group"]), (WHETHER.format(sign["name"]), "yes"), (WHETHER.format(other), "no")]
+            pairs = [(NAME, sign["name"]), others[number % 3]]
             pairs = [pairs[place] for place in rng.permutation(len(pairs))]
             pairs[0] = (f"<image>\n{pairs[0][0]}", pairs[0][1])
             talks.append(dict(id=key, image=image, conversations=ask(*pairs)))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from benchmarks import report_efficiency, report_speed  # noqa: E402
+from benchmarks import report_efficiency, report_emoji, report_speed  # noqa: E402
 from benchmarks.report_efficiency import table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -58,6 +58,7 @@ def page() -> str:
         budgets(runs),
         ablations(runs),
         step_times(),
+        report_emoji.emoji(),
         *report_speed.parts(),
         soak(),
         report_efficiency.efficiency(),

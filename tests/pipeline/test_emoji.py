@@ -53,12 +53,17 @@ def test_records_pictures_and_the_style_that_is_held_out(packages, capsys):
     assert {record["conversations"][1]["value"] for record in stage1} == names
     assert all(each["image"].startswith("twitter/") for each in test) and {each["answer"] for each in test} == names
     assert not any(record["image"].startswith("twitter") for record in stage1 + stage2)
+    seconds = []
     for record in stage2:
         said = [turn["value"] for turn in record["conversations"]]
-        assert said[0].startswith("<image>\n") and said.count("yes") == said.count("no") == 1 and len(said) == 8
-        name = said[next(i for i, text in enumerate(said) if emoji.NAME in text) + 1]
-        asked = {said[i + 1]: said[i] for i in (0, 2, 4, 6)}
-        assert emoji.WHETHER.format(name) in asked["yes"] and name not in asked["no"]
+        assert said[0].startswith("<image>\n") and len(said) == 4
+        asked = {question.removeprefix("<image>\n"): answer for question, answer in zip(said[::2], said[1::2])}
+        name = asked.pop(emoji.NAME)
+        ((question, answer),) = asked.items()
+        named = emoji.WHETHER.format(name)
+        assert {"yes": question == named, "no": question != named}.get(answer, question == emoji.GROUP)
+        seconds.append(answer if answer in ("yes", "no") else "group")
+    assert sorted(seconds) == ["group", "group", "no", "no", "yes", "yes"]
     pixels = np.asarray(Image.open(packages / "images" / "google" / "1f600.png"))
     assert pixels.shape == (64, 64, 3) and (pixels[0, 0] == (255, 0, 0)).all() and (pixels[-1, 0] == 255).all()
     source = training_source(DataConfig(
