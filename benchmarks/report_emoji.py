@@ -88,8 +88,8 @@ def names(runs: list[dict]) -> str:
     head += ["Trained style: exact", "CIDEr", "of others"]
     return f"""\
 Names told ("What is this?", greedy) of the {signs} pictures of the held-out style and of half as many of a style that
-was trained on. Chance is {1 / signs:.3f}; CIDEr of the names themselves is {best:.0f}: they are short. The control,
-"of others": the CIDEr of the same answers for the names of the other pictures.
+was trained on. Chance is {1 / signs:.3f}; CIDEr of the names themselves is {best:.0f}, as they have few words. "Of
+others" is the control: the CIDEr of the same answers for the names of the other pictures.
 
 {table(head, rows)}"""
 
