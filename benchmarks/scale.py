@@ -142,9 +142,9 @@ def moved(found: dict) -> str:
         rows.append([f"`{config}`", plan["target"], ", ".join(cells), str(plan["rematerialization_warnings"])])
     head = ["Recipe", "Target", "How many a step (GiB of results on a device)", "Warnings"]
     note = (
-        "A collective in a loop's body counts as often as the loop runs. Warnings: of the compiler, that it would\n"
-        "replicate an array whole (involuntary full rematerialization). On most TPU\n"
-        "slices the compiler makes of a reduce-scatter, of the gradients here, an all-reduce and a slice."
+        "A collective in a loop's body counts as often as the loop runs. Of a reduce-scatter, here of the gradients,\n"
+        "the compiler makes an all-reduce and a slice on these TPU slices. Warnings: of the compiler, that it would\n"
+        "replicate an array whole (involuntary full rematerialization)."
     )
     return table(head, rows) + "\n\n" + note
 
