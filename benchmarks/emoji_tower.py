@@ -17,14 +17,13 @@ import optax
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
-from deltallava_jax.config import ModelConfig, VisionConfig, preset
+from configs.emoji import TOWER
+from deltallava_jax.config import ModelConfig, VisionConfig
 from deltallava_jax.convert.read import Pretrained
 from deltallava_jax.convert.workdir import write_workdir
 from deltallava_jax.models import vision
 from deltallava_jax.models.layers import Params, bind
 
-# Mostly white, as the configuration of easy-VQA has it.
-TOWER = preset(VisionConfig, "tiny", layers=4, image_mean=(0.8, 0.8, 0.8), image_std=(0.35, 0.35, 0.35))
 JOINT, BATCH, TEMPERATURE = 256, 64, 0.07
 
 

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from benchmarks import report_efficiency, report_emoji, report_speed  # noqa: E402
-from benchmarks.report_efficiency import table  # noqa: E402
+from benchmarks.report_efficiency import cell, table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, PLOT = ROOT / "docs" / "results.md", ROOT / "docs" / "easy_vqa_budgets.png"
@@ -72,14 +72,6 @@ def page() -> str:
 def accuracies(runs: list[dict], system: str, tokens: str, kind: str = "all") -> list[float]:
     """Of every run of a system that was evaluated at that many tokens."""
     return [run["accuracy"][tokens][kind] for run in runs if run["system"] == system and tokens in run["accuracy"]]
-
-
-def cell(values: list[float]) -> str:
-    """The mean, and with several seeds the range."""
-    if not values:
-        return ""
-    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def systems(runs: list[dict]) -> str:

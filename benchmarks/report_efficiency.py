@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 from deltallava_jax.analysis.efficiency import BUDGETS, PUBLISHED
@@ -19,6 +20,14 @@ PARTS = ("vision", "projector", "prefill", "decode", "total")
 
 def load() -> list[dict]:
     return json.loads((RESULTS / "flops.json").read_text())
+
+
+def cell(values: list[float]) -> str:
+    """The mean, and with several seeds the range."""
+    if not values:
+        return ""
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

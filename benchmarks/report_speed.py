@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 
 from benchmarks import inference, train_speed
 from benchmarks.easy_vqa import TOWERS
-from benchmarks.report_efficiency import table
+from benchmarks.report_efficiency import cell, table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # The paper's Table 5: tower -> (the paper's name, tokens, GQA, POPE, SQA)
@@ -106,12 +105,6 @@ def throughput() -> str:
         "prefill and decoding."
     )
     return "\n\n".join(parts)
-
-
-def cell(values: list[float]) -> str:
-    """The mean and, of several seeds, the range."""
-    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def towers() -> str:

@@ -8,6 +8,7 @@ benchmarks/emoji_recipe.py makes all of it, tower included, and evaluates the st
 
 from deltallava_jax import config as c
 
+# The pictures are mostly white.
 TOWER = c.preset(c.VisionConfig, "tiny", layers=4, image_mean=(0.8,) * 3, image_std=(0.35,) * 3)
 DECODER = c.DecoderConfig(  # SmolLM2-135M
     vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, mlp_width=1536, rope_base=1e5, tied_head=True
