@@ -126,6 +126,8 @@ class Checkpoints:
             found = {path: (place or as_saved)(path, leaf) for path, leaf in flatten(tree).items()}
             if found := {path: leaf for path, leaf in found.items() if leaf is not None}:
                 wanted[part] = unflatten(found)
+        if not wanted:  # orbax takes an empty tree for a mistake
+            return {}
         arguments = ocp.args.PyTreeRestore(
             wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
         )

@@ -674,22 +674,25 @@ assert not ours, ours
 
 
 def test_a_tower_kept_frozen_is_exported_as_it_was(composed, tmp_path):
-    """Training held it in bfloat16; the export has the bits of the float16 checkpoint that training began with."""
+    """Both stages held it in bfloat16; the export has the bits of the float16 checkpoint that stage 1 began with."""
     model = composed("clip", "llama_grouped", "mlp", "float16")
-    start, work = tmp_path / "start", tmp_path / "work"
-    start.mkdir()
-    work.mkdir()
+    start, stage1, work = tmp_path / "start", tmp_path / "stage1", tmp_path / "work"
+    for folder, began in ((start, None), (stage1, start), (work, stage1)):
+        folder.mkdir()
+        if began:
+            optimizer = OptimizerConfig(frozen=("vision/",))
+            cfg = Config(name="work", init_from=str(began), model=model.cfg, optimizer=optimizer)
+            (folder / "config.json").write_text(json.dumps(to_dict(cfg)))
     write_workdir(model, start, "start")
-    cfg = Config(name="work", init_from=str(start), model=model.cfg, optimizer=OptimizerConfig(frozen=("vision/",)))
-    (work / "config.json").write_text(json.dumps(to_dict(cfg)))
     trained = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32) + 0.125, model.params)
     trained, _ = split(trained, ("vision/",))
     _, frozen = split(model.params, ("vision/",))
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
-    saver = Checkpoints(work, create=True)
-    saver.save(3, TrainState(jnp.int32(3), trained, frozen, {}), {})
-    saver.wait()
-    saver.close()
+    for folder in (stage1, work):
+        saver = Checkpoints(folder, create=True)
+        saver.save(3, TrainState(jnp.int32(3), trained, frozen, {}), {})
+        saver.wait()
+        saver.close()
 
     back = read_workdir(work)
     assert_same_bits(arrays(back.params["vision"]), arrays(model.params["vision"]))
