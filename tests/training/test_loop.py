@@ -64,14 +64,21 @@ def test_too_many_faults_stop_the_run(tmp_path):
         run(tmp_path / "run", source)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
-    changes = {"optimizer.lr": "1e30", "optimizer.warmup_ratio": "0.0", "optimizer.clip_norm": "0.0"}
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_nan_stops_the_run_at_its_step_and_keeps_the_last_good_checkpoint(at, tmp_path, monkeypatch):
+    def poisoned(step, state, *rest, call=TrainStep.__call__):
+        if int(state.step) == at - 1:
+            state.trained["projector"]["up"]["kernel"] *= float("nan")
+        return call(step, state, *rest)
+
+    monkeypatch.setattr(TrainStep, "__call__", poisoned)
     with pytest.raises(NonFiniteLoss) as error:
-        run(tmp_path, **changes)
+        run(tmp_path)
     message = str(error.value)
-    assert "at step 2; the checkpoint of step 1 is kept. The batch: epoch 0, budget 4" in message
+    kept = "no checkpoint was saved yet" if at == 1 else f"the checkpoint of step {at - 1} is kept"
+    assert f"at step {at}; {kept}. The batch: epoch 0, budget 4" in message
     assert "train/" in message  # the records by name
-    assert Checkpoints(tmp_path).latest() == 1
+    assert Checkpoints(tmp_path).latest() == (None if at == 1 else at - 1)
 
 
 def test_a_checkpoint_with_a_missing_file_is_refused_in_words(tmp_path):
