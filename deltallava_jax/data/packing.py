@@ -7,6 +7,7 @@ number of processes agrees on the plan without talking.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from deltallava_jax.sequence import budget_at
 
 POOL = 256  # records that a row is filled from, the oldest first and, towards its end, those that fill it best
 NEARLY_ALL = 0.999  # of the records with an image fit a row whole; longer ones are cut
+PLANNING = threading.Lock()  # the loop and the thread that reads ahead ask the same plan
 SAMPLE = 4096  # records on which the number of image places is tried out
 
 
@@ -40,30 +42,37 @@ class Plan:
             raise ConfigError("the data set has no records")
         self.lengths, self.images = np.asarray(lengths), np.asarray(images)
         self.budgets, self.rows, self.row_length, self.seed = budgets, rows, row_length, seed
-        self._epochs: list[list[Step]] = []
-        self._starts = [0]
+        self._starts = [0]  # of every epoch that was planned, and of the next
+        self._recent: dict[int, list[Step]] = {}  # two epochs at most: those before are planned again when asked for
 
     def _plan_epoch(self, epoch: int, first_step: int) -> list[Step]:
         raise NotImplementedError
 
-    def _reach(self, *, epoch: int | None = None, step: int | None = None) -> None:
-        while (epoch is not None and len(self._epochs) <= epoch) or (step is not None and self._starts[-1] <= step):
-            planned = self._plan_epoch(len(self._epochs), self._starts[-1])
-            self._epochs.append(planned)
-            self._starts.append(self._starts[-1] + len(planned))
+    def _epoch(self, epoch: int) -> list[Step]:
+        if epoch not in self._recent:
+            self._recent = dict([*self._recent.items()][-1:])
+            self._recent[epoch] = self._plan_epoch(epoch, self._starts[epoch])
+        return self._recent[epoch]
+
+    def _reach(self, *, epoch: int = -1, step: int = -1) -> None:
+        while (planned := len(self._starts) - 1) <= epoch or self._starts[-1] <= step:
+            self._starts.append(self._starts[-1] + len(self._epoch(planned)))
 
     def step(self, number: int) -> Step:
         """The batch of a step, counted from 0 over all epochs."""
-        self._reach(step=number)
-        epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self._epochs[epoch][number - self._starts[epoch]]
+        with PLANNING:
+            self._reach(step=number)
+            epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
+            return self._epoch(epoch)[number - self._starts[epoch]]
 
     def steps_for(self, epochs: float) -> int:
         """Steps that ``epochs`` epochs take, a fraction of the last one rounded up."""
         whole = int(epochs)
-        self._reach(epoch=int(np.ceil(epochs)) - 1)
-        part = int(np.ceil((epochs - whole) * len(self._epochs[whole]) - 1e-9)) if epochs > whole else 0
-        return self._starts[whole] + part
+        with PLANNING:
+            self._reach(epoch=int(np.ceil(epochs)) - 1)
+        if epochs == whole:
+            return self._starts[whole]
+        return self._starts[whole] + int(np.ceil((epochs - whole) * np.diff(self._starts)[whole] - 1e-9))
 
 
 class PackPlan(Plan):

@@ -1,5 +1,6 @@
 """The pack plan: nothing lost, nothing overfull, the same for everybody."""
 
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -84,6 +85,14 @@ def test_any_step_can_be_asked_for_first(case):
         assert make(case).step(number) == expected[number]
     plan = make(case)
     assert [plan.step(number) for number in reversed(range(len(expected)))] == expected[::-1]
+
+
+def test_a_plan_does_not_grow_over_the_epochs():
+    plan, sizes = make("easy"), []
+    for epoch in range(2, 42):
+        plan.step(plan.steps_for(epoch) - 1)
+        sizes.append(len(pickle.dumps(plan)))
+    assert max(sizes) < 1.1 * sizes[0]
 
 
 def test_a_few_overlong_records_do_not_empty_the_rows_of_all_others():
