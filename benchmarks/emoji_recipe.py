@@ -154,7 +154,8 @@ class Recipe:
         }
         self.results.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"{name}-s{seed}: {result['minutes']} min, {json.dumps(result.get('held_out'))}", flush=True)
+        cells = (f"{t}: {found['exact']:.3f}, {found['cider']:.1f}" for t, found in result.get("held_out", {}).items())
+        print(f"{name}-s{seed}: {result['minutes']} min; tokens: exact, CIDEr: {'; '.join(cells)}", flush=True)
 
     def folder(self, name: str, seed: int, stage: str) -> Path:
         return self.work / f"{name}-s{seed}-{stage}"
@@ -282,7 +283,7 @@ def main() -> None:
     parser.add_argument("--runs", default=",".join([*TRAINED, *PRUNED]), help="comma-separated; all without it")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--signs", type=int, default=64, help="so many of the 1,854, spread over all; 0: all")
-    parser.add_argument("--steps", default="100,40", help="of stage 1 and of stage 2")
+    parser.add_argument("--steps", default="600,300", help="of stage 1 and of stage 2")
     parser.add_argument("--tower-steps", type=int, default=400)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "emoji", help="data, tower and workdirs")
     parser.add_argument("--results", type=Path, default=RESULTS)
