@@ -33,7 +33,8 @@ PACKAGES = ("jax", "orbax-checkpoint", "tensorstore")
 def start(workdir: Path, options: argparse.Namespace) -> subprocess.Popen:
     settings = [f"--config.training.steps={options.steps}", f"--config.training.checkpoint_every={options.every}"]
     command = [sys.executable, "train.py", "--config", "tests/tiny.py", "--workdir", str(workdir), *settings]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}  # with more of them their gaps hide what grows
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def records(workdir: Path) -> list[dict]:
