@@ -190,15 +190,20 @@ def soak() -> str:
     run = json.loads(file.read_text())
     same = run["parameters_equal_to_the_bit"] and run["losses_equal_to_the_bit"]
     which = "those" if same else "**not** those"
-    tenths, left = run["lowest_memory_mib_by_tenth_of_the_steps"], run["memory_kib_left_by_a_save_without_training"]
+    saves = f"a checkpoint every {run['checkpoint_every']}"
+    rows = [
+        [saves, *map(str, run["lowest_memory_mib_by_tenth"])],
+        ["one at the end", *map(str, run["lowest_memory_mib_by_tenth_without_saves"])],
+    ]
     return (
         "## A training that is killed\n\n"
-        f"{run['steps']:,} steps of a tiny model with a checkpoint every {run['checkpoint_every']}, killed "
+        f"{run['steps']:,} steps of a tiny model with {saves}, killed "
         f"{len(run['killed_after_steps'])} times at random and\nstarted again (`{run['command']}`, {run['hardware']}): "
         f"all losses and the final parameters are\n{which} of the undisturbed run, bit for bit. "
-        f"The least memory\nof the undisturbed process was {tenths[4]:,} MiB in the fifth tenth of the steps and "
-        f"{tenths[-1]:,} MiB in the last.\nSaves without training leave {left:,} KiB each: tensorstore never frees the "
-        "JSON that it gives to orbax."
+        "The least memory of the process, in MiB, in each tenth\nof the steps when it is left alone:\n\n"
+        f"{table(['', *map(str, range(1, 11))], rows)}\n\n"
+        f"What grows comes with the saves: without any training each leaves {run['memory_kib_left_by_a_save_alone']} "
+        "KiB, as\ntensorstore never frees the JSON that it gives to orbax."
     )
 
 

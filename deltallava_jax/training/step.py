@@ -159,7 +159,7 @@ class TrainStep:
     def _step(self, state: TrainState, batch: Batch, budget: int, pooling) -> tuple[TrainState, dict[str, Array]]:
         rng = jax.random.fold_in(jax.random.key(self.cfg.seed), state.step)
         loss, supervised, grads = gradients(self.cfg, state.trained, state.frozen, batch, rng, budget, pooling)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
             updates, moments = self._optimizer.update(grads, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
