@@ -111,8 +111,8 @@ def pruning(runs: list[dict]) -> str:
         return ""
     return f"""\
 CIDEr on the held-out style when tokens are pruned, the shape of the paper's Table 6; with several seeds the mean. The
-pruned rows are not trained: FastV keeps tokens of the pooling model's 16 from the decoder's third layer on, FasterVLM and PruMerge choose among the
-64 patches before its MLP, which was trained with pooled ones behind it.
+pruned rows are not trained: FastV keeps tokens of the pooling model's 16 from the decoder's third layer on, FasterVLM
+and PruMerge choose among the 64 patches before its MLP, which was trained with pooled ones behind it.
 
 {table(["CIDEr", *TOKENS], rows)}"""
 

@@ -46,5 +46,7 @@ def get_config(which: str = "pretrain") -> c.Config:
         optimizer=c.OptimizerConfig(
             lr=1e-3 if pretrain else 1e-4, frozen=("^vision/", "^decoder/") if pretrain else ("^vision/",)
         ),
-        training=c.TrainingConfig(steps=600 if pretrain else 300, log_every=5, checkpoint_every=100, keep_checkpoints=1),
+        training=c.TrainingConfig(
+            steps=600 if pretrain else 300, log_every=5, checkpoint_every=100, keep_checkpoints=1
+        ),
     )
