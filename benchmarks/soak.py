@@ -79,7 +79,7 @@ def lowest_memory(workdir: Path) -> list[float]:
     return [round(float(tenth.min()), 1) for tenth in tenths]
 
 
-def left_by_a_save(params: dict[str, np.ndarray], folder: Path, saves: int = 300) -> float:
+def left_by_a_save(params: dict[str, np.ndarray], folder: Path, saves: int) -> float:
     """Bytes that a save of a train state leaves in memory, once the first third of them has warmed up."""
     import jax
 
