@@ -20,7 +20,8 @@ import sys
 from pathlib import Path
 
 from deltallava_jax import cli
-from deltallava_jax.config import ConfigError, override, workdir_config
+from deltallava_jax.config import override, workdir_config
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.parallel import hosts
 
 
@@ -46,10 +47,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(options: argparse.Namespace) -> None:
     hosts.connect(options)
     from deltallava_jax.data import tokens
+    from deltallava_jax.errors import CheckpointError
     from deltallava_jax.evaluation import TASKS
     from deltallava_jax.evaluation.tasks import require
     from deltallava_jax.models import decoder, projectors
-    from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
+    from deltallava_jax.training.checkpoints import Checkpoints
 
     cfg = override(workdir_config(options.workdir), options.overrides)
     cfg.model.require_whole("evaluation")

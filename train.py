@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 from deltallava_jax import cli
-from deltallava_jax.config import Config, ConfigError, load_config, override, to_dict
+from deltallava_jax.config import Config, load_config, override, to_dict
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.parallel import hosts
 
 FREE = ("dtype", "remat", "loss_chunk", "tower_images")  # of the model: how it is computed, not what

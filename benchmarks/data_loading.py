@@ -169,10 +169,10 @@ class Chosen:
 def main() -> None:
     from deltallava_jax.config import DataConfig, VisionConfig
     from deltallava_jax.data import tokens
-    from deltallava_jax.data.conversation import BadSample
     from deltallava_jax.data.images import load_image
     from deltallava_jax.data.llava_json import LlavaJson
     from deltallava_jax.data.pipeline import Rows
+    from deltallava_jax.errors import BadSample
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="made by make_llava.py")

@@ -273,7 +273,7 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
         other = prepare(system)
         once(peer), once(other)  # compile
         pairs = [(once(peer) / peer["questions"], once(other) / other["questions"]) for _ in range(repeats)]
-        mlp, ours = (statistics.median(column) for column in zip(*pairs))
+        mlp, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
         table[system] = {"tokens": other["budget"], "ms_a_question": 1e3 * ours, "ratio_to_mlp": ours / mlp}
         print(f"{system:16} {other['budget']:3} tokens: {1e3 * ours:6.2f} ms a question, {ours / mlp:.2f} of the MLP's")
     result = {

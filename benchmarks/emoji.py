@@ -87,7 +87,7 @@ def records(wanted: list[dict], styles: list[str], seed: int) -> tuple[list[dict
         for number, sign in enumerate(wanted):
             image, key = f"{style}/{sign['file']}", f"{style}-{sign['file'].removesuffix('.png')}"
             ask = lambda *pairs: [
-                {"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)
+                {"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair, strict=True)
             ]
             captions.append(dict(id=key, image=image, conversations=ask((f"<image>\n{NAME}", sign["name"]))))
             other = wanted[(number + int(rng.integers(1, len(wanted)))) % len(wanted)]["name"]

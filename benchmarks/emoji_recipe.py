@@ -63,7 +63,7 @@ class Recipe:
     def __init__(self, options: argparse.Namespace, overrides: list[str]):
         self.work, self.results, self.overrides = options.work, options.results, overrides
         self.signs, self.tower_steps = options.signs, options.tower_steps
-        self.steps = dict(zip(("pretrain", "finetune"), map(int, options.steps.split(","))))
+        self.steps = dict(zip(("pretrain", "finetune"), map(int, options.steps.split(",")), strict=True))
         self.data, self.decoder, self.tower = self.work / "data", self.work / "smollm2", self.work / "tower"
 
     def prepare(self) -> None:
@@ -209,7 +209,7 @@ class Recipe:
                     rows = Rows(training_source(data), model.tokenizer, data, model.cfg.vision)
                     plan = plan_for(data, *rows.lengths(), (budget,), 0)
                     batches = [each.batch for each in elements(rows, plan, 0, plan.steps_for(1), workers=0)]
-                    totals, counts = zip(*(map(float, measure(model.params, batch)) for batch in batches))
+                    totals, counts = zip(*(map(float, measure(model.params, batch)) for batch in batches), strict=True)
                     measured[budget][kind] = sum(totals) / sum(counts)
         return found
 
@@ -234,7 +234,7 @@ class Recipe:
             for of, test in (("held_out", held), ("train", seen)):
                 said = answerer([([self.data / "images" / each["image"]], NAME) for each in test], NEW_TOKENS)
                 names = [each["answer"] for each in test]
-                found[of][budget] = {"n": len(test), **scores(said, names), "said": dict(zip(names, said))}
+                found[of][budget] = {"n": len(test), **scores(said, names), "said": dict(zip(names, said, strict=True))}
         return found
 
 
@@ -255,7 +255,7 @@ def scores(said: list[str], names: list[str]) -> dict[str, float]:
 
     against = lambda names: 100 * statistics.mean(cider(said, [[name] for name in names]))
     return {
-        "exact": statistics.mean(float(told == name) for told, name in zip(said, names)),
+        "exact": statistics.mean(float(told == name) for told, name in zip(said, names, strict=True)),
         "cider": against(names),
         "cider_of_others": statistics.mean(against(names[by:] + names[:by]) for by in range(1, len(names))),
     }
@@ -264,7 +264,9 @@ def scores(said: list[str], names: list[str]) -> dict[str, float]:
 def shuffled(records: list[dict], seed: int = 0) -> list[dict]:
     """The records with each picture given to another one."""
     order = np.random.default_rng(seed).permutation(len(records))
-    following = {int(a): int(b) for a, b in zip(order, np.roll(order, 1))}  # one circle: none keeps its own
+    following = {
+        int(a): int(b) for a, b in zip(order, np.roll(order, 1), strict=True)
+    }  # one circle: none keeps its own
     return [dict(record, image=records[following[place]]["image"]) for place, record in enumerate(records)]
 
 

@@ -60,7 +60,7 @@ def main(out: Path) -> None:
         ids = np.concatenate([one.ids, said]).astype(np.int32)
         return Tokenized(ids, ids < 0, one.image_positions, 0 * ids, one.questions)
 
-    whole = prompt_batch([after(*both) for both in zip(prompts, expected)], length + NEW_TOKENS)
+    whole = prompt_batch([after(*both) for both in zip(prompts, expected, strict=True)], length + NEW_TOKENS)
     places = np.array([len(one.ids) - 1 for one in prompts])[:, None] + np.arange(NEW_TOKENS)
 
     def compared(params, cfg):

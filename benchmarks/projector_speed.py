@@ -97,7 +97,7 @@ def theirs(cfg, state, arrays, dtype, budget: int, on: str, compiled: bool) -> d
             loss = run(features, budget).float().sum()
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         with torch.no_grad():
-            for parameter, gradient in zip(parameters, gradients):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     parameter.sub_(gradient, alpha=RATE)
         wait()

@@ -219,7 +219,7 @@ def plot() -> None:
     for system in ("delta", "delta_elastic", "token_packer", "m3", "mqt", "fastv", "fastervlm", "prumerge", "mlp"):
         points = [(int(tokens), values) for tokens in TOKENS if (values := accuracies(runs, system, tokens))]
         if points:
-            counts, values = zip(*points)
+            counts, values = zip(*points, strict=True)
             axes.plot(counts, list(map(statistics.mean, values)), "o-", label=SYSTEMS[system][0])
     axes.set_xscale("log", base=2)
     axes.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])

@@ -155,14 +155,14 @@ def main(options: argparse.Namespace) -> int:
         server.kill()
     expected = {}
     wrong = []
-    for (kind, _, status, sound), (got, text, _) in zip(asked, found):
+    for (kind, _, status, sound), (got, text, _) in zip(asked, found, strict=True):
         if sound and sound not in expected:
             shown, question, budget = sound
             image = None if shown is None else drawing(shown)
             expected[sound] = model.generate(image, question, budget=budget, max_new_tokens=8)
         if got != status or (sound and text != expected[sound]):
             wrong.append(f"{kind}: {got} {text!r}; expected {status} {expected.get(sound, '')!r}")
-    waits = sorted(wait for (kind, *_), (_, _, wait) in zip(asked, found) if kind == "sound")
+    waits = sorted(wait for (kind, *_), (_, _, wait) in zip(asked, found, strict=True) if kind == "sound")
     kinds = [kind for kind, *_ in asked]
     result = {
         "date": str(date.today()),

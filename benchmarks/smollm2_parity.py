@@ -71,7 +71,7 @@ def main(out: Path) -> int:
     length = max(len(one.ids) for one in prompts)
     together = ours.engine.tokens(prompt_batch(prompts, length), sampling=sampling, end=NEVER)
     rows = []
-    for prompt, tokenized, in_batch in zip(PROMPTS, prompts, together):
+    for prompt, tokenized, in_batch in zip(PROMPTS, prompts, together, strict=True):
         batch = prompt_batch([tokenized], len(tokenized.ids))
         logits = np.asarray(vlm.logits(ours.params, ours.cfg, batch))[0]
         ids = torch.tensor(tokenized.ids[None].astype(np.int64))

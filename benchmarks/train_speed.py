@@ -117,7 +117,7 @@ class Load:
         # Other shapes take their time in proportion to their slots.
         self.measured = sum(map(slots, self.steps)) / slots(self.first)
         kept = [(record, step.text) for step in self.steps for row in step.rows for record in row]
-        records, room = (np.array(column) for column in zip(*kept))
+        records, room = (np.array(column) for column in zip(*kept, strict=True))
         lengths, images = (column[records] for column in self.lengths_images)
         live = np.minimum(lengths, room).sum() + images.sum() * (max(tokens, 1) - 1)
         self.epoch = {"conversations": len(kept), "images": int(images.sum()), "tokens": int(live)}
@@ -299,8 +299,8 @@ def main() -> None:
         longest = max(longest, time.monotonic() - start)
         print(f"{file.stem}: {result['seconds_a_step']} s a step, {time.monotonic() - start:.0f} s in all", flush=True)
     table = [HEAD, *rows(read(folder))]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    print("\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in table))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print("\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Expected beside the working directory: data/LLaVA-Pretrain/, data/LLaVA-Tuning/ 
 runs/NAME_start, made by ``convert``; stage 1 goes to runs/NAME_pretrain, where stage 2 begins."""
 
 from deltallava_jax import config as c
+from deltallava_jax.errors import ConfigError
 
 ROW = 3072  # slots of a row, about: long enough that few large conversations leave no gaps
 MEAN_TEXT = {"pretrain": 40, "finetune": 300}  # tokens of a conversation, about: decides how large a batch is
@@ -26,7 +27,7 @@ def base(
 ) -> c.Config:
     """tokens: visual tokens an image, the most: rows hold as many conversations as fit."""
     if stage not in MEAN_TEXT:
-        raise c.ConfigError(f"the configuration has the stages pretrain and finetune, not {stage!r}")
+        raise ConfigError(f"the configuration has the stages pretrain and finetune, not {stage!r}")
     pretrain = stage == "pretrain"
     slots = CONVERSATIONS[stage] * (MEAN_TEXT[stage] + tokens)
     rows = 16 * max(1, round(slots / ROW / 16))  # so that 8 or 16 devices share them

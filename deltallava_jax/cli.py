@@ -9,11 +9,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from deltallava_jax.errors import ConfigError, SaveFailed, UserError
+
 
 def overrides(rest: list[str], command: str) -> dict[str, str]:
     """{dotted key: text} of --config.KEY=VALUE or --config.KEY VALUE arguments. Raises ConfigError for any other."""
-    from deltallava_jax.config import ConfigError
-
     found, rest = {}, list(rest)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
@@ -33,35 +33,29 @@ def say(line: str) -> None:
 
 
 def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
-    """Runs a door's main with JAX's compiled programs kept between runs; exits 1 with a message on a known error,
-    on Ctrl-C, and where another process of the run is gone."""
+    """Runs a command's main with JAX's compiled programs kept between runs.
+
+    A UserError, or a disk that is full, is one line on stderr and exit code 2; Ctrl-C exits with 130; where another
+    process of the run is gone that is said, with exit code 1."""
     import jax
 
-    from deltallava_jax.config import ConfigError
-    from deltallava_jax.convert.tensors import ConversionError
-    from deltallava_jax.data.tokens import TokenizerError
-    from deltallava_jax.models.names import WeightMismatch
     from deltallava_jax.parallel import hosts
-    from deltallava_jax.training.checkpoints import CheckpointError, SaveFailed
-    from deltallava_jax.training.loop import TooManyFaults
-    from deltallava_jax.training.metrics import NonFiniteLoss
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "deltallava_jax" / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    known = (
-        ConfigError, ConversionError, TokenizerError, WeightMismatch, CheckpointError, TooManyFaults, NonFiniteLoss,
-    )  # fmt: skip
     try:
         main()
-    except known as error:
+    except UserError as error:
         # After a save that failed the event files of TensorBoard cannot be closed either.
-        hosts.leave(f"error: {error}", at_once=isinstance(error, SaveFailed))
+        hosts.leave(f"error: {error}", 2, at_once=isinstance(error, SaveFailed))
     except KeyboardInterrupt:
-        hosts.leave(interrupted)
+        hosts.leave(interrupted, 130)
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            hosts.leave(f"error: {error}. Please make room on that disk and start the same command again", at_once=True)
+            hosts.leave(
+                f"error: {error}. Please make room on that disk and start the same command again", 2, at_once=True
+            )
         if not jax.distributed.is_initialized():
             raise
-        hosts.leave(hosts.lost(error) or traceback.format_exc())
+        hosts.leave(hosts.lost(error) or traceback.format_exc(), 1)

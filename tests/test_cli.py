@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import train as training_door
-from deltallava_jax.config import ConfigError, workdir_config
+from deltallava_jax.config import workdir_config
+from deltallava_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +22,7 @@ def train(workdir, *arguments, config="configs/easy_vqa.py"):
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess, *words):
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and "Traceback" not in line
     for word in words:

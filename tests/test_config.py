@@ -10,7 +10,6 @@ import pytest
 from deltallava_jax.config import (
     PRESETS,
     Config,
-    ConfigError,
     DataConfig,
     DecoderConfig,
     MeshConfig,
@@ -25,6 +24,7 @@ from deltallava_jax.config import (
     preset,
     to_dict,
 )
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import decoder, projectors, vision
 
 EASY = override(

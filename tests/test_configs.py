@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from deltallava_jax.config import ConfigError, load_config
+from deltallava_jax.config import load_config
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import projectors
 from deltallava_jax.models.selection import llavolta
 

@@ -209,7 +209,7 @@ def slow_layout(tokens, loss_mask, segments, image_positions, valid, V):
 def test_any_rows_equal_the_slow_reference(shape, data):
     T, I, V = shape
     batch_rows = data.draw(st.lists(rows(T, I, V), min_size=2, max_size=2))
-    *columns, valid = zip(*batch_rows)
+    *columns, valid = zip(*batch_rows, strict=True)
     expected = [slow_layout(*row, V) for row in batch_rows]
     valid = np.array(valid, bool).reshape(2, I, V)
     check(make_batch(*columns), valid, V, **{key: [row[key] for row in expected] for key in expected[0]})

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from deltallava_jax.analysis import flops
-from deltallava_jax.config import ConfigError, FastVConfig, ModelConfig, ProjectorConfig
+from deltallava_jax.config import FastVConfig, ModelConfig, ProjectorConfig
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import decoder, projectors, vision, vlm
 from deltallava_jax.models.names import flatten
 from deltallava_jax.models.selection import fastv
@@ -74,7 +75,10 @@ def stages(cfg: ModelConfig, text: int) -> list[tuple[tuple[int, int], int]]:
     if not cfg.fastv:
         return [((0, cfg.decoder.layers), slots)]
     kept = min(text + cfg.fastv.keep, slots)
-    return [(layers, count) for layers, count in zip(fastv.stages(cfg.decoder, cfg.fastv), (slots, slots, kept))]
+    return [
+        (layers, count)
+        for layers, count in zip(fastv.stages(cfg.decoder, cfg.fastv), (slots, slots, kept), strict=True)
+    ]
 
 
 def cache_bytes(cfg: ModelConfig, text: int, new: int) -> int:
@@ -189,7 +193,7 @@ def exact(cfg: ModelConfig, text: int, new: int) -> dict[str, int]:
 
     def step(params, token, caches):
         hidden = decoder.embed(params["decoder"], cfg.decoder, token, cfg.dtype)
-        for (layers, _), cache in zip(stages(cfg, text), caches):
+        for (layers, _), cache in zip(stages(cfg, text), caches, strict=True):
             slot = text_layout(token, jnp.ones_like(token))
             hidden, _ = decoder.run(params["decoder"], cfg.decoder, hidden, slot, layers=layers, cache=cache)
         return score(params, hidden)

@@ -17,17 +17,8 @@ import json
 from pathlib import Path
 
 from deltallava_jax import cli
-from deltallava_jax.config import (
-    PRESETS,
-    Config,
-    ConfigError,
-    DecoderConfig,
-    VisionConfig,
-    compose,
-    load_config,
-    override,
-    preset,
-)
+from deltallava_jax.config import PRESETS, Config, DecoderConfig, VisionConfig, compose, load_config, override, preset
+from deltallava_jax.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

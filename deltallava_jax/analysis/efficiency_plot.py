@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from deltallava_jax.config import ConfigError
+from deltallava_jax.errors import ConfigError
 
 PARTS = {"vision": "#4c72b0", "projector": "#dd8452", "prefill": "#55a868", "decode": "#c44e52"}
 TITLES = {"paper": "in the paper's convention", "exact": "every matrix product"}
@@ -32,7 +32,7 @@ def plot(rows: list[dict], path: Path) -> None:
     stacked = len(systems) <= MOST_STACKED
     width = max(5.0, 1.5 + 0.25 * len(rows)) if stacked else 6.0
     figure, panels = pyplot.subplots(1, 2, figsize=(2 * width, 4.2), sharey=True, layout="constrained")
-    for axes, (convention, title) in zip(panels, TITLES.items()):
+    for axes, (convention, title) in zip(panels, TITLES.items(), strict=True):
         own = [row for row in rows if row["convention"] == convention]
         (_stack if stacked else _curves)(axes, own, systems)
         axes.set(title=title)
@@ -48,7 +48,7 @@ def _stack(axes, rows: list[dict], systems: list[str]) -> None:
     for part, color in PARTS.items():
         values = [row[f"{part}_tflops"] for row in rows]
         axes.bar(range(len(rows)), values, bottom=below, label=part, color=color)
-        below = [a + b for a, b in zip(below, values)]
+        below = [a + b for a, b in zip(below, values, strict=True)]
     for place, height in enumerate(below):
         axes.annotate(f"{height:.3g}", (place, height), ha="center", va="bottom", fontsize=7)
     names = [f"{row['system']}\n{row['budget']}" if len(systems) > 1 else str(row["budget"]) for row in rows]
@@ -62,7 +62,7 @@ def _curves(axes, rows: list[dict], systems: list[str]) -> None:
     for place, system in enumerate(systems):
         points = sorted((row["budget"], row["total_tflops"]) for row in rows if row["system"] == system)
         style = dict(color=colormaps["tab20"](place % 20), marker="osD^v"[place % 5], markersize=4)
-        axes.plot(*zip(*points), label=system, **style)
+        axes.plot(*zip(*points, strict=True), label=system, **style)
     axes.set_xscale("log", base=2)
     budgets = sorted({row["budget"] for row in rows})
     axes.set_xticks(budgets, list(map(str, budgets)))

@@ -22,9 +22,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from deltallava_jax.config import ConfigError, ModelConfig, ProjectorConfig
+from deltallava_jax.config import ModelConfig, ProjectorConfig
 from deltallava_jax.data.conversation import IMAGE, TEMPLATES, Tokenized, tokenize
 from deltallava_jax.data.images import load_image
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.model import Model
 from deltallava_jax.models import decoder, projectors, vision, vlm
 from deltallava_jax.models.layers import Params
@@ -222,7 +223,7 @@ def figure(image: Image.Image, maps: Sequence[HeatMap]) -> Image.Image:
     size = (len(panels) * (image.width + gap) + gap, image.height + 2 * gap + 18 * max(map(len, lines)))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for place, ((panel, _), text) in enumerate(zip(panels, lines)):
+    for place, ((panel, _), text) in enumerate(zip(panels, lines, strict=True)):
         left = gap + place * (image.width + gap)
         sheet.paste(panel, (left, gap))
         for number, line in enumerate(text):

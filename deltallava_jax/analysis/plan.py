@@ -48,7 +48,10 @@ def parameter_table(shapes: TrainState) -> str:
             parts[part] = parts.get(part, 0) + leaf.size
     header = ("parameter", "shape", "dtype", "mesh axes", "", "count")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *rows]]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
     lines += [f"{name} ({kind}): {size:,}" for (name, kind), size in parts.items()]
     return "\n".join([*lines, f"all: {sum(parts.values()):,} parameters"])
 
@@ -103,7 +106,7 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
         target=str(target),
         devices=mesh.size,
         config=cfg.name,
-        mesh=dict(zip(AXES, mesh.devices.shape)),
+        mesh=dict(zip(AXES, mesh.devices.shape, strict=True)),
         batch=dict(
             rows=cfg.data.rows, row_length=cfg.data.row_length, text_tokens=T, images=I, budget=budget,
             text_per_image=text, conversations=conversations, accumulation=cfg.optimizer.accumulation,

@@ -19,7 +19,8 @@ from dataclasses import replace
 
 from deltallava_jax import cli
 from deltallava_jax.analysis.targets import Target, parse_target, prepare
-from deltallava_jax.config import Config, ConfigError, MeshConfig, load_config, override
+from deltallava_jax.config import Config, MeshConfig, load_config, override
+from deltallava_jax.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

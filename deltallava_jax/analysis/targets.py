@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltallava_jax.config import ConfigError
+from deltallava_jax.errors import ConfigError
 
 GIB = 2**30
 

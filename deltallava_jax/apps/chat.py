@@ -19,8 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
-from deltallava_jax.config import ConfigError
-from deltallava_jax.data.conversation import BadSample
+from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.inference.sampling import Sampling
 
 COMMANDS = __doc__.partition("While it runs:\n")[2]

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from deltallava_jax.apps.chat import compilations, speed
 from deltallava_jax.apps.serve import check_pixels
-from deltallava_jax.config import ConfigError
-from deltallava_jax.data.conversation import BadSample
+from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.inference.sampling import Sampling
 
 EARLIER = 12  # answers that stay on the page
@@ -111,7 +110,7 @@ def make_page(model, options: argparse.Namespace):
 
     def read(file: str | None) -> bytes:
         if not file:
-            raise BadSample("choose a picture first")
+            raise BadSample("choose a picture first", "missing")
         data = Path(file).read_bytes()
         check_pixels(data, options.max_pixels)
         model.pixels(data)

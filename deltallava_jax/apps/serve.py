@@ -16,6 +16,7 @@ import asyncio
 import base64
 import binascii
 import hmac
+import itertools
 import json
 import os
 import sys
@@ -27,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deltallava_jax.config import ConfigError
-from deltallava_jax.data.conversation import IMAGE, BadSample
+from deltallava_jax.data.conversation import IMAGE
+from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.inference.sampling import Sampling
 
 
@@ -61,21 +62,14 @@ def main(options: argparse.Namespace) -> None:
     uvicorn.run(app, host=options.host, port=options.port, timeout_graceful_shutdown=60, log_level="info")
 
 
-class Refused(Exception):
-    """A request that is not answered: HTTP status and a message for its sender."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
-
-
 def make_app(model, options: argparse.Namespace):
     """The ASGI application; its scheduler lives as long as it does."""
     from starlette.applications import Starlette
     from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
     from starlette.routing import Route
 
-    from deltallava_jax.inference.scheduler import Busy, Request, Scheduler
+    from deltallava_jax.errors import Busy
+    from deltallava_jax.inference.scheduler import Request, Scheduler
     from deltallava_jax.models import projectors
 
     name, created = options.name or options.model.resolve().name, int(time.time())
@@ -89,9 +83,9 @@ def make_app(model, options: argparse.Namespace):
                 if options.api_key is not None:
                     given = request.headers.get("authorization", "").removeprefix("Bearer ")
                     if not hmac.compare_digest(given.encode(), options.api_key.encode()):
-                        raise Refused(401, "wrong or missing API key")
+                        raise RequestRefused(401, "wrong or missing API key")
                 return await handler(request)
-            except Refused as error:
+            except RequestRefused as error:
                 refused[error.status] = refused.get(error.status, 0) + 1
                 return failure(error.status, str(error))
 
@@ -104,7 +98,7 @@ def make_app(model, options: argparse.Namespace):
     async def completions(http):
         fields = parsed(await body_of(http, options.max_body))
         if fields.get("model", name) != name:
-            raise Refused(404, f"model {fields['model']!r} is not served here; {name!r} is")
+            raise RequestRefused(404, f"model {fields['model']!r} is not served here; {name!r} is")
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
         on_piece = lambda text, end: loop.call_soon_threadsafe(pieces.put_nowait, (text, end))
         try:
@@ -113,9 +107,9 @@ def make_app(model, options: argparse.Namespace):
             request = Request(asked, pixels, integer(fields, "budget"), sampling_of(fields), on_piece)
             scheduler.submit(request)
         except (ConfigError, BadSample) as error:
-            raise Refused(400, str(error)) from error
+            raise RequestRefused(400, str(error)) from error
         except Busy as error:
-            raise Refused(429, str(error)) from error
+            raise RequestRefused(429, str(error)) from error
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         read = len(asked.ids)
         if len(pixels):
@@ -205,7 +199,7 @@ async def body_of(http, limit: int) -> bytes:
     async for part in http.stream():
         body += part
         if len(body) > limit:
-            raise Refused(413, f"a body of more than {limit:,} bytes")
+            raise RequestRefused(413, f"a body of more than {limit:,} bytes")
     return bytes(body)
 
 
@@ -213,11 +207,11 @@ def parsed(body: bytes) -> dict:
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the body is no JSON: {error}") from error
+        raise RequestRefused(400, f"the body is no JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise Refused(400, "the body is no JSON object")
+        raise RequestRefused(400, "the body is no JSON object")
     if fields.get("n") not in (None, 1):
-        raise Refused(400, "n: one answer a request is given")
+        raise RequestRefused(400, "n: one answer a request is given")
     return fields
 
 
@@ -259,7 +253,7 @@ def prompt_of(model, fields: dict, options: argparse.Namespace):
     if len(images) > options.max_images:
         raise ConfigError(f"{len(images)} images; at most {options.max_images} are read")
     turns[0] = system + turns[0]
-    pairs = list(zip(turns[::2], [*turns[1::2], None]))
+    pairs = list(itertools.zip_longest(turns[::2], turns[1::2]))
     asked = model.ask(pairs, images)
     for image in images:
         check_pixels(image, options.max_pixels)

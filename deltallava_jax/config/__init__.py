@@ -5,7 +5,6 @@ A configuration file is a Python file with ``get_config() -> Config``. Values ca
 Anything wrong raises ConfigError with one line that says what was expected.
 """
 
-from deltallava_jax.config.checks import ConfigError
 from deltallava_jax.config.model import (
     ABLATIONS,
     DTYPES,
@@ -36,7 +35,6 @@ __all__ = [
     "PRESETS",
     "ROW_AXES",
     "Config",
-    "ConfigError",
     "DataConfig",
     "DecoderConfig",
     "EvaluationConfig",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message is one line for the user."""
+from deltallava_jax.errors import ConfigError
 
 
 def require(condition: bool, message: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from deltallava_jax.config.checks import ConfigError, nearest
+from deltallava_jax.config.checks import nearest
 from deltallava_jax.config.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from deltallava_jax.errors import ConfigError
 
 PRESETS: dict[type, dict[str, dict]] = {
     VisionConfig: {

@@ -6,8 +6,9 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from deltallava_jax.config.checks import ConfigError, require, require_at_least
+from deltallava_jax.config.checks import require, require_at_least
 from deltallava_jax.config.model import DTYPES, ModelConfig
+from deltallava_jax.errors import ConfigError
 
 ASPECTS = ("square", "pad", "squash")
 

@@ -11,9 +11,10 @@ import types
 import typing
 from pathlib import Path
 
-from deltallava_jax.config.checks import ConfigError, nearest, require
+from deltallava_jax.config.checks import nearest, require
 from deltallava_jax.config.presets import preset
 from deltallava_jax.config.run import Config
+from deltallava_jax.errors import ConfigError
 
 
 def to_dict(config) -> dict:

@@ -78,7 +78,7 @@ def _put_layers(parts: list[Tensor], kind, place: Sharding, cut: slice) -> jax.A
 
     def share(index: tuple[slice, ...]) -> np.ndarray:
         chosen = layers[index[0]]
-        block = np.empty([len(range(*c.indices(size))) for c, size in zip(index, shape)], kind)
+        block = np.empty([len(range(*c.indices(size))) for c, size in zip(index, shape, strict=True)], kind)
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(lambda row: chosen[row].read_into(block[row], index[1:]), range(len(chosen))))
         return block

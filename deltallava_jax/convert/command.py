@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _settings(options: argparse.Namespace) -> dict:
     """ProjectorConfig fields of --scale-factor and --set. Raises ConfigError."""
-    from deltallava_jax.config import ConfigError, parse_value
+    from deltallava_jax.config import parse_value
+    from deltallava_jax.errors import ConfigError
 
     settings = {}
     for text in options.set + ([f"scale_factor={options.scale_factor}"] if options.scale_factor else []):
@@ -56,9 +57,10 @@ def _settings(options: argparse.Namespace) -> dict:
 
 
 def main(options: argparse.Namespace) -> None:
-    from deltallava_jax.config import ConfigError, load_config, to_dict
+    from deltallava_jax.config import load_config, to_dict
     from deltallava_jax.convert.workdir import compose, open_model, write_workdir
     from deltallava_jax.convert.write import new_folder, write_card, write_hf, write_llava
+    from deltallava_jax.errors import ConfigError
 
     *sources, target = map(Path, options.paths)
     settings = _settings(options)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from deltallava_jax.config import DecoderConfig, RopeScaling, VisionConfig
-from deltallava_jax.convert.tensors import ConversionError
+from deltallava_jax.errors import ConversionError
 from deltallava_jax.models.names import Entry, linear, norm
 
 

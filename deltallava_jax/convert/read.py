@@ -14,19 +14,11 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
-from deltallava_jax.config import (
-    ASPECTS,
-    ConfigError,
-    ModelConfig,
-    ProjectorConfig,
-    VisionConfig,
-    from_dict,
-    preset,
-    to_dict,
-)
+from deltallava_jax.config import ASPECTS, ModelConfig, ProjectorConfig, VisionConfig, from_dict, preset, to_dict
 from deltallava_jax.convert.arrays import load_array, unstacked_arrays
 from deltallava_jax.convert.families import DECODERS, PAIRS, TOWERS, decoder_family, refuse, tower_family
-from deltallava_jax.convert.tensors import ConversionError, Tensor, find
+from deltallava_jax.convert.tensors import Tensor, find
+from deltallava_jax.errors import ConfigError, ConversionError
 from deltallava_jax.models import projectors, vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import Entry, check, flatten, linear, prefixed, unflatten

@@ -10,11 +10,9 @@ from pathlib import Path
 import ml_dtypes  # also teaches numpy the name bfloat16, which safetensors asks it for
 import numpy as np
 
+from deltallava_jax.errors import ConversionError
+
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
-
-
-class ConversionError(ValueError):
-    """A checkpoint that cannot be converted; the message names the file or option and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Tensor:
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The tensor, or the part of it at ``index``. Raises ConversionError if the file cannot be read."""
-        cuts = [cut.indices(size)[:2] for cut, size in zip(index, self.shape)]
+        cuts = [cut.indices(size)[:2] for cut, size in zip(index, self.shape, strict=False)]
         out = np.empty([stop - start for start, stop in cuts] + list(self.shape[len(cuts) :]), self.dtype)
         self.read_into(out, index)
         return out

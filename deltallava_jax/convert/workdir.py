@@ -25,16 +25,17 @@ from deltallava_jax.config import (
     workdir_config,
 )
 from deltallava_jax.convert.read import Layout, Pretrained, fits, read, read_json, read_projector
-from deltallava_jax.convert.tensors import ConversionError, find
+from deltallava_jax.convert.tensors import find
 from deltallava_jax.convert.write import write_extra
 from deltallava_jax.data import tokens
+from deltallava_jax.errors import CheckpointError, ConversionError
 from deltallava_jax.inference.model import Model
 from deltallava_jax.models import projectors
 from deltallava_jax.models.decoder import MATRICES, unstacked
 from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.parallel import rules
 from deltallava_jax.parallel.mesh import tensor_mesh
-from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints, Place, as_saved
+from deltallava_jax.training.checkpoints import Checkpoints, Place, as_saved
 
 
 def is_workdir(path: Path) -> bool:

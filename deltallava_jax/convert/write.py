@@ -21,10 +21,11 @@ from tqdm import tqdm
 from deltallava_jax.config import DecoderConfig, ModelConfig, VisionConfig, preset, to_dict
 from deltallava_jax.convert.families import decoder_family, tower_family
 from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, Layout, Pretrained, read_json
-from deltallava_jax.convert.tensors import DTYPES, ConversionError, Tensor
+from deltallava_jax.convert.tensors import DTYPES, Tensor
 from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import IMAGE as IMAGE_TOKEN
 from deltallava_jax.data.conversation import TEMPLATES
+from deltallava_jax.errors import ConversionError
 from deltallava_jax.models import projectors
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import TRANSFORMS, Entry, flatten, unflatten
@@ -363,7 +364,7 @@ def _write(model: Pretrained, folder: Path, layout: Layout, config: dict, shard_
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        where = {out.name: name for name, shard in zip(names, shards) for out in shard}
+        where = {out.name: name for name, shard in zip(names, shards, strict=True) for out in shard}
         total = {"total_size": sum(out.bytes for out in outs)}
         _write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": where})
     on_host: dict[str, np.ndarray] = {}  # the parameter that is being written, on the host
@@ -379,7 +380,7 @@ def _write(model: Pretrained, folder: Path, layout: Layout, config: dict, shard_
         return TRANSFORMS[out.entry.kind][1](part)
 
     bar = tqdm(total=sum(o.bytes for o in outs), desc="writing", unit="B", unit_scale=True, disable=None, leave=False)
-    for name, shard in zip(names, shards):
+    for name, shard in zip(names, shards, strict=True):
         _write_safetensors(folder / name, shard, value, bar)
     bar.close()
 

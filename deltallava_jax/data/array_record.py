@@ -11,10 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from deltallava_jax.config import ConfigError
-from deltallava_jax.data.conversation import BadSample
 from deltallava_jax.data.llava_json import LlavaJson
 from deltallava_jax.data.sources import Mixture, Record
+from deltallava_jax.errors import BadSample, ConfigError
 
 SHARD = 2000  # records of a shard
 NAME = "llava-train.array_record-{:05d}-of-{:05d}"

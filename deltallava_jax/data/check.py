@@ -9,20 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from deltallava_jax.data.conversation import BadSample, Template, rounds, tokenize
+from deltallava_jax.data.conversation import Template, rounds, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.sources import Source
 from deltallava_jax.data.tokens import Tokenizer
+from deltallava_jax.errors import FAULTS, BadSample
 
-FAULTS = {
-    "malformed": "records or turns of another form",
-    "outside": "images outside the image root",
-    "markers": "records with more or fewer <image> markers than images",
-    "missing": "images that are missing",
-    "unreadable": "images that cannot be read",
-    "beyond": "records with an image beyond the length limit",
-    "unsupervised": "records without a supervised token in the length limit",
-}
 CHUNK = 64
 EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -52,7 +44,7 @@ class Checker:
             tokenized = tokenize(pairs, self.template, self.tokenizer)
         except BadSample as error:
             why = str(error) if name in str(error) else f"{name}: {error}"
-            return bad("outside" if "outside the image root" in why else "malformed", why)
+            return bad(error.kind, why)
         tokens, images = len(tokenized.ids), len(record.images)
         found |= {"tokens": tokens, "images": images, "rounds": len(pairs), "cut": tokens > self.limit}
         if len(tokenized.image_positions) != images:
@@ -105,7 +97,7 @@ def check(checker: Checker, workers: int, examples: int = 5) -> dict:
         "examples": {kind: found[:examples] for kind, found in faults.items() if found},
         "duplicate_ids": len(shared),
         "duplicate_examples": list(shared)[:examples],
-        "histogram": {str(edge): int(count) for edge, count in zip(EDGES, counts)},
+        "histogram": {str(edge): int(count) for edge, count in zip(EDGES, counts, strict=True)},
     }
 
 
@@ -120,7 +112,7 @@ def table(report: dict) -> str:
     ]
     most = max(report["histogram"].values()) or 1
     edges = [*report["histogram"], ""]
-    for (edge, count), following in zip(report["histogram"].items(), edges[1:]):
+    for (edge, count), following in zip(report["histogram"].items(), edges[1:], strict=True):
         if count:
             label = f"{edge} to {following}" if following else f"{edge} and more"
             lines.append(f"{label:14} {count:9,}  {'#' * max(1, round(40 * count / most))}")

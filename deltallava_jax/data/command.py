@@ -44,10 +44,10 @@ def main(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace, source) -> None:
-    from deltallava_jax.config import ConfigError
     from deltallava_jax.data import tokens
     from deltallava_jax.data.check import Checker, check, table
     from deltallava_jax.data.conversation import TEMPLATES
+    from deltallava_jax.errors import ConfigError
 
     if options.template not in TEMPLATES:
         raise ConfigError(f"--template is {options.template!r}; known: {', '.join(TEMPLATES)}")

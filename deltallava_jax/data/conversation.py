@@ -7,17 +7,15 @@ image goes. Spans come from the tokenizer's character offsets, never from counti
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
 from deltallava_jax.data.tokens import Tokenizer
+from deltallava_jax.errors import BadSample
 
 IMAGE = "<image>"
-
-
-class BadSample(ValueError):
-    """A record that cannot be trained on; the message says why. The run skips and counts it."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def rounds(conversation: list[dict]) -> list[tuple[str, str | None]]:
         values.append(_image_first(turn["value"]) if expected == "human" else turn["value"])
     if not values:
         raise BadSample("the conversation is empty")
-    return list(zip(values[::2], [*values[1::2], None]))
+    return list(itertools.zip_longest(values[::2], values[1::2]))
 
 
 def _turn(conversation: list[dict], index: int) -> dict:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 
-from deltallava_jax.config import ConfigError
 from deltallava_jax.data.conversation import IMAGE
 from deltallava_jax.data.sources import Record
+from deltallava_jax.errors import ConfigError
 
 
 @dataclass(frozen=True)

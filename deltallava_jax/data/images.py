@@ -16,8 +16,8 @@ import numpy as np
 from etils import epath
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from deltallava_jax.config import ASPECTS, ConfigError, VisionConfig
-from deltallava_jax.data.conversation import BadSample
+from deltallava_jax.config import ASPECTS, VisionConfig
+from deltallava_jax.errors import BadSample, ConfigError
 
 # Of a file: together they bound the memory and time that one image can take. Pillow warns of a decompression bomb above
 # the first, and refuses twice as many pixels itself.
@@ -57,7 +57,7 @@ def load_image(
         with _open(source) as image:
             image = _upright_rgb(image)
     except Exception as error:  # on broken data Pillow's decoders raise nearly any type
-        raise BadSample(f"image {_name(source)}: {_reason(error)}") from error
+        raise BadSample(f"image {_name(source)}: {_reason(error)}", "unreadable") from error
     if aspect == "square":
         image = _cropped(image, size)
     elif aspect == "pad":
@@ -75,14 +75,14 @@ def _open(source):
         return nullcontext(source)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-            raise BadSample("expected uint8 [height, width, 3]")
+            raise BadSample("expected uint8 [height, width, 3]", "unreadable")
         return nullcontext(Image.fromarray(source))
     if isinstance(source, bytes):
         return Image.open(BytesIO(source), formats=FORMATS)
     if "://" in os.fspath(source):
         return Image.open(BytesIO(epath.Path(source).read_bytes()), formats=FORMATS)
     if not stat.S_ISREG(os.stat(source).st_mode):
-        raise BadSample("not a file")  # a pipe would be waited for
+        raise BadSample("not a file", "unreadable")  # a pipe would be waited for
     return Image.open(source, formats=FORMATS)
 
 
@@ -99,7 +99,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = _to_8_bits(image)
     elif image.mode == "F":
-        raise BadSample("pixels are floating point numbers, whose range is unknown")
+        raise BadSample("pixels are floating point numbers, whose range is unknown", "unreadable")
     elif "transparency" in image.info:  # of no use to RGB, and some values are refused or warned of
         image = image.copy()
         del image.info["transparency"]
@@ -119,7 +119,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     """16-bit grey by its high bytes, as Pillow reads 16-bit colour; its convert would clip at 255."""
     grey = np.asarray(image.convert("I"))
     if grey.min() < 0 or grey.max() >= 2**16:
-        raise BadSample(f"grey values from {grey.min()} to {grey.max()}; expected 16 bits")
+        raise BadSample(f"grey values from {grey.min()} to {grey.max()}; expected 16 bits", "unreadable")
     return Image.fromarray((grey >> 8).astype(np.uint8))
 
 

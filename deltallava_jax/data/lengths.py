@@ -8,10 +8,11 @@ import os
 import numpy as np
 from tqdm import tqdm
 
-from deltallava_jax.data.conversation import BadSample, Template, rounds, text_pieces
+from deltallava_jax.data.conversation import Template, rounds, text_pieces
 from deltallava_jax.data.llava_json import cache_folder
 from deltallava_jax.data.sources import Source
 from deltallava_jax.data.tokens import Tokenizer
+from deltallava_jax.errors import BadSample
 
 BATCH = 2000  # records whose texts are tokenized together, on all cores
 

@@ -16,9 +16,8 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from deltallava_jax.config import ConfigError
-from deltallava_jax.data.conversation import BadSample
 from deltallava_jax.data.sources import Record
+from deltallava_jax.errors import BadSample, ConfigError
 
 CHUNK = 2**25
 QUOTE, OPEN, CLOSE, BACKSLASH = b'"{}\\'
@@ -156,7 +155,7 @@ class LlavaJson:
     def _below(self, image: str, name: str):
         path = posixpath.normpath(image.replace("\\", "/"))
         if path.startswith(("/", "..")) or "\0" in path:
-            raise BadSample(f"{name}: the image {image!r} lies outside the image root")
+            raise BadSample(f"{name}: the image {image!r} lies outside the image root", "outside")
         return epath.Path(self.images) / path
 
     def texts(self):

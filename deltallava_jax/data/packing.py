@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltallava_jax.config import ConfigError, DataConfig
+from deltallava_jax.config import DataConfig
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.sequence import budget_at
 
 POOL = 256  # records that a row is filled from, the oldest first and, towards its end, those that fill it best

@@ -17,13 +17,14 @@ import grain
 import jax
 import numpy as np
 
-from deltallava_jax.config import ConfigError, DataConfig, VisionConfig
-from deltallava_jax.data.conversation import TEMPLATES, BadSample, Tokenized, rounds, tokenize
+from deltallava_jax.config import DataConfig, VisionConfig
+from deltallava_jax.data.conversation import TEMPLATES, Tokenized, rounds, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.lengths import measure
 from deltallava_jax.data.packing import Plan
 from deltallava_jax.data.sources import Record, Source
 from deltallava_jax.data.tokens import Tokenizer
+from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.sequence import Batch
 
 
@@ -57,7 +58,7 @@ class Rows:
         tokenized = tokenize(rounds(record.conversation), TEMPLATES[self.cfg.template], self.tokenizer)
         if len(tokenized.image_positions) != len(record.images):
             markers = len(tokenized.image_positions)
-            raise BadSample(f"{markers} <image> markers, but {len(record.images)} images")
+            raise BadSample(f"{markers} <image> markers, but {len(record.images)} images", "markers")
         return tokenized
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
@@ -88,9 +89,9 @@ class Rows:
                     pixels = [load_image(image, size, self.cfg.aspect, fill) for image in record.images]
                     end = min(start + len(tokenized.ids), text)
                     if (tokenized.image_positions + start >= end).any():
-                        raise BadSample(f"an image lies beyond the row's {text} text tokens")
+                        raise BadSample(f"an image lies beyond the row's {text} text tokens", "beyond")
                     if not tokenized.loss_mask[: end - start].any():
-                        raise BadSample(f"no supervised token in its first {end - start} tokens")
+                        raise BadSample(f"no supervised token in its first {end - start} tokens", "unsupervised")
                 except BadSample as error:
                     faults.append(f"{name}: {error}")
                     continue
@@ -100,7 +101,9 @@ class Rows:
                 batch.segments[row, start:end] = segment
                 if batch.branches is not None:
                     batch.branches[row, start:end] = tokenized.rounds[: end - start]
-                for position, question, image in zip(tokenized.image_positions, tokenized.questions, pixels):
+                for position, question, image in zip(
+                    tokenized.image_positions, tokenized.questions, pixels, strict=True
+                ):
                     batch.image_positions[row, placed] = start + position
                     batch.questions[row, placed] = np.minimum(start + question, end)
                     batch.images[row, placed] = image

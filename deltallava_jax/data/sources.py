@@ -9,7 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from deltallava_jax.config import ConfigError, DataConfig
+from deltallava_jax.config import DataConfig
+from deltallava_jax.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ class Mixture:
             of_record.append(chosen.astype(np.int32))
         self.of_source, self.of_record = np.concatenate(of_source), np.concatenate(of_record)
         if all(hasattr(source, "fingerprint") for source in sources):
-            self.fingerprint = " ".join(f"{source.fingerprint}*{w:g}" for source, w in zip(sources, weights))
+            self.fingerprint = " ".join(
+                f"{source.fingerprint}*{w:g}" for source, w in zip(sources, weights, strict=True)
+            )
 
     def __len__(self) -> int:
         return len(self.of_source)

@@ -7,13 +7,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from deltallava_jax.config import ConfigError
+from deltallava_jax.errors import ConfigError, TokenizerError
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-
-
-class TokenizerError(FileNotFoundError):
-    """A tokenizer file that is missing or cannot be read; the message names it and says what to do."""
 
 
 class Tokenizer:
@@ -60,7 +56,7 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Writes tokenizer.json, and beside it tokenizer_config.json with the names of the special tokens."""
         Path(path).write_text(self._backend.to_str())
-        names = dict(zip(("bos_token", "eos_token"), self._names))
+        names = dict(zip(("bos_token", "eos_token"), self._names, strict=True))
         if self._backend.token_to_id(PAD) is not None:
             names["pad_token"] = PAD
         Path(path).with_name("tokenizer_config.json").write_text(json.dumps(names, indent=2))

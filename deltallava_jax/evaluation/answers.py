@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from deltallava_jax.config import ConfigError
 from deltallava_jax.data.conversation import IMAGE, TEMPLATES, end_id, tokenize
 from deltallava_jax.data.images import load_image
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.generate import Engine, bucket, prompt_batch
 from deltallava_jax.inference.model import Model
 from deltallava_jax.inference.sampling import Sampling
@@ -48,7 +48,7 @@ class Answerer:
                 chosen = places[start : start + self.rows]
                 filled = chosen + chosen[-1:] * (self.rows - len(chosen))
                 found = self._batch([questions[place] for place in filled], count, max_new_tokens)
-                for place, answer in zip(chosen, found):
+                for place, answer in zip(chosen, found, strict=True):
                     answers[place] = answer
         return answers
 

@@ -28,7 +28,7 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
         gram: count * (math.log(len(captions)) - math.log(max(1, images[gram]))) for gram, count in counts.items()
     }
     scores = []
-    for caption, texts in zip(captions, told):
+    for caption, texts in zip(captions, told, strict=True):
         own = _ngrams(caption)
         alike = [_likeness(own, text, weigh(own), weigh(text)) for text in texts]
         scores.append(SCALE * sum(alike) / len(alike))

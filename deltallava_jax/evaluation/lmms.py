@@ -20,7 +20,7 @@ import jax
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from deltallava_jax.config import ConfigError
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.evaluation.answers import Answerer, Kept
 from deltallava_jax.evaluation.tasks import DATA, official_name
 from deltallava_jax.inference.model import Model
@@ -85,7 +85,9 @@ class DeltaLlava(lmms):
             most = _most(requests[mine[0]])
             chosen = [place for place in mine[: self.batch_size] if _most(requests[place]) == most]
             mine = mine[len(chosen) :]
-            found = dict(zip(chosen, self._answer([self._question(requests[place]) for place in chosen], most)))
+            found = dict(
+                zip(chosen, self._answer([self._question(requests[place]) for place in chosen], most), strict=True)
+            )
             self._kept.add({keys[place]: answer for place, answer in found.items()})
             new |= found
             bar.update(len(chosen))

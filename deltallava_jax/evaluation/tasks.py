@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from deltallava_jax.config import ConfigError
+from deltallava_jax.errors import ConfigError
 
 # task -> (the official yaml below lmms_eval/tasks, its split)
 DATA = {

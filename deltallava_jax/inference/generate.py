@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from deltallava_jax.config import ConfigError, ModelConfig
+from deltallava_jax.config import ModelConfig
 from deltallava_jax.data.conversation import Tokenized
 from deltallava_jax.data.tokens import Tokenizer
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference import slots as device
 from deltallava_jax.inference.sampling import GREEDY, Sampling, controls
 from deltallava_jax.inference.slots import CHUNK, Slots
@@ -142,7 +143,7 @@ class Engine:
         answers = [[token] for token in np.asarray(slots.token).tolist()]
         while np.asarray(slots.going).any():
             slots, new = self.decode(slots)
-            for answer, more in zip(answers, new):
+            for answer, more in zip(answers, new, strict=True):
                 answer += more
         return answers
 

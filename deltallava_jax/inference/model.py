@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deltallava_jax.config import ConfigError, ModelConfig
+from deltallava_jax.config import ModelConfig
 from deltallava_jax.data.conversation import IMAGE, TEMPLATES, Tokenized, end_id, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.tokens import Tokenizer
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.generate import Answer, Engine, Text, bucket, halted, prompt_batch
 from deltallava_jax.inference.sampling import Sampling
 from deltallava_jax.models import projectors

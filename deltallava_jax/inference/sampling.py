@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from deltallava_jax.config import ConfigError
+from deltallava_jax.errors import ConfigError
 
 
 @dataclass(frozen=True)

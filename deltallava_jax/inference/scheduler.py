@@ -13,17 +13,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from deltallava_jax.config import ConfigError
 from deltallava_jax.data.conversation import Tokenized
+from deltallava_jax.errors import Busy, ConfigError
 from deltallava_jax.inference import slots as device
 from deltallava_jax.inference.generate import STREAMED, Text, bucket, prompt_batch
 from deltallava_jax.inference.model import Model
 from deltallava_jax.inference.sampling import GREEDY, Sampling, controls
 from deltallava_jax.models import projectors
-
-
-class Busy(Exception):
-    """More requests wait than are let in."""
 
 
 @dataclass

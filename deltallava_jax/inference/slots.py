@@ -76,7 +76,7 @@ def prefill(
     dropped = S - _kept(cfg, prompts, S) if cfg.fastv else 0
     caches = tuple(
         decoder.init_cache(cfg.decoder, B, slots, cfg.dtype, layers=last - first)
-        for (first, last), slots in zip(stages(cfg), (capacity, capacity, capacity - dropped))
+        for (first, last), slots in zip(stages(cfg), (capacity, capacity, capacity - dropped), strict=False)
     )
     zeros = jnp.zeros(B, jnp.int32)
     seen = jnp.zeros((B, cfg.decoder.vocab_size), bool)
@@ -119,7 +119,7 @@ def decode(params: Params, cfg: ModelConfig, slots: Slots, steps: int) -> tuple[
         here = text_layout(slots.position[:, None], slots.going[:, None].astype(jnp.int32))
         hidden = decoder.embed(params["decoder"], cfg.decoder, slots.token[:, None], cfg.dtype)
         caches = []
-        for layers, cache in zip(stages(cfg), slots.caches):
+        for layers, cache in zip(stages(cfg), slots.caches, strict=True):
             hidden, cache = decoder.run(params["decoder"], cfg.decoder, hidden, here, layers=layers, cache=cache)
             caches.append(cache)
         position = slots.position + slots.going
@@ -173,7 +173,7 @@ def _read(params, cfg, slots: Slots, prompts: Batch, visual, valid, *, fresh: bo
         hidden, after, caches = fastv.run(weights, cfg.decoder, hidden, rows, cfg.fastv, kept, caches)
     else:
         after, written = rows, []
-        for layers, cache in zip(stages(cfg), caches):
+        for layers, cache in zip(stages(cfg), caches, strict=True):
             hidden, cache = decoder.run(
                 weights, cfg.decoder, hidden, rows, layers=layers, cache=cache, fresh=fresh
             )  # fmt: skip

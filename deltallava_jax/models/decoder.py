@@ -256,7 +256,7 @@ def run(
     with scope:
         for index in range(first, last):
             hidden = layer(params, cfg, index)(hidden, rotary, seen, remember)
-    k, v = zip(*written) if written else ((), ())
+    k, v = zip(*written, strict=True) if written else ((), ())
     used = jnp.where(new.any(1), Q - jnp.argmax(new[:, ::-1], axis=1), 0).astype(jnp.int32)
     return hidden, Cache(k, v, live, at + used)
 

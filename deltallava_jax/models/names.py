@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from deltallava_jax.errors import WeightMismatch
 from deltallava_jax.models.layers import Params
 
 
@@ -28,10 +29,6 @@ TRANSFORMS = {
     "conv": (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),
     "patch": (lambda x: rearrange(x, "o c p q -> (p q c) o"), _to_patch),
 }
-
-
-class WeightMismatch(ValueError):
-    """Weights whose names or shapes are not those of the model; the message lists both sides."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +133,6 @@ def to_torch(params: Params, table: list[Entry]) -> dict[str, np.ndarray]:
     flat, state = flatten(params), {}
     for entry in table:
         value = np.asarray(flat[entry.path])
-        for name, part in zip(entry.torch_names(value.shape), value if entry.stacked else [value]):
+        for name, part in zip(entry.torch_names(value.shape), value if entry.stacked else [value], strict=True):
             state[name] = np.ascontiguousarray(TRANSFORMS[entry.kind][1](part))
     return state

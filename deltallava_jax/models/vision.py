@@ -12,7 +12,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from deltallava_jax.config import ConfigError, VisionConfig
+from deltallava_jax.config import VisionConfig
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.kernels.attention import attention
 from deltallava_jax.models.layers import (
     REMAT,

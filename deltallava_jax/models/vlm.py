@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt8
 
-from deltallava_jax.config import ConfigError, ModelConfig
+from deltallava_jax.config import ModelConfig
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import decoder, projectors, vision
 from deltallava_jax.models.layers import Params, by_rows
 from deltallava_jax.models.selection import llavolta
@@ -20,7 +21,7 @@ def init_params(cfg: ModelConfig, key: Array) -> Params:
     parts = {"vision": vision, "projector": projectors, "decoder": decoder}
     return {
         name: module.init_params(getattr(cfg, name), part_key)
-        for (name, module), part_key in zip(parts.items(), jax.random.split(key, 3))
+        for (name, module), part_key in zip(parts.items(), jax.random.split(key, 3), strict=True)
         if getattr(cfg, name)
     }
 

@@ -16,7 +16,7 @@ import sys
 from glob import glob
 from importlib import util
 
-from deltallava_jax.config import ConfigError
+from deltallava_jax.errors import ConfigError
 
 HEARTBEAT = 30  # seconds: a process that gave no sign of life for so long counts as dead
 PATIENCE = 300  # seconds in which all processes must have come
@@ -126,7 +126,7 @@ def gather(text: str) -> list[str]:
     own = np.frombuffer(text.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(own)))
     padded = multihost_utils.process_allgather(np.pad(own, (0, lengths.max() - len(own))))
-    return [bytes(row[:length]).decode() for row, length in zip(padded, lengths)]
+    return [bytes(row[:length]).decode() for row, length in zip(padded, lengths, strict=True)]
 
 
 def lost(error: Exception) -> str | None:
@@ -137,17 +137,17 @@ def lost(error: Exception) -> str | None:
     return f"error: another process stopped ({reason}); {RESUME}"
 
 
-def leave(message: str, *, at_once: bool = False) -> None:
-    """Ends this process with an error.
+def leave(message: str, code: int, *, at_once: bool = False) -> None:
+    """Ends this process with an error message and exit code.
 
     One of several does not wait for the others, as the interpreter's exit would; at_once: nor for anything else."""
     import jax
 
-    if not (at_once or jax.distributed.is_initialized()):
-        sys.exit(message)
     print(message, file=sys.stderr, flush=True)
+    if not (at_once or jax.distributed.is_initialized()):
+        sys.exit(code)
     sys.stdout.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 # ---------------------------------------------------------------- the parent

@@ -7,7 +7,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deltallava_jax.config import ROW_AXES, Config, ConfigError
+from deltallava_jax.config import ROW_AXES, Config
+from deltallava_jax.errors import ConfigError
 
 AXES = (*ROW_AXES, "tensor")
 ROWS = P(ROW_AXES)

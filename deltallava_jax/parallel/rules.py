@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deltallava_jax.config import ConfigError
+from deltallava_jax.errors import ConfigError
 
 # The first pattern found in the path decides. Stacked layers have a leading dimension that stays whole.
 RULES: tuple[tuple[str, P], ...] = (
@@ -29,7 +29,7 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     Raises ConfigError where a rule names a dimension that the mesh axis does not divide."""
     for pattern, spec in RULES:
         if re.search(pattern, path):
-            for size, axis in zip(shape, spec):
+            for size, axis in zip(shape, spec, strict=True):
                 if axis and size % mesh.shape[axis]:
                     raise ConfigError(f"{path} {shape}: {size} is not divisible by mesh {axis}={mesh.shape[axis]}")
             return spec

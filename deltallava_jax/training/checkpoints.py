@@ -14,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from deltallava_jax.config import ModelConfig
+from deltallava_jax.errors import CheckpointError, SaveFailed
 from deltallava_jax.models import vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten, unflatten
@@ -25,14 +26,6 @@ Place = Callable[[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct | None]
 
 # What orbax logs with tracebacks it also raises: the user gets it once, as CheckpointError.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing or does not fit; the message says which and what to do."""
-
-
-class SaveFailed(CheckpointError):
-    """A checkpoint could not be written."""
 
 
 class Checkpoints:

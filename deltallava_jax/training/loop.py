@@ -15,20 +15,17 @@ from jax.experimental import multihost_utils
 from deltallava_jax.config import Config
 from deltallava_jax.data.packing import Plan
 from deltallava_jax.data.pipeline import Element, Rows, elements
+from deltallava_jax.errors import CheckpointError, NonFiniteLoss, TooManyFaults
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten
 from deltallava_jax.models.selection import llavolta
 from deltallava_jax.parallel import hosts
 from deltallava_jax.parallel.mesh import put_rows
 from deltallava_jax.sequence import Batch
-from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
-from deltallava_jax.training.metrics import Metrics, NonFiniteLoss
+from deltallava_jax.training.checkpoints import Checkpoints
+from deltallava_jax.training.metrics import Metrics
 from deltallava_jax.training.profile import Trace
 from deltallava_jax.training.step import TrainStep, init_state
-
-
-class TooManyFaults(RuntimeError):
-    """More of the records than data.max_bad_fraction could not be used."""
 
 
 def train(

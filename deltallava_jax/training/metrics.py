@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
+from deltallava_jax.errors import NonFiniteLoss
 from deltallava_jax.parallel import hosts
 
 GIB = 2**30
@@ -22,14 +23,6 @@ GIB = 2**30
 def host_memory() -> int:
     """Bytes of this process that are in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or a gradient is NaN or infinite at ``step``."""
-
-    def __init__(self, message: str, step: int):
-        super().__init__(message)
-        self.step = step
 
 
 class Metrics:

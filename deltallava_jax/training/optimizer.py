@@ -8,7 +8,8 @@ import re
 import jax.numpy as jnp
 import optax
 
-from deltallava_jax.config import ConfigError, OptimizerConfig
+from deltallava_jax.config import OptimizerConfig
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten, unflatten
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from deltallava_jax.config import ConfigError
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.parallel import hosts
 
 

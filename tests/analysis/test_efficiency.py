@@ -11,7 +11,8 @@ import pytest
 from deltallava_jax import __main__ as door
 from deltallava_jax.analysis import efficiency
 from deltallava_jax.analysis.plan import unrolled
-from deltallava_jax.config import ConfigError, DecoderConfig, FastVConfig, ModelConfig, ProjectorConfig
+from deltallava_jax.config import DecoderConfig, FastVConfig, ModelConfig, ProjectorConfig
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import decoder
 from deltallava_jax.models.selection import fastv
 from deltallava_jax.sequence import text_layout
@@ -145,7 +146,7 @@ def test_cache_bytes_are_those_of_the_arrays():
     whole = decoder.init_cache(GROUPED, 1, 9 + 4 + 5, jnp.float32)
     assert by_convention(SMALL, 4, 9, 5)["exact"]["cache_bytes"] == held([whole])
     keep = FastVConfig(layer=3, keep=2)
-    stages = zip(fastv.stages(GROUPED, keep), (13 + 5, 13 + 5, 11 + 5))
+    stages = zip(fastv.stages(GROUPED, keep), (13 + 5, 13 + 5, 11 + 5), strict=True)
     caches = [decoder.init_cache(GROUPED, 1, slots, jnp.float32, layers=b - a) for (a, b), slots in stages]
     row = by_convention(dataclasses.replace(SMALL, fastv=keep), 2, 9, 5)["exact"]
     assert row["cache_bytes"] == held(caches) and row["system"] == "fastv" and row["budget"] == 2

@@ -10,9 +10,10 @@ from PIL import Image
 
 from deltallava_jax import __main__ as door
 from deltallava_jax.analysis import gradcam
-from deltallava_jax.config import ConfigError, FastVConfig
+from deltallava_jax.config import FastVConfig
 from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import TEMPLATES, tokenize
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.model import Model
 from deltallava_jax.models import decoder, vision, vlm
 from deltallava_jax.models.selection import dynamicvit, fastervlm

@@ -10,7 +10,8 @@ import pytest
 from deltallava_jax import __main__ as door
 from deltallava_jax.analysis import plan, plan_command
 from deltallava_jax.analysis.targets import Target, parse_target
-from deltallava_jax.config import ConfigError, MeshConfig, ModelConfig
+from deltallava_jax.config import MeshConfig, ModelConfig
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel.mesh import make_mesh
 from deltallava_jax.training.step import TrainStep, batch_shapes

@@ -4,7 +4,7 @@ import pytest
 
 from deltallava_jax.analysis import targets
 from deltallava_jax.analysis.targets import Target, parse_target
-from deltallava_jax.config import ConfigError
+from deltallava_jax.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_optimizer_lies_as_its_parameters(compiled):
         assert leaf.sharding.is_equivalent_to(parameters[path].sharding, leaf.ndim), path
     # And the program takes and gives the state as it was placed.
     for placed in (state, after):
-        for wanted, given in zip(jax.tree.leaves(step.shapes), jax.tree.leaves(placed)):
+        for wanted, given in zip(jax.tree.leaves(step.shapes), jax.tree.leaves(placed), strict=True):
             assert given.is_equivalent_to(wanted.sharding, wanted.ndim)
     sharded = [leaf for leaf in parameters.values() if math.prod(leaf.shape) >= 2**16]
     assert sharded and all(not leaf.sharding.is_fully_replicated for leaf in sharded)

@@ -8,11 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from deltallava_jax.__main__ import parse
-from deltallava_jax.config import ConfigError
-from deltallava_jax.convert.tensors import ConversionError
 from deltallava_jax.data import tokens
-from deltallava_jax.models.names import WeightMismatch
-from deltallava_jax.training.checkpoints import CheckpointError
+from deltallava_jax.errors import CheckpointError, ConfigError, ConversionError, WeightMismatch
 
 # What the command line turns into one message.
 KNOWN = (ConfigError, ConversionError, tokens.TokenizerError, WeightMismatch, CheckpointError)

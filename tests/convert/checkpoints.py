@@ -228,7 +228,7 @@ def rows_of(images: list[int], lengths: list[int], vocab: int = FULL, seed: int 
     """Random prompts: of each its length, with 0 in the place of each image, images after the first token."""
     rng = np.random.default_rng(seed)
     rows = []
-    for count, length in zip(images, lengths):
+    for count, length in zip(images, lengths, strict=True):
         ids = rng.integers(3, vocab, length).astype(np.int32)
         places = np.arange(1, 1 + 2 * count, 2, dtype=np.int32)
         ids[places] = 0

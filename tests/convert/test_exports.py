@@ -37,22 +37,14 @@ from transformers import (  # noqa: E402
     LlavaForConditionalGeneration,
 )
 
-from deltallava_jax.config import (  # noqa: E402
-    ASPECTS,
-    Config,
-    ConfigError,
-    FastVConfig,
-    OptimizerConfig,
-    ProjectorConfig,
-    to_dict,
-)
+from deltallava_jax.config import ASPECTS, Config, FastVConfig, OptimizerConfig, ProjectorConfig, to_dict  # noqa: E402
 from deltallava_jax.convert.read import Pretrained, read  # noqa: E402
-from deltallava_jax.convert.tensors import ConversionError  # noqa: E402
 from deltallava_jax.convert.workdir import compose, load_model, read_workdir, write_workdir  # noqa: E402
 from deltallava_jax.convert.write import write_hf, write_llava  # noqa: E402
 from deltallava_jax.data import tokens  # noqa: E402
 from deltallava_jax.data.conversation import TEMPLATES, tokenize  # noqa: E402
 from deltallava_jax.data.images import load_image  # noqa: E402
+from deltallava_jax.errors import ConfigError, ConversionError  # noqa: E402
 from deltallava_jax.inference.generate import Engine, prompt_batch  # noqa: E402
 from deltallava_jax.inference.model import Model  # noqa: E402
 from deltallava_jax.inference.sampling import Sampling  # noqa: E402
@@ -205,7 +197,7 @@ def test_logits(delta, budget):
         logits = theirs(**inputs, pixel_values=torch_pixels(images), budget=budget).logits
     lengths = [len(row.ids) + len(row.image_positions) * (budget - 1) for row in rows]
     assert logits.shape[1] == max(lengths)
-    reference = torch.cat([row[:length] for row, length in zip(logits, lengths)])
+    reference = torch.cat([row[:length] for row, length in zip(logits, lengths, strict=True)])
     assert_close(our_logits(model, rows, images, budget), reference)
 
 
@@ -235,7 +227,7 @@ def test_greedy_tokens(delta, budgets):
         inputs = torch_rows(rows, left=True, image_token=token)
         both = theirs.generate(**inputs, pixel_values=torch_pixels(images), budget=budget, **settings).tolist()
         assert both == our_tokens(model, rows, images, budget)
-    for row, image, expected in zip(rows, images, both):
+    for row, image, expected in zip(rows, images, both, strict=True):
         inputs = torch_rows([row], image_token=token) | {"pixel_values": torch_pixels(image[None])}
         assert theirs.generate(**inputs, budget=budget, **settings).tolist() == [expected]
 
@@ -361,7 +353,7 @@ def test_logits_of_other_systems(system):
         assert (len(set(opened)) > 1) == (cfg.keep_ratio == 0)  # as many tokens as the image asks for
         lengths = [11 + opened[0], 7 + opened[1] + opened[2], 20]
         assert logits.shape[1] == max(lengths)
-        reference = torch.cat([row[:length] for row, length in zip(logits, lengths)])
+        reference = torch.cat([row[:length] for row, length in zip(logits, lengths, strict=True)])
         assert_close(our_logits(model, rows, images, budget), reference)
 
 
@@ -554,10 +546,10 @@ def test_text_for_pictures_in_a_padded_batch(delta_folder, saved, pictures):
     theirs, ours = loaded(folder), ready(model, saved("llama_grouped"))
     expected = [
         ours.generate(picture, question, budget=4, max_new_tokens=8)
-        for picture, question in zip(pictures, (PROMPT, LONGER))
+        for picture, question in zip(pictures, (PROMPT, LONGER), strict=True)
     ]
     settings = dict(budget=4, do_sample=False, max_new_tokens=8)
-    for picture, question, text in zip(pictures, (PROMPT, LONGER), expected):
+    for picture, question, text in zip(pictures, (PROMPT, LONGER), expected, strict=True):
         inputs = processor(images=picture, text=vicuna(question), return_tensors="pt")
         out = theirs.generate(**inputs, **settings)
         assert [each.strip() for each in processor.batch_decode(out, skip_special_tokens=True)] == [text]
@@ -583,7 +575,7 @@ def test_the_processor_finds_the_question_of_each_image(quecc_folder, saved, pic
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     theirs, ours, settings = loaded(folder), ready(model, saved("llama_grouped")), dict(do_sample=False)
     questions, answers = (PROMPT, LONGER), []
-    for picture, question in zip(pictures, questions):
+    for picture, question in zip(pictures, questions, strict=True):
         inputs = processor(images=picture, text=vicuna(question), return_tensors="pt")
         out = theirs.generate(**inputs, max_new_tokens=8, **settings)
         answers += processor.batch_decode(out, skip_special_tokens=True)
@@ -613,12 +605,12 @@ def test_questions_of_a_long_conversation(decoder, composed, saved, tmp_path):
     template = TEMPLATES["vicuna_v1"]
     rounds = [template.user.format(question) + template.assistant for question, _ in CONVERSATION]
     answers = [f" {answer}{template.end}" for _, answer in CONVERSATION[:-1]] + [""]
-    text = template.system + "".join(part for pair in zip(rounds, answers) for part in pair)
+    text = template.system + "".join(part for pair in zip(rounds, answers, strict=True) for part in pair)
     mine = tokenize(CONVERSATION, template, tokens.load(saved(decoder)))
     inputs = processor(text=text)
     found = [
-        [token for token, live in zip(ids, mask) if live]
-        for ids, mask in zip(inputs["question_ids"], inputs["question_mask"])
+        [token for token, live in zip(ids, mask, strict=True) if live]
+        for ids, mask in zip(inputs["question_ids"], inputs["question_mask"], strict=True)
     ]
     assert found == [mine.ids[start:end].tolist() for start, end in mine.questions]
     assert [len(ids) > 0 for ids in found] == [True, True, True, False, True]

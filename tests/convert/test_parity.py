@@ -182,7 +182,7 @@ def test_hidden_states_of_a_tower(name, opened):
 
     hidden, normed = run(params)
     assert len(hidden) == len(reference.hidden_states)
-    for k, (mine, state) in enumerate(zip(hidden, reference.hidden_states)):
+    for k, (mine, state) in enumerate(zip(hidden, reference.hidden_states, strict=True)):
         np.testing.assert_allclose(mine, state, atol=1e-4, rtol=1e-4, err_msg=f"hidden state {k}")
     if cfg.family == "siglip":
         np.testing.assert_allclose(normed, reference.last_hidden_state, atol=1e-4, rtol=1e-4)

@@ -204,7 +204,7 @@ cli.run(lambda: options.main(options))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     (line,) = done.stderr.splitlines()
     assert_says(line, "error: ", source / "pytorch_model.bin", "needs torch: pip install torch")
-    assert done.returncode == 1 and not list(target.parent.iterdir())
+    assert done.returncode == 2 and not list(target.parent.iterdir())
 
 
 # ------------------------------------------------------------------ config.json

@@ -23,20 +23,21 @@ import deltallava_jax
 import eval as evaluation_door
 import train as door
 from deltallava_jax.analysis import plan as analysis
-from deltallava_jax.config import ASPECTS, ConfigError, workdir_config
+from deltallava_jax.config import ASPECTS, workdir_config
 from deltallava_jax.convert.read import Pretrained
-from deltallava_jax.convert.tensors import ConversionError, Tensor, find
+from deltallava_jax.convert.tensors import Tensor, find
 from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir
 from deltallava_jax.data import sources, tokens
-from deltallava_jax.data.conversation import TEMPLATES, BadSample, Template, tokenize
+from deltallava_jax.data.conversation import TEMPLATES, Template, tokenize
 from deltallava_jax.data.images import load_image
+from deltallava_jax.errors import BadSample, CheckpointError, ConfigError, ConversionError
 from deltallava_jax.inference import model as inference
 from deltallava_jax.inference.generate import Engine
 from deltallava_jax.models import vlm
 from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel import mesh
 from deltallava_jax.training import loop
-from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
+from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.training.step import TrainStep
 
 ROOT = Path(__file__).parents[2]

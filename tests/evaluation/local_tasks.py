@@ -21,7 +21,12 @@ def _rows(task):
         rows, options = [], ("west", "triangle", "a wooden table", "nan")
         for index, answers in ((0, ("A", "The answer is B.")), (1, ("B", "triangle")), (2, ("C", "C"))):
             for turn, said in enumerate(answers):
-                row = dict(zip("ABCD", options), index=index + 10**6 * turn, question=f"Which {index}?", hint="nan")
+                row = dict(
+                    zip("ABCD", options, strict=True),
+                    index=index + 10**6 * turn,
+                    question=f"Which {index}?",
+                    hint="nan",
+                )
                 row |= {"answer": "ABC"[index], "category": "color", "L2-category": "attribute", "source": "s"}
                 rows.append((row | dict(split="dev"), said))
         return rows
@@ -44,7 +49,7 @@ def _rows(task):
         given = [["two"] * 10, ["a dog"] * 2 + ["cat"] * 8, ["it's 5"] * 5 + ["five"] * 5]
         as_row = lambda words: [dict(answer=w, answer_confidence="yes", answer_id=n) for n, w in enumerate(words)]
         rows = []
-        for i, (words, said) in enumerate(zip(given, ("2", "Dog", "5"))):
+        for i, (words, said) in enumerate(zip(given, ("2", "Dog", "5"), strict=True)):
             answers = as_row(words) if task == "vqav2_val" else words
             row = dict(question=f"how many {i}?", answers=answers, question_id=str(i), category="other")
             rows.append((row | dict(ocr_tokens=["STOP"]), said))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deltallava_jax.config import ConfigError
 from deltallava_jax.data import tokens
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.evaluation import answers, benchmarks, table, tasks
 from deltallava_jax.inference.model import Model
 from tests import tiny
@@ -25,7 +25,7 @@ def test_answers_of_a_batch_are_those_of_single_questions(model):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 40, 50, 3)).astype(np.uint8)
     pictures = [Image.fromarray(each) for each in pixels]
     texts = ["what color is it?", "what?", "is it red or no color?", "yes"]
-    questions = [([picture], text) for picture, text in zip(pictures, texts)]
+    questions = [([picture], text) for picture, text in zip(pictures, texts, strict=True)]
     questions += [([], "no red"), ([pictures[0]], "<image>\nwhat?")]
     found = answers.Answerer(model, budget=4, rows=3)(questions, 5)
     single = [model.generate(list(shown), text, budget=4, max_new_tokens=5) for shown, text in questions]

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("lmms_eval")
 os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 
-from deltallava_jax.config import ConfigError  # noqa: E402
 from deltallava_jax.data import tokens  # noqa: E402
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.evaluation import answers, lmms  # noqa: E402
 from deltallava_jax.evaluation.tasks import CAPTIONS, DATA, write_offline  # noqa: E402
 from deltallava_jax.inference.model import Model  # noqa: E402

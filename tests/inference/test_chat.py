@@ -10,8 +10,8 @@ from models import model, picture, visual
 from PIL import Image
 
 import deltallava_jax
-from deltallava_jax.config import ConfigError
-from deltallava_jax.data.conversation import TEMPLATES, BadSample
+from deltallava_jax.data.conversation import TEMPLATES
+from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.inference.generate import Engine, Text, bucket, prompt_batch
 from deltallava_jax.inference.model import Model
 from deltallava_jax.inference.sampling import Sampling

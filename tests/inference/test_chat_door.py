@@ -40,7 +40,9 @@ def test_a_conversation(workdir, image):
     compiled = [bool(found[3]) for found in STATISTICS.finditer(done.stdout)]
     assert compiled == [True, True, True, False]
     errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    for line, words in zip(errors, ["delta makes 16, 4, 1", "expected a number", "no file", "none.png", "unknown"]):
+    for line, words in zip(
+        errors, ["delta makes 16, 4, 1", "expected a number", "no file", "none.png", "unknown"], strict=True
+    ):
         assert words in line
     assert len(errors) == 5 and "the conversation begins anew, about 1 image(s)" in done.stdout
 
@@ -68,5 +70,5 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(workdir):
 
 def test_a_folder_without_a_model_is_one_line(tmp_path):
     done = subprocess.run([*DOOR, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr

@@ -18,7 +18,7 @@ from PIL import Image
 
 from deltallava_jax.analysis import gradcam
 from deltallava_jax.apps import demo
-from deltallava_jax.config import ConfigError
+from deltallava_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "what color is the shape?"
@@ -28,7 +28,7 @@ def test_without_gradio_it_is_one_line(tmp_path):
     program = "import sys; sys.modules['gradio'] = None; sys.argv = ['', 'demo', '.']; import runpy\n"
     program += "runpy.run_module('deltallava_jax', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(r"error: .*gradio.*pip install -r requirements-demo.txt\n", done.stderr)
 
 

@@ -45,7 +45,7 @@ def test_a_batch_of_unequal_lengths_is_each_alone(fastv, sampling):
     engine, prompts = model(fastv).engine, [prompt(length, 1, length) for length in (5, 13, 9)]
     rows = [dataclasses.replace(sampling, seed=seed) for seed in range(3)]
     both = answers(engine, prompts, 1, rows)
-    assert both == [answers(engine, [one], 1, row)[0] for one, row in zip(prompts, rows)]
+    assert both == [answers(engine, [one], 1, row)[0] for one, row in zip(prompts, rows, strict=True)]
     assert len({tuple(answer) for answer in both}) == 3 and all(len(answer) == NEW for answer in both)
 
 
@@ -105,7 +105,7 @@ def test_requests_enter_and_leave_slots_while_others_are_answered():
     engine, budgets = model(fastv=True).engine, (16, 4, 4, 16)
     prompts = [prompt(length, 1, length) for length in (5, 13, 9, 11)]
     rows = [dataclasses.replace(DRAWN if index % 2 else SHORT, seed=index) for index in range(4)]
-    expected = [answers(engine, [one], 1, row, budget=V)[0] for one, row, V in zip(prompts, rows, budgets)]
+    expected = [answers(engine, [one], 1, row, budget=V)[0] for one, row, V in zip(prompts, rows, budgets, strict=True)]
     slots = device.empty(engine.cfg, controls([SHORT] * 2, -1), rows=2, capacity=96)
     waiting, running, said = list(range(4)), {}, {index: [] for index in range(4)}
     while waiting or running:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from deltallava_jax.config import ConfigError
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.sampling import Sampling, choose, controls, restrict
 
 DRAWS, VOCAB = 10_000, 40

@@ -110,7 +110,7 @@ def test_many_at_a_time_get_what_each_gets_alone(address):
         answers = list(pool.map(served, asks))
         for one in left:
             one.result()
-    for (seed, budget, more), answer in zip(asks, answers):
+    for (seed, budget, more), answer in zip(asks, answers, strict=True):
         image = None if seed is None else picture(seed)
         assert answer == model().generate(image, QUESTION, max_new_tokens=10, budget=budget, **more)
 

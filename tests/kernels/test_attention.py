@@ -64,7 +64,7 @@ def test_equals_float64(form, dtype, tolerance, packed):
     sees = np.ones((2, 150, 150), bool)
     if packed:
         sees = np.tril(SEGMENTS[:, :, None] == SEGMENTS[:, None, :])
-    for name, a, b in zip(("out", "dq", "dk", "dv"), found, in_float64(*arrays, sees)):
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, in_float64(*arrays, sees), strict=True):
         scale = max(1.0, np.abs(b).max() / 4)  # bfloat16 sums of many values round by their size
         np.testing.assert_allclose(np.asarray(a, float), b, atol=tolerance * scale, rtol=tolerance, err_msg=name)
 
@@ -77,7 +77,7 @@ def test_segments_do_not_see_each_other(form):
     run = both(lambda q, k, v: attend(q, k, v, causal(jnp.asarray(segments))))
     other = (segments == 2)[..., None, None]
     before, after = run(q, k, v, do), run(*(jnp.where(other, -3 * x, x) for x in (q, k, v, do)))
-    for a, b in zip(before, after):
+    for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a[segments != 2], b[segments != 2])
         assert np.abs(a - b)[segments == 2].max() > 0.1
 
@@ -101,7 +101,7 @@ def test_a_mesh_divides_the_kernel(sizes, monkeypatch):
         divided = run(*arrays)
     rows, heads = 8 // (sizes[0] * sizes[1]), 4 // sizes[2]
     assert f"tensor<{rows}x{heads}x128x128xf32>" in program  # of one device, as the kernel takes them
-    for a, b in zip(whole, divided):
+    for a, b in zip(whole, divided, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 

@@ -52,6 +52,6 @@ def assert_same(attention, arrays, window, dtype):
     found = both(attention)
     reference = both(lambda q, k, v: windowed_attention(q, k, v, window=window))
     tolerance = TOLERANCE[dtype]
-    for name, a, b, c in zip(("out", "dq", "dk", "dv"), found, in_float64(*arrays, window), reference):
+    for name, a, b, c in zip(("out", "dq", "dk", "dv"), found, in_float64(*arrays, window), reference, strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance, err_msg=f"{name} against float64")
         np.testing.assert_allclose(a, c, atol=2 * tolerance, rtol=2 * tolerance, err_msg=f"{name} against reference.py")

@@ -30,7 +30,9 @@ def tower(state: dict, model: str = "") -> dict:
     """CLIPVisionModel, or SiglipVisionModel without its pooling head."""
 
     def layer(name):
-        attention = {o: _dense(state, f"{name}.self_attn.{t}_proj") for o, t in zip("qkvo", ("q", "k", "v", "out"))}
+        attention = {
+            o: _dense(state, f"{name}.self_attn.{t}_proj") for o, t in zip("qkvo", ("q", "k", "v", "out"), strict=True)
+        }
         mlp = {"up": _dense(state, f"{name}.mlp.fc1"), "down": _dense(state, f"{name}.mlp.fc2")}
         norms = {
             "attention_norm": _norm(state, f"{name}.layer_norm1"),

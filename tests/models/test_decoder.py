@@ -65,7 +65,7 @@ def alone(x, layers=(0, CFG.layers)):
 def prompts(inputs):
     """Rows of unequal length padded on the right with noise, and their layout."""
     hidden = 10 * random_hidden(len(inputs), ROW, seed=99)
-    for row, x, n in zip(hidden, inputs, LENGTHS):
+    for row, x, n in zip(hidden, inputs, LENGTHS, strict=True):
         row[:n] = x[:n]
     return hidden, text_layout(np.arange(ROW) < LENGTHS[:, None])
 
@@ -78,9 +78,13 @@ def test_cached_decoding_equals_the_uncached_forward():
     for b, n in enumerate(LENGTHS):
         close(hidden[b, :n], expected[b][:n], err_msg=f"prefill of row {b}")
     for step in range(4):
-        token = np.stack([x[n + step] for x, n in zip(inputs, LENGTHS)])[:, None]
+        token = np.stack([x[n + step] for x, n in zip(inputs, LENGTHS, strict=True)])[:, None]
         hidden, cache = run(token, text_layout(np.ones((3, 1)), LENGTHS[:, None] + step), cache)
-        close(hidden[:, 0], np.stack([x[n + step] for x, n in zip(expected, LENGTHS)]), err_msg=f"step {step}")
+        close(
+            hidden[:, 0],
+            np.stack([x[n + step] for x, n in zip(expected, LENGTHS, strict=True)]),
+            err_msg=f"step {step}",
+        )
     np.testing.assert_array_equal(cache.length, LENGTHS + 4)  # padding is overwritten
 
 
@@ -91,7 +95,7 @@ def test_a_dead_step_leaves_no_trace():
     hidden, cache = run(*prompts(inputs), decoder.init_cache(CFG, rows=3, slots=SLOTS))
     at = LENGTHS.copy()
     for alive in ([1, 0, 1], [1, 1, 0]):
-        token = np.stack([x[i] for x, i in zip(inputs, at)])[:, None]
+        token = np.stack([x[i] for x, i in zip(inputs, at, strict=True)])[:, None]
         hidden, cache = run(token, text_layout(np.array(alive)[:, None], at[:, None]), cache)
         for b in np.flatnonzero(alive):
             close(hidden[b, 0], expected[b][at[b]])
@@ -115,7 +119,7 @@ def test_prefill_in_two_pieces_equals_one():
     for one in (once, again, cache):
         np.testing.assert_array_equal(one.length, [9, 7, 7])
         np.testing.assert_array_equal(one.live, written)
-        for mine, reference in zip(one.k + one.v, once.k + once.v):
+        for mine, reference in zip(one.k + one.v, once.k + once.v, strict=True):
             close(mine[written], reference[written])
             assert not np.any(mine[:, ROW:])
 

@@ -72,7 +72,7 @@ def test_hidden_states(both):
     """run(0, k) for every k is their hidden state k; their last one is normed."""
     ours, theirs = both
     assert len(ours["hidden"]) == len(theirs["hidden"]) == SIZES["layers"] + 1
-    for k, (mine, reference) in enumerate(zip(ours["hidden"], theirs["hidden"])):
+    for k, (mine, reference) in enumerate(zip(ours["hidden"], theirs["hidden"], strict=True)):
         np.testing.assert_allclose(mine, reference, atol=1e-5, rtol=1e-5, err_msg=f"hidden state {k}")
 
 

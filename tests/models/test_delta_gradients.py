@@ -36,7 +36,7 @@ class TorchDelta(torch.nn.Module):
         cells = lambda x: x.reshape(n, side, s, side, s, -1).transpose(2, 3).reshape(n * side * side, s * s, -1)
         q, k, v = q.reshape(n * side * side, 1, -1), cells(k), cells(v)
         weights, biases = w["clip_attn.in_proj_weight"].chunk(3), w["clip_attn.in_proj_bias"].chunk(3)
-        y = attend(*(F.linear(x, a, b) for x, a, b in zip((q, k, v), weights, biases)), cfg.head_dim)
+        y = attend(*(F.linear(x, a, b) for x, a, b in zip((q, k, v), weights, biases, strict=True)), cfg.head_dim)
         y = self.linear("clip_attn.out_proj", y).reshape(n, side * side, -1)
         return self.linear("mlp.2", F.gelu(self.linear("mlp.0", y)))
 

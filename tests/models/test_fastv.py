@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from rows import text_layout
 
-from deltallava_jax.config import ConfigError, DecoderConfig, FastVConfig, VisionConfig, compose
+from deltallava_jax.config import DecoderConfig, FastVConfig, VisionConfig, compose
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.generate import Engine
 from deltallava_jax.inference.sampling import Sampling
 from deltallava_jax.models import decoder, vlm

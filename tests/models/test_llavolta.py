@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rows import SIDE, conversation, pack, random_params, text_layout
 
-from deltallava_jax.config import Config, ConfigError, DecoderConfig, TrainingConfig, VisionConfig, compose
+from deltallava_jax.config import Config, DecoderConfig, TrainingConfig, VisionConfig, compose
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import decoder, vlm
 from deltallava_jax.models.selection import llavolta
 from deltallava_jax.sequence import layout

@@ -8,17 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from deltallava_jax.config import (
-    ABLATIONS,
-    ConfigError,
-    DecoderConfig,
-    ProjectorConfig,
-    VisionConfig,
-    compose,
-    preset,
-)
+from deltallava_jax.config import ABLATIONS, DecoderConfig, ProjectorConfig, VisionConfig, compose, preset
+from deltallava_jax.errors import ConfigError, WeightMismatch
 from deltallava_jax.models import projectors, vision
-from deltallava_jax.models.names import WeightMismatch
 from deltallava_jax.models.projectors.delta import split_channels
 from deltallava_jax.models.vision import Needs, VisionFeatures
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltallava_jax.config import ConfigError, ProjectorConfig, VisionConfig
+from deltallava_jax.config import ProjectorConfig, VisionConfig
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import projectors, vision
 from deltallava_jax.models.selection import fastervlm, prumerge
 from deltallava_jax.models.vision import VisionFeatures

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from deltallava_jax.config import ConfigError, ProjectorConfig
+from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import projectors
 from deltallava_jax.models.projectors import common, honeybee_d
 from deltallava_jax.models.vision import VisionFeatures

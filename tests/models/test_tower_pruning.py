@@ -10,7 +10,8 @@ import optax
 import pytest
 from rows import SIDE, conversation, pack, random_params
 
-from deltallava_jax.config import ConfigError, DecoderConfig, ProjectorConfig, VisionConfig, compose
+from deltallava_jax.config import DecoderConfig, ProjectorConfig, VisionConfig, compose
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import projectors, vision, vlm
 from deltallava_jax.models.layers import bind
 from deltallava_jax.models.names import flatten

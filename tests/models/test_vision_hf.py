@@ -75,7 +75,7 @@ def test_hidden_states(cfg):
 
     hidden, normed = ours(hf.tower(hf.arrays(model)))
     assert len(hidden) == len(theirs.hidden_states)
-    for k, (mine, reference) in enumerate(zip(hidden, theirs.hidden_states)):
+    for k, (mine, reference) in enumerate(zip(hidden, theirs.hidden_states, strict=True)):
         np.testing.assert_allclose(mine, reference.detach(), **TOLERANCE, err_msg=f"hidden state {k}")
     if cfg.family == "siglip":
         np.testing.assert_allclose(normed, theirs.last_hidden_state.detach(), **TOLERANCE)

@@ -10,7 +10,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from rows import SIDE, assert_trees_close, conversation, pack, random_params
 
-from deltallava_jax.config import ConfigError, DecoderConfig, ModelConfig, VisionConfig, compose
+from deltallava_jax.config import DecoderConfig, ModelConfig, VisionConfig, compose
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import vlm
 from deltallava_jax.sequence import Batch, layout
 
@@ -222,7 +223,7 @@ def test_independent_rounds_are_the_questions_asked_alone():
     supervised = [False, True, True, True], [False, False, True]
     alone = [
         dataclasses.replace(TALKS[0], tokens=front + r, supervised=[False] * 3 + s, images=[image])
-        for r, s in zip(rounds, supervised)
+        for r, s in zip(rounds, supervised, strict=True)
     ]
     shared = dataclasses.replace(
         alone[0], tokens=front + rounds[0] + rounds[1], supervised=[False] * 3 + supervised[0] + supervised[1]

@@ -1,5 +1,6 @@
 """Conversations to tokens: what is supervised, where images go, what is refused."""
 
+import itertools
 import re
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, BadSample, rounds, tokenize
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, rounds, tokenize
+from deltallava_jax.errors import BadSample
 
 PAIRS = [
     (f"{IMAGE}\nwhat color is the shape?", "blue"),
@@ -98,7 +100,7 @@ def test_placeholders_stand_where_the_markers_stood(template, question, images, 
     np.testing.assert_array_equal(np.flatnonzero(tokenized.ids == 0), tokenized.image_positions)
     assert not tokenized.loss_mask[tokenized.image_positions].any()
     bounds = [*tokenized.image_positions, len(tokenized.ids)]
-    pieces = [tokenizer.decode(tokenized.ids[a + 1 : b]) for a, b in zip(bounds, bounds[1:])]
+    pieces = [tokenizer.decode(tokenized.ids[a + 1 : b]) for a, b in itertools.pairwise(bounds)]
     expected = template.turn(question) + template.answer("no") + template.after
     plain = [re.sub(r"<\|.+?\|>|</s>", "", piece).strip() for piece in expected.split(IMAGE)[1:]]
     assert pieces == plain  # special tokens are left out of what is decoded

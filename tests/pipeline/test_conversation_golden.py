@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from deltallava_jax.data import tokens
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, BadSample, rounds, tokenize
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, rounds, tokenize
+from deltallava_jax.errors import BadSample
 
 CASES = {case["name"]: case for case in golden.read_json("conversation")["cases"]}
 IMAGE_ID = -200

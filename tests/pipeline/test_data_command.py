@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.make_llava import FAULTS, make
 from deltallava_jax.__main__ import parse
-from deltallava_jax.config import ConfigError
 from deltallava_jax.data.array_record import ArrayRecords
+from deltallava_jax.errors import ConfigError
 
 LLAMA = golden.DATA / "llama_tokenizer"
 

@@ -57,7 +57,9 @@ def test_records_pictures_and_the_style_that_is_held_out(packages, capsys):
     for record in stage2:
         said = [turn["value"] for turn in record["conversations"]]
         assert said[0].startswith("<image>\n") and len(said) == 4
-        asked = {question.removeprefix("<image>\n"): answer for question, answer in zip(said[::2], said[1::2])}
+        asked = {
+            question.removeprefix("<image>\n"): answer for question, answer in zip(said[::2], said[1::2], strict=True)
+        }
         name = asked.pop(emoji.NAME)
         ((question, answer),) = asked.items()
         named = emoji.WHETHER.format(name)

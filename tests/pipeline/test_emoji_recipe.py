@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from benchmarks import emoji_recipe, emoji_tower
-from deltallava_jax.config import ConfigError, load_config
+from deltallava_jax.config import load_config
 from deltallava_jax.convert.workdir import open_model
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import projectors
 
 TINY = dataclasses.replace(emoji_tower.TOWER, image_size=16, width=32, layers=2, heads=2, mlp_width=64)
@@ -52,7 +53,7 @@ def test_the_control_gives_every_name_another_picture():
     mixed = emoji_recipe.shuffled(records)
     assert [each["id"] for each in mixed] == [each["id"] for each in records]
     assert sorted(each["image"] for each in mixed) == sorted(each["image"] for each in records)
-    assert all(a["image"] != b["image"] for a, b in zip(mixed, records))
+    assert all(a["image"] != b["image"] for a, b in zip(mixed, records, strict=True))
 
 
 def test_answers_are_scored_against_their_own_names_and_those_of_others():

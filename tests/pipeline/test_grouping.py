@@ -5,8 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from deltallava_jax.config import ConfigError, DataConfig
+from deltallava_jax.config import DataConfig
 from deltallava_jax.data.packing import BUCKET, GroupedPlan, PackPlan, plan_for
+from deltallava_jax.errors import ConfigError
 
 ROWS, LENGTH = 8, 2048
 
@@ -45,7 +46,7 @@ def test_a_batch_is_of_one_modality_but_for_the_remainder(epochs):
         kinds = [{bool(plan.images[row[0]]) for row in step.rows if row} for step in own]
         assert all(len(kind) == 1 for kind in kinds[:-2]) and {True} in kinds and {False} in kinds
         assert kinds[:-2] != sorted(kinds[:-2], key=max)  # mixed, not one after the other
-        text_only = [step for step, kind in zip(own, kinds) if kind == {False}]
+        text_only = [step for step, kind in zip(own, kinds, strict=True) if kind == {False}]
         assert all(step.images == 0 for step in text_only)
 
 

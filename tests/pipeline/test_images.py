@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deltallava_jax.config import ASPECTS, ConfigError, DataConfig, VisionConfig, override, preset
+from deltallava_jax.config import ASPECTS, DataConfig, VisionConfig, override, preset
 from deltallava_jax.data import easy_vqa, images
-from deltallava_jax.data.conversation import BadSample
 from deltallava_jax.data.images import load_image
+from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.evaluation import easy_vqa as evaluation
 from deltallava_jax.models.vision import normalize
 
@@ -97,7 +97,7 @@ def processors():
 def random_sizes(count: int) -> list[tuple[int, int]]:
     """Most of them ordinary, some with one side many times the other."""
     ordinary = RNG.integers(1, 700, (count, 2)).tolist()
-    extreme = [(short, short * int(ratio)) for short, ratio in zip((1, 2, 5, 9), RNG.integers(40, 101, 4))]
+    extreme = [(short, short * int(ratio)) for short, ratio in zip((1, 2, 5, 9), RNG.integers(40, 101, 4), strict=True)]
     sizes = [size for size in ordinary if max(size) <= 100 * min(size)]
     return sizes + extreme + [size[::-1] for size in extreme] + [(1, 1), (1, 100), (336, 336), (337, 336)]
 

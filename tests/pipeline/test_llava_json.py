@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltallava_jax.config import ConfigError, DataConfig
+from deltallava_jax.config import DataConfig
 from deltallava_jax.data import lengths, llava_json
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, BadSample, rounds, tokenize
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, rounds, tokenize
 from deltallava_jax.data.llava_json import LlavaJson, record_spans
 from deltallava_jax.data.sources import Mixture, training_source
+from deltallava_jax.errors import BadSample, ConfigError
 
 
 @pytest.fixture(autouse=True)

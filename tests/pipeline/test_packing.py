@@ -1,13 +1,14 @@
 """The pack plan: nothing lost, nothing overfull, the same for everybody."""
 
+import itertools
 import pickle
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from deltallava_jax.config import ConfigError
 from deltallava_jax.data.packing import PackPlan
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.sequence import budget_at
 
 
@@ -110,7 +111,7 @@ def test_texts_without_image_share_steps_and_are_not_cut():
     apart = [step for step in steps if not step.images]
     assert {record for step in apart for row in step.rows for record in row} == set(range(0, 400, 20))
     assert all(step.text == 512 for step in apart) and 0 < len(apart) <= 6
-    assert steps[0] not in apart and any(not a.images and b.images for a, b in zip(steps, steps[1:]))  # spread
+    assert steps[0] not in apart and any(not a.images and b.images for a, b in itertools.pairwise(steps))  # spread
     assert all(lengths[row].max(initial=0) <= step.text for step in steps for row in step.rows)
     images[:] = 1  # the same lengths with an image each stay together with the others
     assert all(step.images for step in planned(PackPlan(lengths, images, budgets=(16,), rows=4, row_length=512), 1))

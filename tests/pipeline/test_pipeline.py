@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deltallava_jax.config import ASPECTS, ConfigError, DataConfig, VisionConfig
+from deltallava_jax.config import ASPECTS, DataConfig, VisionConfig
 from deltallava_jax.data import easy_vqa
-from deltallava_jax.data.conversation import IMAGE, BadSample
+from deltallava_jax.data.conversation import IMAGE
 from deltallava_jax.data.easy_vqa import EasyVqa
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.packing import PackPlan
 from deltallava_jax.data.pipeline import Element, Rows, elements
 from deltallava_jax.data.sources import Record, training_source
+from deltallava_jax.errors import BadSample, ConfigError
 
 BRIEF = DataConfig(template="brief", independent_rounds=True)
 SIZE = 64
@@ -48,7 +49,7 @@ def pixels_of(path: Path) -> np.ndarray:
 def pairs_of(record: Record) -> list[tuple[str, str]]:
     """(question, answer) of a record, markers left out."""
     values = [turn["value"].replace(IMAGE, "").strip() for turn in record.conversation]
-    return list(zip(values[::2], values[1::2]))
+    return list(zip(values[::2], values[1::2], strict=True))
 
 
 def read_back(ids, loss_mask, tokenizer) -> list[tuple[str, str]]:
@@ -57,7 +58,7 @@ def read_back(ids, loss_mask, tokenizer) -> list[tuple[str, str]]:
     starts = [0, *edges[1::2]]
     return [
         (tokenizer.decode(ids[start:begin]), tokenizer.decode(ids[begin:end]))
-        for start, begin, end in zip(starts, edges[::2], edges[1::2])
+        for start, begin, end in zip(starts, edges[::2], edges[1::2], strict=True)
     ]
 
 
@@ -184,7 +185,7 @@ def test_independent_rounds_need_a_template_without_a_prefix(few, tokenizer):
 
 def assert_equal(found: list[Element], expected: list[Element]):
     assert len(found) == len(expected)
-    for a, b in zip(found, expected):
+    for a, b in zip(found, expected, strict=True):
         assert (a.budget, a.faults) == (b.budget, b.faults)
         for field in dataclasses.fields(a.batch):
             np.testing.assert_array_equal(getattr(a.batch, field.name), getattr(b.batch, field.name), field.name)
@@ -215,7 +216,7 @@ def test_elements_are_the_plans_steps(rows, plan, stream):
 def test_an_epoch_asks_every_question_once(few, plan, stream, tokenizer):
     asked = Counter()
     for element in stream[: plan.steps_for(1)]:
-        for ids, mask in zip(element.batch.tokens, element.batch.loss_mask):
+        for ids, mask in zip(element.batch.tokens, element.batch.loss_mask, strict=True):
             asked.update(read_back(ids, mask, tokenizer))
     assert asked == Counter(pair for index in range(len(few)) for pair in pairs_of(few[index]))
 
@@ -232,7 +233,7 @@ def test_a_worker_process_makes_the_same_elements(rows, plan, stream):
 def test_the_shares_of_two_processes_make_up_the_batch(rows, plan, stream):
     first, second = (list(elements(rows, plan, 0, 3, workers=0, process=p, processes=2)) for p in (0, 1))
     joined = []
-    for a, b in zip(first, second):
+    for a, b in zip(first, second, strict=True):
         assert a.batch.tokens.shape[0] == b.batch.tokens.shape[0] == 2
         fields = [f.name for f in dataclasses.fields(a.batch) if getattr(a.batch, f.name) is not None]
         halves = {name: np.concatenate([getattr(a.batch, name), getattr(b.batch, name)]) for name in fields}

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deltallava_jax.config import ConfigError
 from deltallava_jax.data import tokens
+from deltallava_jax.errors import ConfigError
 
 SAMPLE = "is there a blue triangle? no</s>ünïcode 🟦\n"
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import tiny
 
-from deltallava_jax.config import ConfigError, override
+from deltallava_jax.config import override
 from deltallava_jax.data.pipeline import elements
+from deltallava_jax.errors import CheckpointError, ConfigError
 from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel.mesh import make_mesh, put_rows
-from deltallava_jax.training.checkpoints import CheckpointError, Checkpoints
+from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.training.step import TrainStep, init_state
 
 RECORD = {"faults": 0, "records": 0}

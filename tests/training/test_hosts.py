@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from processes import GUARD, ROOT, environment, finish, free_port, lines, start, start_as_slurm, start_several, wait_for
 
-from deltallava_jax.config import ConfigError
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.parallel import hosts
 from deltallava_jax.training.checkpoints import Checkpoints
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from deltallava_jax.analysis.targets import CHIPS, peak_flops
-from deltallava_jax.training.metrics import Metrics, NonFiniteLoss
+from deltallava_jax.errors import NonFiniteLoss
+from deltallava_jax.training.metrics import Metrics
 
 PEAK = 2e12
 

@@ -10,9 +10,10 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 
-from deltallava_jax.config import ConfigError, MeshConfig, override
+from deltallava_jax.config import MeshConfig, override
 from deltallava_jax.data.packing import PackPlan
 from deltallava_jax.data.pipeline import elements
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import vlm
 from deltallava_jax.models.names import flatten
 from deltallava_jax.models.selection import llavolta

@@ -98,7 +98,7 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Of a question longer than ``question_length`` the end is read."""
         longest = self.config.deltallava_projector["question_length"]
         mask = torch.ones_like(ids) if mask is None else mask
-        rows = [row[live.bool()][-longest:] for row, live in zip(ids, mask)]
+        rows = [row[live.bool()][-longest:] for row, live in zip(ids, mask, strict=True)]
         lengths = torch.tensor([len(row) for row in rows], device=ids.device)
         # No token sees what follows it, so the padding on the right needs no mask.
         padded = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
@@ -118,7 +118,7 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         visual, valid = self.get_image_features(pixel_values, **kwargs)
         visual = visual.to(embeddings.dtype)
         if valid is not None:
-            visual = [tokens[live] for tokens, live in zip(visual, valid)]
+            visual = [tokens[live] for tokens, live in zip(visual, valid, strict=True)]
         places = (input_ids == self.config.image_token_index) & attention_mask.bool()
         if int(places.sum()) != len(visual):
             raise ValueError(f"{int(places.sum())} image tokens in input_ids, but {len(visual)} images")
@@ -135,10 +135,12 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             rows.append((torch.cat([*parts, x[start:]]), None if y is None else torch.cat([*marks, y[start:]])))
         length = max(len(x) for x, _ in rows)
         pads = [(length - len(x), 0) if left else (0, length - len(x)) for x, _ in rows]
-        embeddings = torch.stack([F.pad(x, (0, 0, *pad)) for (x, _), pad in zip(rows, pads)])
-        mask = torch.stack([F.pad(attention_mask.new_ones(len(x)), pad) for (x, _), pad in zip(rows, pads)])
+        embeddings = torch.stack([F.pad(x, (0, 0, *pad)) for (x, _), pad in zip(rows, pads, strict=True)])
+        mask = torch.stack(
+            [F.pad(attention_mask.new_ones(len(x)), pad) for (x, _), pad in zip(rows, pads, strict=True)]
+        )
         if labels is not None:
-            labels = torch.stack([F.pad(y, pad, value=-100) for (_, y), pad in zip(rows, pads)])
+            labels = torch.stack([F.pad(y, pad, value=-100) for (_, y), pad in zip(rows, pads, strict=True)])
         return embeddings, mask, labels
 
     def forward(

@@ -41,8 +41,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
         """Ids and mask of every image's question, padded on the right."""
         encoded = self.tokenizer(texts, return_offsets_mapping=True)
         found = [
-            [token for token, (begin, end) in zip(ids, offsets) if begin < stop and start < end]
-            for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"])
+            [token for token, (begin, end) in zip(ids, offsets, strict=True) if begin < stop and start < end]
+            for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
             for start, stop in self._spans(text)
         ]
         if not found:

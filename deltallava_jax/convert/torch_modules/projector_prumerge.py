@@ -19,7 +19,7 @@ class Projector(Mlp):
         self.ratio = 0.125 if p["keep_ratio"] is None else p["keep_ratio"]
 
     def forward(self, features, budget):
-        orders, counts = zip(*map(self.select, features.cls_attention))
+        orders, counts = zip(*map(self.select, features.cls_attention), strict=True)
         count = torch.tensor(counts, device=features.last.device).clamp(max=budget - 1)
         tokens, valid = merge(features, torch.stack(orders), count, budget - 1)
         return super().forward(tokens), valid

@@ -127,7 +127,7 @@ def _wide(x, layout):
 
 def _slices(spec: plgpu.BlockSpec, *step):
     """Of an array in device memory: a step's block."""
-    index = zip(spec.index_map(*step), spec.block_shape)
+    index = zip(spec.index_map(*step), spec.block_shape, strict=True)
     return tuple(i if size is None else pl.ds(i * size, size) for i, size in index)
 
 

@@ -117,7 +117,7 @@ def _call(kernel, q, k, others, outputs, window: int, interpret):
         interpret=interpret,
         name=f"windowed_attention{kernel.__name__.removesuffix('_kernel')}",
     )(bias, rows["q"], rows["k"], *(flat(x) for _, x in others))
-    return [x.reshape({"q": q, "k": k}[name].shape) for name, x in zip(outputs, results)]
+    return [x.reshape({"q": q, "k": k}[name].shape) for name, x in zip(outputs, results, strict=True)]
 
 
 def forward(

@@ -22,7 +22,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from deltallava_jax.config import ConfigError, ProjectorConfig
+from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import layers, names
 from deltallava_jax.models.projectors.delta import Delta
 from deltallava_jax.models.projectors.honeybee_c import HoneybeeC

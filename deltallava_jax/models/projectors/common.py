@@ -32,7 +32,7 @@ class PackedAttention(nnx.Module):
         kernels = jnp.split(self.inputs.kernel[...].astype(q.dtype), 3, axis=1)
         biases = jnp.split(self.inputs.bias[...].astype(q.dtype), 3)
         split = lambda t: rearrange(t, "... (a d) -> ... a d", d=self.head_dim)
-        return tuple(split(x @ kernel + bias) for x, kernel, bias in zip((q, k, v), kernels, biases))
+        return tuple(split(x @ kernel + bias) for x, kernel, bias in zip((q, k, v), kernels, biases, strict=True))
 
     def __call__(self, q: Float[Array, "n Q C"], k: Float[Array, "n K C"], v: Float[Array, "n K C"]):
         return self.o(rearrange(attention(*self.heads(q, k, v)), "n q a d -> n q (a d)"))

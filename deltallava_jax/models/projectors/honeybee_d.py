@@ -12,7 +12,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from deltallava_jax.config import ConfigError, ProjectorConfig
+from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.kernels.attention import attention
 from deltallava_jax.models.layers import LayerNorm, Linear, normal, trunc_normal, xavier_uniform
 from deltallava_jax.models.names import Entry, linear, norm

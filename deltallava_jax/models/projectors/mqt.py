@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from deltallava_jax.config import ConfigError, ProjectorConfig
+from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.layers import LayerNorm, normal, trunc_normal
 from deltallava_jax.models.names import Entry, norm
 from deltallava_jax.models.projectors import common

@@ -9,7 +9,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from deltallava_jax.config import ConfigError, ProjectorConfig
+from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.layers import LayerNorm, Linear, gelu, torch_default, trunc_normal
 from deltallava_jax.models.names import Entry, linear, norm
 from deltallava_jax.models.projectors import common

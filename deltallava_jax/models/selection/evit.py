@@ -10,7 +10,8 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deltallava_jax.config import ConfigError, ProjectorConfig
+from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.projectors import common
 from deltallava_jax.models.projectors.mlp import Mlp
 from deltallava_jax.models.selection.fastervlm import select

@@ -10,7 +10,8 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deltallava_jax.config import Config, ConfigError
+from deltallava_jax.config import Config
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import projectors
 from deltallava_jax.sequence import Batch, Layout, layout
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deltallava_jax.config import ConfigError, ProjectorConfig
+from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.projectors import common
 from deltallava_jax.models.projectors.mlp import Mlp
 from deltallava_jax.models.vision import Needs, VisionFeatures
