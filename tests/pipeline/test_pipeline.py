@@ -58,7 +58,7 @@ def read_back(ids, loss_mask, tokenizer) -> list[tuple[str, str]]:
     starts = [0, *edges[1::2]]
     return [
         (tokenizer.decode(ids[start:begin]), tokenizer.decode(ids[begin:end]))
-        for start, begin, end in zip(starts, edges[::2], edges[1::2], strict=True)
+        for start, begin, end in zip(starts, edges[::2], edges[1::2], strict=False)
     ]
 
 
