@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from deltallava_jax.data.conversation import Template, read_turns, tokenize
 from deltallava_jax.data.images import load_image
-from deltallava_jax.data.sources import Source
+from deltallava_jax.data.records import Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import FAULTS, BadSample
 

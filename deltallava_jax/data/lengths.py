@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from deltallava_jax.data.conversation import Template, read_turns, text_pieces
 from deltallava_jax.data.llava_json import cache_folder
-from deltallava_jax.data.sources import Source
+from deltallava_jax.data.records import Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import BadSample
 

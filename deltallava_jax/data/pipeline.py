@@ -22,7 +22,7 @@ from deltallava_jax.data.conversation import TEMPLATES, Tokenized, end_ids, read
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.lengths import measure
 from deltallava_jax.data.packing import Plan
-from deltallava_jax.data.sources import Record, Source
+from deltallava_jax.data.records import Record, Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.sequence import Batch

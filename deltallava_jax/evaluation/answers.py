@@ -48,7 +48,7 @@ class Answerer:
                 chosen = places[start : start + self.rows]
                 filled = chosen + chosen[-1:] * (self.rows - len(chosen))
                 found = self._batch([questions[place] for place in filled], count, max_new_tokens)
-                for place, answer in zip(chosen, found, strict=True):
+                for place, answer in zip(chosen, found[: len(chosen)], strict=True):
                     answers[place] = answer
         return answers
 

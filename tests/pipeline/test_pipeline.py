@@ -17,7 +17,8 @@ from deltallava_jax.data.easy_vqa import EasyVqa
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.packing import PackPlan
 from deltallava_jax.data.pipeline import Element, Rows, elements
-from deltallava_jax.data.sources import Record, training_source
+from deltallava_jax.data.records import Record
+from deltallava_jax.data.sources import training_source
 from deltallava_jax.errors import BadSample, ConfigError
 
 BRIEF = DataConfig(template="brief", independent_rounds=True)
