@@ -1,7 +1,7 @@
 """Evaluates a workdir's newest checkpoint: python eval.py --workdir runs/easy_vqa
 
-Prints a table and writes one JSON a task to WORKDIR/eval/, the last evaluation of the task; each budget and the blind
-control also keep a file of their own:
+Prints a table and writes one JSON a task to WORKDIR/eval/, the last evaluation of the task; each budget, the blind
+control and a part of the questions (--limit) have files of their own:
     python eval.py --workdir runs/easy_vqa --tasks easy_vqa --budgets 16,4 [--blind]
 The paper's benchmarks run through lmms-eval (requirements-eval.txt), on local copies of their data with --offline, and
 go on where they were stopped:
@@ -51,6 +51,10 @@ def main(options: argparse.Namespace) -> None:
     from deltallava_jax.workdir import Workdir
 
     workdir = Workdir(options.workdir)
+    for name, least in (("limit", 0), ("batch", 1)):
+        if (value := getattr(options, name)) < least:
+            raise ConfigError(f"--{name} {value}: expected {least} or more")
+    say = print if hosts.leads() else lambda _: None
     cfg = override(workdir.config, options.overrides)
     cfg.model.require_whole("evaluation")
     tasks = options.tasks.split(",") if options.tasks else [cfg.data.dataset]
@@ -73,14 +77,18 @@ def main(options: argparse.Namespace) -> None:
     params["decoder"] = decoder.unstacked(params["decoder"], cfg.model.decoder, cfg.model.dtype, donate=True)
 
     if own := [task for task in tasks if task in TASKS]:
-        print(f"{'task':12} {'step':>6} {'budget':>6} {'images':8} {'accuracy':>8} {'n':>6} {'seconds':>8}  by type")
+        say(f"{'task':12} {'step':>6} {'budget':>6} {'images':8} {'accuracy':>8} {'n':>6} {'seconds':>8}  by type")
     for task in own:
         for budget in budgets:
-            report = TASKS[task](params, cfg, tokenizer, budget=budget, blind=options.blind, limit=options.limit)
+            report = TASKS[task](
+                params, cfg, tokenizer, budget=budget, blind=options.blind, limit=options.limit,
+                progress=hosts.leads(),
+            )  # fmt: skip
             report |= {"step": step, "limit": options.limit, "overrides": options.overrides}
-            workdir.write_report(report, *(["blind"] if options.blind else []))
+            if hosts.leads():
+                workdir.write_report(report, *(["blind"] if options.blind else []))
             by_type = ", ".join(f"{kind} {score['accuracy']:.4f}" for kind, score in report["by_type"].items())
-            print(
+            say(
                 f"{task:12} {step:6} {budget:6} {'noise' if options.blind else 'real':8} {report['accuracy']:8.4f} "
                 f"{report['n']:6} {report['seconds']:8.1f}  {by_type}"
             )
@@ -91,9 +99,9 @@ def main(options: argparse.Namespace) -> None:
 
         model = Model(cfg.model, params, tokenizer, cfg.data.template, cfg.data.aspect)
         run(model, cfg, official, budgets, workdir, step=step, options=options)
-        if hosts.leads():
-            print(table([options.workdir, *options.beside]))
-    cli.say(f"written to {workdir.results}")
+        say(table([options.workdir, *options.beside]))
+    if hosts.leads():
+        cli.say(f"written to {workdir.results}")
 
 
 if __name__ == "__main__":

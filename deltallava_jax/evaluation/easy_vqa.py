@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import jax
@@ -17,6 +18,7 @@ from deltallava_jax.inference.generate import Engine, prompt_batch
 from deltallava_jax.inference.sampling import Sampling
 from deltallava_jax.models import projectors
 from deltallava_jax.models.layers import Params
+from deltallava_jax.parallel import hosts
 
 IMAGE_BATCH = 64
 
@@ -31,7 +33,7 @@ def evaluate(
     limit: int = 0,
     progress: bool = True,
 ) -> dict:
-    """Accuracy on the test questions, in all and by question type.
+    """Accuracy on the test questions, in all and by question type; every process calls it and has the whole result.
 
     budget: visual tokens an image (the largest by default). blind: noise in place of every image, the control that
     the image is used. limit: only so many questions, spread evenly (0: all). Returns task, accuracy, n, by_type,
@@ -41,6 +43,8 @@ def evaluate(
     questions = easy_vqa.questions("test")
     if limit and limit < len(questions):
         questions = [questions[i] for i in np.linspace(0, len(questions) - 1, limit).astype(int)]
+    # Every process asks its share, at least one, so that all have something to compile.
+    everyones, questions = questions, questions[jax.process_index() :: jax.process_count()] or questions[:1]
     images = sorted({q.image for q in questions})
     pixels = _pixels(cfg, images, blind)
     place = {image: index for index, image in enumerate(images)}
@@ -62,13 +66,15 @@ def evaluate(
             these = visual[shown], None if valid is None else valid[shown]
         ids = engine.tokens(batch, *these, sampling, end=end_id(template, tokenizer))
         answers += [tokenizer.decode(row) for row in ids]
+    told = [json.loads(text) for text in hosts.gather(json.dumps(answers))]
+    answers = [told[place % len(told)][place // len(told)] for place in range(len(everyones))]
     right: dict[str, list[bool]] = {}
-    for question, answer in zip(questions, answers, strict=True):
+    for question, answer in zip(everyones, answers, strict=True):
         right.setdefault(question.type, []).append(answer == question.answer)
     return {
         "task": "easy_vqa",
         "accuracy": float(np.mean([hit for hits in right.values() for hit in hits])),
-        "n": len(questions),
+        "n": len(everyones),
         "by_type": {kind: {"accuracy": float(np.mean(hits)), "n": len(hits)} for kind, hits in sorted(right.items())},
         "budget": budget,
         "blind": blind,
