@@ -58,8 +58,10 @@ def _settings(options: argparse.Namespace) -> dict:
 
 def main(options: argparse.Namespace) -> None:
     from deltallava_jax.config import load_config, to_dict
+    from deltallava_jax.convert.card import write_card
+    from deltallava_jax.convert.export import write_hf, write_llava
+    from deltallava_jax.convert.folder import new_folder
     from deltallava_jax.convert.workdir import compose, open_model, write_workdir
-    from deltallava_jax.convert.write import new_folder, write_card, write_hf, write_llava
     from deltallava_jax.errors import ConfigError
 
     *sources, target = map(Path, options.paths)

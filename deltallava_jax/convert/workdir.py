@@ -25,8 +25,8 @@ from deltallava_jax.config import (
     workdir_config,
 )
 from deltallava_jax.convert.read import Layout, Pretrained, fits, read, read_json, read_projector
+from deltallava_jax.convert.shards import write_extra
 from deltallava_jax.convert.tensors import find
-from deltallava_jax.convert.write import write_extra
 from deltallava_jax.data import tokens
 from deltallava_jax.errors import CheckpointError, ConversionError
 from deltallava_jax.inference.model import Model

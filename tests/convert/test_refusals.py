@@ -31,7 +31,7 @@ from broken import (
 )
 from safetensors.numpy import load_file, save_file
 
-from deltallava_jax.convert import workdir, write
+from deltallava_jax.convert import shards, workdir
 
 ROOT = Path(__file__).parents[2]
 
@@ -594,7 +594,7 @@ def test_a_workdir_with_a_checkpoint_cut_short(converted, target):
 @pytest.mark.parametrize("to", ["hf", "llava"])
 def test_interrupted_after_the_first_tensor_nothing_is_left(tmp_path, target, monkeypatch, to):
     source, begun = llava_hf(tmp_path / "llava"), []
-    original = write._write_safetensors
+    original = shards._write_safetensors
 
     def interrupted(path, outs, value, bar):
         def one(out):
@@ -606,7 +606,7 @@ def test_interrupted_after_the_first_tensor_nothing_is_left(tmp_path, target, mo
 
         original(path, outs, one, bar)
 
-    monkeypatch.setattr(write, "_write_safetensors", interrupted)
+    monkeypatch.setattr(shards, "_write_safetensors", interrupted)
     target.parent.mkdir()
     with pytest.raises(KeyboardInterrupt):
         convert("--to", to, source, target)
