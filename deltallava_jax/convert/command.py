@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths", nargs="+", metavar="[SRC] DST", help="source and destination; no source when composing"
     )
     parser.add_argument("--to", choices=FORMATS, default="orbax", help="format of DST (default: orbax, a workdir)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all parameters; default: kept")
+    parser.add_argument("--dtype", help="of all parameters: float32, bfloat16 or float16; default: kept")
     parser.add_argument("--vision", type=Path, help="folder of the tower: to compose, or that a LLaVA checkpoint names")
     parser.add_argument("--decoder", type=Path, help="to compose: folder of the decoder")
     parser.add_argument(

@@ -195,6 +195,12 @@ def _kept_keys(text: dict) -> dict:
             if key in text}  # fmt: skip
 
 
+def _untied(config: dict) -> dict:
+    """config.json without a true tie_word_embeddings, also in its text_config."""
+    config = config | {"tie_word_embeddings": False} if config.get("tie_word_embeddings") else config
+    return config | {"text_config": _untied(config["text_config"])} if "text_config" in config else config
+
+
 def _main_dtype(params: Params) -> str:
     sizes: dict[str, int] = {}
     for leaf in jax.tree.leaves(params):
@@ -218,6 +224,8 @@ def _with_room(params: Params, cfg: DecoderConfig, token: int) -> tuple[Params, 
 
 def _write(model: Pretrained, folder: Path, layout: Layout, config: dict, shard_bytes: int) -> None:
     """Kept files, config.json and the weights, in shards of at most ``shard_bytes``."""
+    if model.cfg.decoder and not model.cfg.decoder.tied_head:  # a source may say tied and hold another matrix
+        config = _untied(config)
     held = {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)}
     for key in ("dtype", "torch_dtype"):
         if key in config and config[key] not in held:  # the parameters were cast

@@ -20,11 +20,12 @@ from deltallava_jax.config import (
     DataConfig,
     ModelConfig,
     ProjectorConfig,
+    dtype_name,
     from_dict,
     to_dict,
     workdir_config,
 )
-from deltallava_jax.convert.read import Layout, Pretrained, fits, read, read_json, read_projector
+from deltallava_jax.convert.read import Layout, Pretrained, check_tower, fits, read, read_json, read_projector
 from deltallava_jax.convert.shards import write_extra
 from deltallava_jax.convert.tensors import find
 from deltallava_jax.data import tokens
@@ -44,6 +45,7 @@ def is_workdir(path: Path) -> bool:
 
 def open_model(path: Path, *, dtype: str | None = None, vision: Path | None = None) -> Pretrained:
     """The model of a workdir, or of anything that ``read`` knows."""
+    dtype = dtype_name(dtype)
     if not is_workdir(path):
         return read(path, dtype=dtype, vision=vision)
     if vision is not None:
@@ -59,6 +61,7 @@ def load_model(path: Path, dtype: str | None = None, tensor: int = 1) -> Model:
 
     Each of ``tensor`` devices reads its share of what they divide, so that the model is nowhere whole and nowhere
     twice; the decoder is read in the form that answers (``decoder.unstacked``)."""
+    dtype = dtype_name(dtype)
     mesh = tensor_mesh(tensor) if tensor > 1 else None
     first = SingleDeviceSharding(jax.local_devices()[0])
     shard = lambda path, shape: NamedSharding(mesh, rules.spec_for(path, shape, mesh)) if mesh else first
@@ -153,7 +156,7 @@ def compose(
 
     projector: the name of a system, for fresh parameters, or a file or folder with trained ones. settings: fields of
     ProjectorConfig, e.g. scale_factor. Raises ConversionError, ConfigError, WeightMismatch."""
-    trained = None
+    dtype, trained = dtype_name(dtype), None
     if projector not in projectors.SYSTEMS:
         path, known = Path(projector), ", ".join(projectors.SYSTEMS)
         if not path.exists():
@@ -183,6 +186,7 @@ def compose(
         fits(projector_cfg, weights)
     params = {"vision": tower.params["vision"], "projector": weights, "decoder": text.params["decoder"]}
     cfg = ModelConfig(v, projector_cfg, d, dtype=text.cfg.dtype)
+    check_tower(cfg)
     kept = [file for file in text.kept if file.name not in ("config.json", "preprocessor_config.json")]
     kept += [file for file in tower.kept if file.name == "preprocessor_config.json"]
     return Pretrained(cfg, params, None, None, text.hf, kept, aspect=tower.aspect)
