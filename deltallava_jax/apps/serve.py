@@ -239,11 +239,11 @@ def prompt_of(model, fields: dict, options: argparse.Namespace):
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ConfigError("messages: expected a list that is not empty")
-    system, turns, images = "", [], []
+    system, turns, images = [], [], []
     for number, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         if role in ("system", "developer") and not turns:
-            system += content(message, number, None) + "\n"
+            system.append(content(message, number, None))
         elif role == ("user", "assistant")[len(turns) % 2]:
             turns.append(content(message, number, images if role == "user" else None))
         else:
@@ -252,9 +252,8 @@ def prompt_of(model, fields: dict, options: argparse.Namespace):
         raise ConfigError("messages: the last one is not from the user")
     if len(images) > options.max_images:
         raise ConfigError(f"{len(images)} images; at most {options.max_images} are read")
-    turns[0] = system + turns[0]
     pairs = list(itertools.zip_longest(turns[::2], turns[1::2]))
-    asked = model.ask(pairs, images)
+    asked = model.ask(pairs, images, system="\n".join(system))
     for image in images:
         check_pixels(image, options.max_pixels)
     return asked, model.pixels(images) if images else np.zeros((0, 0, 0, 3), np.uint8)

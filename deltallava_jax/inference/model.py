@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from deltallava_jax.config import ModelConfig
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, Tokenized, end_id, tokenize
+from deltallava_jax.data.conversation import TEMPLATES, Tokenized, asked, end_id, end_ids, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import ConfigError
@@ -94,28 +94,31 @@ class Model:
     # ------------------------------------------------------------------ the parts of an answer
 
     def ask(
-        self, pairs: list[tuple[str, str | None]], images: Pictures = None, *, continues: bool = False
+        self,
+        pairs: list[tuple[str, str | None]],
+        images: Pictures = None,
+        *,
+        system: str | None = None,
+        continues: bool = False,
     ) -> Tokenized:
         """A conversation up to a question, as the model's template puts it; images without a marker of their own go
         before the last question.
 
-        continues: what follows an answer. Raises ConfigError as ``generate``."""
+        system: in place of the template's own system text. continues: what follows an answer. Raises ConfigError as
+        ``generate``."""
         if self.cfg.decoder is None:
             raise ConfigError("the model has no decoder, so it cannot answer")
         if self.tokenizer is None:
             raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
         count = len(_listed(images))
         if self.cfg.whole:
-            markers = sum(question.count(IMAGE) for question, _ in pairs)
-            if markers not in (0, count):
-                raise ConfigError(f"the prompt holds {markers} {IMAGE} markers, but {count} images are given")
-            if not markers:
-                pairs = [*pairs[:-1], (f"{IMAGE}\n" * count + pairs[-1][0], pairs[-1][1])]
-            tokenized = tokenize(pairs, TEMPLATES[self.template], self.tokenizer, continues=continues)
+            conversation = asked(pairs, count, system)
+            tokenized = tokenize(conversation, TEMPLATES[self.template], self.tokenizer, continues=continues)
         elif count:
             raise ConfigError("the model has no vision tower, so it cannot read images")
         else:
-            tokenized = plain_prompt(pairs[-1][0], self.tokenizer, continues=continues)
+            front = f"{system}\n" if system else ""
+            tokenized = plain_prompt(front + pairs[-1][0], self.tokenizer, continues=continues)
         if not len(tokenized.ids):
             raise ConfigError("the prompt is empty")
         return tokenized
@@ -195,7 +198,7 @@ class Chat:
         """What the cache lacks: the last token of the answer, its end, and the question."""
         model = self.model
         unread = before.ids[len(before.said) - 1 :]
-        ending = model.tokenizer.encode(TEMPLATES[model.template].end)[0] if model.cfg.whole else []
+        ending = end_ids(TEMPLATES[model.template], model.tokenizer) if model.cfg.whole else []
         front = np.array([*unread, *ending], np.int32)
         nothing = np.zeros(len(front), asked.rounds.dtype)
         whole = Tokenized(
@@ -209,8 +212,8 @@ class Chat:
 
 
 def plain_prompt(prompt: str, tokenizer: Tokenizer, *, continues: bool = False) -> Tokenized:
-    """A text as it stands, BOS before it where the tokenizer has one: for a decoder alone."""
-    ids = ([] if tokenizer.bos is None or continues else [tokenizer.bos]) + tokenizer.encode(prompt)[0]
+    """A text as it stands, its special tokens too, BOS before it where the tokenizer has one: for a decoder alone."""
+    ids = ([] if tokenizer.bos is None or continues else [tokenizer.bos]) + tokenizer.encode(tokenizer.named(prompt))[0]
     nothing = np.zeros(len(ids), np.int32)
     return Tokenized(
         np.array(ids, np.int32), nothing.astype(bool), np.zeros(0, np.int32), nothing, np.zeros((0, 2), np.int32)

@@ -10,7 +10,7 @@ from models import model, picture, visual
 from PIL import Image
 
 import deltallava_jax
-from deltallava_jax.data.conversation import TEMPLATES
+from deltallava_jax.data.conversation import TEMPLATES, end_ids
 from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.inference.generate import Engine, Text, bucket, prompt_batch
 from deltallava_jax.inference.model import Model
@@ -102,7 +102,7 @@ def test_a_carried_cache_equals_a_fresh_prefill(turn, template, monkeypatch):
     stop = text[5:8] if turn == "stop" else "never"
     encoded.clear()
     chat, conversation, shown = one.chat(budget=4, max_new_tokens=20, stop=stop), [], []
-    ending = one.tokenizer.encode(TEMPLATES[template].end)[0]
+    ending = end_ids(TEMPLATES[template], one.tokenizer)
     images = (picture(0), picture(2) if turn == "length" else None)
     for number, image in enumerate(images):
         answer = chat.stream(QUESTION, image)
