@@ -25,7 +25,7 @@ def load(path: str | Path, *, dtype: str | None = None, tensor: int = 1) -> Mode
     import jax
     from jax.sharding import NamedSharding, SingleDeviceSharding
 
-    from deltallava_jax.config import DTYPES
+    from deltallava_jax.config import DTYPES, dtype_name
     from deltallava_jax.convert.read import read
     from deltallava_jax.data import tokens
     from deltallava_jax.inference.model import Model
@@ -34,7 +34,7 @@ def load(path: str | Path, *, dtype: str | None = None, tensor: int = 1) -> Mode
     from deltallava_jax.parallel.mesh import tensor_mesh
     from deltallava_jax.workdir import Workdir
 
-    path = Path(path)
+    path, dtype = Path(path), dtype_name(dtype)
     mesh = tensor_mesh(tensor) if tensor > 1 else None
     first = SingleDeviceSharding(jax.local_devices()[0])
     shard = lambda name, shape: NamedSharding(mesh, rules.spec_for(name, shape, mesh)) if mesh else first

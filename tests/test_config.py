@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from deltallava_jax.config import (
@@ -18,6 +20,7 @@ from deltallava_jax.config import (
     ProjectorConfig,
     VisionConfig,
     compose,
+    dtype_name,
     from_dict,
     load_config,
     override,
@@ -402,3 +405,22 @@ def test_an_error_inside_get_config_is_the_users_line(tmp_path):
         "from deltallava_jax import config as c\ndef get_config(): return c.Config(data=c.DataConfig(rows=0))"
     )
     assert_error(lambda: load_config(tmp_path / "odd.py"), "data.rows=0")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("BF16", "bfloat16"), ("torch.bfloat16", "bfloat16"),
+        ("fp16", "float16"), ("half", "float16"), ("float16", "float16"),
+        ("fp32", "float32"), ("float", "float32"), ("float32", "float32"), (np.float32, "float32"),
+        (jnp.bfloat16, "bfloat16"), (np.dtype("float16"), "float16"), (None, None),
+    ],
+)  # fmt: skip
+def test_dtypes_have_the_names_that_are_in_use(said, meant):
+    assert dtype_name(said) == meant
+
+
+@pytest.mark.parametrize("said", ["int8", "float8", "float8_e4m3fn", "float64", "", "nothing", 16, np.int32])
+def test_another_dtype_is_refused_with_the_list(said):
+    with pytest.raises(ConfigError, match="float32.*bfloat16.*float16"):
+        dtype_name(said)

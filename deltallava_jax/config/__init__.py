@@ -14,6 +14,7 @@ from deltallava_jax.config.model import (
     ProjectorConfig,
     RopeScaling,
     VisionConfig,
+    dtype_name,
 )
 from deltallava_jax.config.presets import PRESETS, compose, preset
 from deltallava_jax.config.run import (
@@ -55,6 +56,7 @@ __all__ = [
     "TrainingConfig",
     "VisionConfig",
     "compose",
+    "dtype_name",
     "from_dict",
     "load_config",
     "override",
