@@ -20,7 +20,7 @@ from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten
 from deltallava_jax.models.selection import llavolta
 from deltallava_jax.parallel import hosts
-from deltallava_jax.parallel.mesh import put_rows
+from deltallava_jax.parallel.mesh import held_rows, put_rows
 from deltallava_jax.sequence import Batch
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.training.metrics import Metrics
@@ -62,10 +62,8 @@ def train(
     trace = Trace(profile, workdir / "profile")
     if start:
         metrics.say(f"resuming from step {start} of {steps}")
-    data = elements(
-        rows, plan, start, steps,
-        workers=cfg.data.workers, process=jax.process_index(), processes=jax.process_count(),
-    )  # fmt: skip
+    held = held_rows(step.mesh, plan.rows)
+    data = elements(rows, plan, start, steps, workers=cfg.data.workers, held=held)
     try:
         with _preemption() as stop:
             for number, element in enumerate(data, start + 1):
@@ -139,7 +137,7 @@ def _preemption():
 
 
 def _report_faults(element: Element, metrics: Metrics, workdir: Path) -> None:
-    """Writes the records that this process had to leave out to its own file."""
+    """Writes the records that had to be left out to this process's file; of a row, the first process that holds it."""
     if element.faults:
         number = jax.process_index()
         with (workdir / (f"faults.{number}.txt" if number else "faults.txt")).open("a") as file:
