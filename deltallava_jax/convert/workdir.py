@@ -29,7 +29,7 @@ from deltallava_jax.convert.tensors import find
 from deltallava_jax.convert.write import write_extra
 from deltallava_jax.data import tokens
 from deltallava_jax.errors import CheckpointError, ConversionError
-from deltallava_jax.inference.model import Model
+from deltallava_jax.inference.model import Model, check_template
 from deltallava_jax.models import projectors
 from deltallava_jax.models.decoder import MATRICES, unstacked
 from deltallava_jax.models.names import flatten, unflatten
@@ -54,11 +54,14 @@ def open_model(path: Path, *, dtype: str | None = None, vision: Path | None = No
     return dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf.astype(dtype), model.params))
 
 
-def load_model(path: Path, dtype: str | None = None, tensor: int = 1) -> Model:
-    """A model ready to answer, with the tokenizer and template beside it and its images' aspect.
+def load_model(path: Path, dtype: str | None = None, tensor: int = 1, template: str | None = None) -> Model:
+    """A model ready to answer, with the tokenizer and template beside it and its images' aspect. template: another
+    than its own; a decoder alone has none of its own, and continues texts.
 
     Each of ``tensor`` devices reads its share of what they divide, so that the model is nowhere whole and nowhere
     twice; the decoder is read in the form that answers (``decoder.unstacked``)."""
+    if template is not None:
+        check_template(template)
     mesh = tensor_mesh(tensor) if tensor > 1 else None
     first = SingleDeviceSharding(jax.local_devices()[0])
     shard = lambda path, shape: NamedSharding(mesh, rules.spec_for(path, shape, mesh)) if mesh else first
@@ -70,7 +73,9 @@ def load_model(path: Path, dtype: str | None = None, tensor: int = 1) -> Model:
         model.cfg = dataclasses.replace(model.cfg, dtype=dtype)
     folder = path if path.is_dir() else path.parent
     tokenizer = tokens.load(folder) if any((folder / name).is_file() for name in tokens.FILES) else None
-    return Model(model.cfg, model.params, tokenizer, model.template, model.aspect)
+    own = model.template if model.cfg.whole else None
+    loaded = Model(model.cfg, model.params, tokenizer, own, model.aspect)
+    return loaded if template is None else loaded.with_template(template)
 
 
 def _read_to_answer(path: Path, dtype: str | None, shard: Callable[[str, tuple[int, ...]], Sharding]) -> Pretrained:
