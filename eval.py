@@ -15,12 +15,11 @@ Settings can be overridden, for methods that need no training of their own:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from deltallava_jax import cli
-from deltallava_jax.config import override, workdir_config
+from deltallava_jax.config import override
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.parallel import hosts
 
@@ -46,14 +45,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> None:
     hosts.connect(options)
-    from deltallava_jax.data import tokens
-    from deltallava_jax.errors import CheckpointError
     from deltallava_jax.evaluation import TASKS
     from deltallava_jax.evaluation.tasks import require
     from deltallava_jax.models import decoder, projectors
-    from deltallava_jax.training.checkpoints import Checkpoints
+    from deltallava_jax.workdir import Workdir
 
-    cfg = override(workdir_config(options.workdir), options.overrides)
+    workdir = Workdir(options.workdir)
+    cfg = override(workdir.config, options.overrides)
     cfg.model.require_whole("evaluation")
     tasks = options.tasks.split(",") if options.tasks else [cfg.data.dataset]
     if official := [task for task in tasks if task not in TASKS]:
@@ -69,25 +67,18 @@ def main(options: argparse.Namespace) -> None:
     for budget in budgets:
         projectors.check_budget(cfg.model.projector, budget)
 
-    tokenizer = tokens.load(options.workdir / "tokenizer.json")
-    checkpoints = Checkpoints(options.workdir)
+    tokenizer, checkpoints = workdir.tokenizer, workdir.checkpoints
     step = checkpoints.latest()
-    if step is None:
-        raise CheckpointError(f"{options.workdir} holds no finished checkpoint; train first")
     params = checkpoints.restore_params(step, cfg.model)
     params["decoder"] = decoder.unstacked(params["decoder"], cfg.model.decoder, cfg.model.dtype, donate=True)
 
-    folder = options.workdir / "eval"
-    folder.mkdir(exist_ok=True)
     if own := [task for task in tasks if task in TASKS]:
         print(f"{'task':12} {'step':>6} {'budget':>6} {'images':8} {'accuracy':>8} {'n':>6} {'seconds':>8}  by type")
     for task in own:
         for budget in budgets:
             report = TASKS[task](params, cfg, tokenizer, budget=budget, blind=options.blind, limit=options.limit)
-            report |= {"step": step, "overrides": options.overrides}
-            text = json.dumps(report, indent=2)
-            for name in (task, f"{task}_{budget}{'_blind' if options.blind else ''}"):
-                (folder / f"{name}.json").write_text(text)
+            report |= {"step": step, "limit": options.limit, "overrides": options.overrides}
+            workdir.write_report(report, *(["blind"] if options.blind else []))
             by_type = ", ".join(f"{kind} {score['accuracy']:.4f}" for kind, score in report["by_type"].items())
             print(
                 f"{task:12} {step:6} {budget:6} {'noise' if options.blind else 'real':8} {report['accuracy']:8.4f} "
@@ -99,10 +90,10 @@ def main(options: argparse.Namespace) -> None:
         from deltallava_jax.inference.model import Model
 
         model = Model(cfg.model, params, tokenizer, cfg.data.template, cfg.data.aspect)
-        run(model, cfg, official, budgets, folder, step=step, options=options)
+        run(model, cfg, official, budgets, workdir, step=step, options=options)
         if hosts.leads():
             print(table([options.workdir, *options.beside]))
-    cli.say(f"written to {folder}")
+    cli.say(f"written to {workdir.results}")
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ FIELDS = {
     "repetition_penalty": Field(setting("repetition_penalty"), "1, none, by default"),
     "seed": Field(
         setting("seed", -1),
-        "a whole number below 2^32; without one, or with -1, each answer has another; the answer's `seed` says which",
+        "a whole number below 2^32; without one, or with -1, each answer has another, which its `seed` says",
     ),
     "stop": Field(setting("stop"), "a text or a list of texts that end the answer and are no part of it"),
     "budget": Field(number, "visual tokens an image, the projector's most by default"),

@@ -26,7 +26,15 @@ from deltallava_jax.config.run import (
     OptimizerConfig,
     TrainingConfig,
 )
-from deltallava_jax.config.values import from_dict, load_config, override, parse_value, to_dict, workdir_config
+from deltallava_jax.config.values import (
+    from_dict,
+    load_config,
+    override,
+    parse_value,
+    read_json,
+    to_dict,
+    workdir_config,
+)
 
 __all__ = [
     "ABLATIONS",
@@ -52,6 +60,7 @@ __all__ = [
     "override",
     "parse_value",
     "preset",
+    "read_json",
     "to_dict",
     "workdir_config",
 ]

@@ -30,6 +30,7 @@ from deltallava_jax.models import projectors
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import TRANSFORMS, Entry, flatten, unflatten
 from deltallava_jax.models.vision import check_needs
+from deltallava_jax.workdir import Workdir
 
 HF = Layout("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.", True)
 HF_DECODER = Layout(decoder="model.", head="")
@@ -299,14 +300,14 @@ def write_card(model: Pretrained, folder: Path, name: str, source: Path | None) 
             f"tokens = model.generate(**inputs, max_new_tokens=32)  # budget=: {budgets} tokens an image",
             "print(processor.batch_decode(tokens, skip_special_tokens=True)[0])", "```", "",
         ]  # fmt: skip
-    results = [read_json(file) for file in sorted((source / "eval").glob("*_*.json"))] if source else []
+    results = Workdir(source).reports() if source else []
     if results:
         lines += ["## Results", "", "| Task | Tokens an image | Images | Accuracy | n |", "|---|---|---|---|---|"]
         lines += [
             f"| {r['task']} | {r['budget']} | {'noise' if r['blind'] else 'real'} | {r['accuracy']:.4f} | {r['n']} |"
             for r in results if "accuracy" in r
         ] + [""]  # fmt: skip
-    if source is not None and (source / "checkpoints").is_dir():
+    if source is not None and Workdir(source).exists:
         lines += ["## Training configuration", "", "```json", (source / "config.json").read_text().strip(), "```", ""]
     (folder / "README.md").write_text("\n".join(lines))
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from deltallava_jax.config import Config
 from deltallava_jax.data import easy_vqa
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, end_id, tokenize
+from deltallava_jax.data.conversation import TEMPLATES, asked, end_id, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.inference.generate import Engine, prompt_batch
@@ -48,7 +48,7 @@ def evaluate(
     engine, sampling = Engine(params, cfg.model), Sampling(max_new_tokens=cfg.evaluation.max_new_tokens)
     visual, valid = (None, None) if asks else _encode(engine, pixels, budget)
     template = TEMPLATES[cfg.data.template]
-    prompts = [tokenize([(f"{IMAGE}\n{q.question}", None)], template, tokenizer) for q in questions]
+    prompts = [tokenize(asked([(q.question, None)], 1), template, tokenizer) for q in questions]
     length = max(len(prompt.ids) for prompt in prompts)
     size = min(cfg.evaluation.batch_size, len(questions))
     answers = []

@@ -137,13 +137,19 @@ class Model:
     # ------------------------------------------------------------------ the parts of an answer
 
     def ask(
-        self, pairs: list[tuple[str, str | None]], images: Pictures = None, *, continues: bool = False
+        self,
+        pairs: list[tuple[str, str | None]],
+        images: Pictures = None,
+        *,
+        system: str | None = None,
+        continues: bool = False,
     ) -> Tokenized:
         """(question, answer) pairs up to a question, as the model's template puts them; ``<image>`` in a question is
         the place of an image, and without any the images go before the last question.
 
-        continues: what follows an answer. Raises ConfigError as ``generate``."""
-        return self.prompt(asked(pairs, len(_listed(images))), continues=continues)
+        system: in place of the template's own system text. continues: what follows an answer. Raises ConfigError as
+        ``generate``."""
+        return self.prompt(asked(pairs, len(_listed(images)), system), continues=continues)
 
     def prompt(self, conversation: Conversation, *, continues: bool = False) -> Tokenized:
         """A conversation up to a question, as the model's template puts it. Raises ConfigError as ``generate``, and for

@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from deltallava_jax.config.checks import nearest
 from deltallava_jax.errors import ConfigError
 
-# Far beyond what anybody draws with, and far from where float32 ends.
-GREEDY_BELOW, HOTTEST, PENALTY = 1e-5, 1e4, 1e4
+GREEDY_BELOW = 1e-5  # a temperature
+EXTREME = 1e9  # of a temperature or penalty: beyond what anybody draws with, and far from where float32 ends
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Sampling:
             raise ConfigError(f"stop={reprlib.repr(self.stop)}; expected a text or a list of texts, none of them empty")
         object.__setattr__(self, "stop", tuple(stop))
         for name, good, expected in (
-            ("temperature", lambda x: 0 <= x <= HOTTEST, f"0 (greedy) to {HOTTEST:,.0f}"),
+            ("temperature", lambda x: 0 <= x <= EXTREME, f"0 (greedy) to {EXTREME:g}"),
             ("top_k", lambda x: 0 <= x < 2**31 and x == int(x), "a whole number, 0 (all) or more"),
             ("top_p", lambda x: 0 < x <= 1, "above 0, to 1"),
-            ("repetition_penalty", lambda x: 1 / PENALTY <= x <= PENALTY, f"{1 / PENALTY:g} to {PENALTY:,.0f}"),
+            ("repetition_penalty", lambda x: 1 / EXTREME <= x <= EXTREME, f"{1 / EXTREME:g} to {EXTREME:g}"),
             ("seed", lambda x: 0 <= x < 2**32 and x == int(x), "a whole number from 0 to 2**32 - 1"),
             ("max_new_tokens", lambda x: 1 <= x < 2**31 and x == int(x), "a whole number, 1 or more"),
         ):

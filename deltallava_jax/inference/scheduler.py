@@ -23,8 +23,9 @@ from deltallava_jax.inference.sampling import GREEDY, Sampling, controls
 
 @dataclass
 class Request:
-    """A prompt on its way. sampling: gets a seed, if it has none. cancelled: nobody waits for it. on_piece(text, finish) is called in the scheduler's thread with each piece of the answer;
-    finish is None until the last: "stop", "length", or "error" with a message for a text."""
+    """A prompt on its way. sampling: gets a seed, if it has none. cancelled: nobody waits for it any more.
+    on_piece(text, finish) is called in the scheduler's thread with each piece of the answer; finish is None until the
+    last: "stop", "length", or "error" with a message for a text."""
 
     asked: Tokenized
     pixels: np.ndarray

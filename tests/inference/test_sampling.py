@@ -106,7 +106,7 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits(
     [
         (dict(temperature=-1), "temperature=-1; expected 0"),
         (dict(temperature=10**400), "temperature=10+[.]+.*; expected 0"),
-        (dict(repetition_penalty=1e-300), "repetition_penalty=1e-300; expected 0.0001 to 10,000"),
+        (dict(repetition_penalty=1e-300), "repetition_penalty=1e-300; expected 1e-09 to 1e.09"),
         (dict(stop=5), "stop=5; expected a text or a list"),
         (dict(stop=[5]), "stop=.5.; expected a text or a list"),
         (dict(temperature=float("nan")), "temperature=nan"),

@@ -152,21 +152,20 @@ def test_a_decoder_alone_continues_a_text_and_needs_a_template_for_more():
     from test_chat import decoder_alone
 
     bare = decoder_alone()
+    turns = [{"role": role, "content": "red?"} for role in ("user", "assistant", "user")]
     with running(one=bare) as address:
         assert said(address, "red?") == bare.generate(None, "red?", max_new_tokens=6)
-        for turns in (
-            ("red?", "yes", "blue?"),
-            ({"role": "system", "content": "short"}, {"role": "user", "content": "a"}),
+        for asked, words in (
+            (turns, "--template"),
+            ([{"role": "system", "content": "short"}, *turns[:1]], "--template"),
+            (messages(0), "no vision tower"),
         ):
-            asked = [one if isinstance(one, dict) else {"role": ("user", "assistant")[n % 2], "content": one}
-                     for n, one in enumerate(turns)]  # fmt: skip
             status, found = post(address, {"messages": asked})
-            assert status == 400 and "--template" in found["error"]["message"]
-        assert (
-            post(address, {"messages": messages(0)})[0]
-            == post(address, {"messages": messages(), "budget": 4})[0]
-            == 400
-        )
+            assert status == 400 and words in found["error"]["message"]
+        status, found = post(address, {"messages": turns[:1], "budget": 4})
+        assert status == 400 and found["error"]["message"].startswith("budget=4: the model has no vision tower")
+    with running(one=decoder_alone("brief")) as address:
+        assert said(address, *turns) == answer(Conversation((Round(("red?",), "red?"), Round(("red?",), None))))
 
 
 def test_web_pages_may_ask_by_an_option(address):
@@ -273,9 +272,10 @@ def test_many_at_a_time_get_what_each_gets_alone(address):
     [
         (b"{", 400, "no JSON"),
         (b"\xff\xfe\x00", 400, "no JSON"),
-        (b"[1]", 400, "no JSON object"),
+        (b"[1]", 400, "the body=.1.; expected an object .JSON."),
         (b"{" + b" " * 300_000, 413, "more than 200,000 bytes"),
-        ({"messages": []}, 400, "messages: expected a list"),
+        ({"messages": []}, 400, "messages=..; expected a list that is not empty"),
+        ({"max_tokens": 3}, 400, "messages: expected a list"),
         ({"messages": [7]}, 400, r"messages.0.=7; expected an object"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, 400, r"messages.0..role='assistant'"),
         ({"messages": [{"role": "tool", "content": "a"}]}, 400, r"messages.0..role='tool'; expected system"),
@@ -329,7 +329,8 @@ def test_what_is_refused(address, change, status, words):
 POOL = (True, False, 0, 1, -1, 2.5, float("inf"), float("nan"), "", "x", [], ["x"], [1], {}, {"x": 1})
 NEUTRAL = {  # a value of the pool -> the fields that may have it
     "0": "top_logprobs frequency_penalty presence_penalty min_p min_tokens priority temperature top_k seed",
-    "1": "n best_of length_penalty temperature top_p top_k repetition_penalty seed max_tokens max_completion_tokens budget",
+    "1": "n best_of length_penalty temperature top_p top_k repetition_penalty seed max_tokens max_completion_tokens "
+    "budget",
     "-1": "seed top_k",
     "2.5": "temperature repetition_penalty",
     "True": "skip_special_tokens spaces_between_special_tokens add_generation_prompt parallel_tool_calls stream",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from deltallava_jax.config import DataConfig
 from deltallava_jax.data import lengths, llava_json
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, rounds, tokenize
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, read_turns, tokenize
 from deltallava_jax.data.llava_json import LlavaJson, record_spans
 from deltallava_jax.data.sources import Mixture, training_source
 from deltallava_jax.errors import BadSample, ConfigError
@@ -139,8 +139,8 @@ def test_lengths_are_those_of_the_tokens_and_are_kept(tmp_path, cache, tokenizer
         tokens, images = lengths.measure(source, template, tokenizer)
         for index in range(30):
             try:
-                expected = tokenize(rounds(source[index].conversation), template, tokenizer)
-                whole = len(expected.image_positions) == len(source[index].images)
+                expected = tokenize(read_turns(source[index].conversation, 1), template, tokenizer)
+                whole = True
             except BadSample:
                 whole = False
             assert (tokens[index], images[index]) == ((len(expected.ids), 1) if whole else (0, 0))
