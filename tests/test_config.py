@@ -22,6 +22,7 @@ from deltallava_jax.config import (
     load_config,
     override,
     preset,
+    renamed,
     to_dict,
 )
 from deltallava_jax.errors import ConfigError
@@ -312,6 +313,55 @@ def test_an_unknown_projector_names_the_nearest():
     cfg = ProjectorConfig(name="delt")
     assert_error(lambda: projectors.system(cfg), "projector.name", "'delt'", "did you mean 'delta'")
     assert_error(lambda: projectors.system(dataclasses.replace(cfg, name="xyz")), "'xyz'", "known: delta, mlp")
+
+
+# ------------------------------------------------------------------ published settings
+
+
+PUBLISHED = {  # read off each public release; a width of 1024 in heads of 128 has 8 heads, of 64 it has 16
+    "delta": dict(head_dim=128, select_layer=-2, scale_factor=2, mlp_width=4096),
+    "mlp": dict(select_layer=-2),
+    "token_packer": dict(head_dim=128, select_layer=-2, scale_factor=2),
+    "m3": dict(select_layer=-2, scale_factor=(1, 2, 4, 8, 24)),
+    "mqt": dict(head_dim=64, select_layer=-2, queries=256),
+    "quecc": dict(head_dim=128, select_layer=-2, scale_factor=4),
+    "resampler": dict(head_dim=128, queries=256),
+    "honeybee_c": dict(select_layer=-1, scale_factor=2),
+    "honeybee_d": dict(select_layer=-1, scale_factor=2, head_dim=128, mlp_width=1024),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_system_named_alone_has_its_published_settings(name):
+    alone, before = ProjectorConfig(name=name), dataclasses.replace(Config(), name="x")
+    named = override(before, {"model.projector.name": name}).model.projector
+    for cfg in (alone, named, from_dict(ProjectorConfig, {"name": name}), renamed(ProjectorConfig(), {"name": name})):
+        assert {field: getattr(cfg, field) for field in PUBLISHED[name]} == PUBLISHED[name]
+        assert from_dict(ProjectorConfig, json.loads(json.dumps(to_dict(cfg)))) == cfg
+
+
+def test_a_setting_beside_the_name_is_kept():
+    assert ProjectorConfig(name="mqt", head_dim=128).head_dim == 128
+    assert dataclasses.replace(ProjectorConfig(name="mqt", head_dim=128), queries=64).head_dim == 128
+    for settings in ({"head_dim": "128", "name": "mqt"}, {"name": "mqt", "head_dim": "128"}):
+        cfg = override(Config(), {f"model.projector.{key}": text for key, text in settings.items()})
+        assert cfg.model.projector.head_dim == 128
+    small = override(EASY, {"model.projector.name": "honeybee_d"}).model.projector
+    own = EASY.model.projector  # what fits a small tower is no system's published setting
+    assert (small.head_dim, small.mlp_width, small.select_layer) == (own.head_dim, own.mlp_width, own.select_layer)
+
+
+def test_of_the_published_scale_factors_those_that_divide_the_grid_are_taken():
+    assert projectors.budgets(ProjectorConfig(name="m3", grid=8)) == (64, 16, 4, 1)
+    assert projectors.budgets(ProjectorConfig(name="m3")) == (576, 144, 36, 9, 1)
+
+
+def test_a_system_without_weights_takes_the_place_of_the_one_that_was_trained():
+    """As eval.py does on an MLP's workdir, whose config.json holds every field."""
+    trained = from_dict(Config, json.loads(json.dumps(to_dict(override(EASY, {"model.projector.name": "mlp"})))))
+    for name in ("fastervlm", "prumerge"):
+        cfg = override(trained, {"model.projector.name": name}).model.projector
+        assert cfg == dataclasses.replace(trained.model.projector, name=name)
 
 
 # ------------------------------------------------------------------ devices

@@ -26,7 +26,7 @@ from deltallava_jax.config.run import (
     OptimizerConfig,
     TrainingConfig,
 )
-from deltallava_jax.config.values import from_dict, load_config, override, parse_value, to_dict, workdir_config
+from deltallava_jax.config.values import from_dict, load_config, override, parse_value, renamed, to_dict, workdir_config
 
 __all__ = [
     "ABLATIONS",
@@ -52,6 +52,7 @@ __all__ = [
     "override",
     "parse_value",
     "preset",
+    "renamed",
     "to_dict",
     "workdir_config",
 ]

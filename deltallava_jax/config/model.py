@@ -47,11 +47,32 @@ class VisionConfig:
 
 ABLATIONS = ("none", "no_emhsa", "no_delta", "no_tb")
 
+# What ProjectorConfig leaves open: the settings of most systems, and those in which a publication differs from them.
+USUAL = dict(scale_factor=2, select_layer=-2, head_dim=128, mlp_width=4096)
+PUBLISHED = {
+    "m3": dict(scale_factor=(1, 2, 4, 8, 24)),
+    "mqt": dict(head_dim=64),
+    "quecc": dict(scale_factor=4),
+    "honeybee_c": dict(select_layer=-1),
+    "honeybee_d": dict(select_layer=-1, mlp_width=1024),
+}
+
+
+def published(name: str, grid: int) -> dict:
+    """{field: value} of the settings that ``ProjectorConfig(name)`` has on a grid if they are not given.
+
+    Of several scale factors those that divide the grid."""
+    settings = USUAL | PUBLISHED.get(name, {})
+    if isinstance(settings["scale_factor"], tuple) and grid > 0:
+        settings["scale_factor"] = tuple(s for s in settings["scale_factor"] if grid % s == 0)
+    return settings
+
 
 @dataclass(frozen=True)
 class ProjectorConfig:
     """How patches become visual tokens. Fields that a system does not use are ignored by it.
 
+    A field that is None takes the system's published setting (``published``).
     ``scale_factor`` s gives (grid/s)^2 tokens an image; a tuple makes the model elastic: a budget is drawn each step.
     ``levels`` are hidden-state indices of the tower (index i is the output of layer i); empty means the release's
     relative depths, 12, 16, 22 and 23 of 24. ``select_layer`` is the hidden state of the query features, from the end.
@@ -59,14 +80,14 @@ class ProjectorConfig:
 
     name: str = "delta"
     grid: int = 24
-    scale_factor: int | tuple[int, ...] = 2
+    scale_factor: int | tuple[int, ...] | None = None
     in_width: int = 1024
     out_width: int = 4096
     embed_width: int = 0  # 0: in_width
-    select_layer: int = -2
+    select_layer: int | None = None
     levels: tuple[int, ...] = ()
     level_count: int = 4
-    head_dim: int = 128
+    head_dim: int | None = None
     block_head_dim: int = 32
     rank: int = 16
     mix_ratio: float = 0.75
@@ -74,7 +95,7 @@ class ProjectorConfig:
     initializer_range: float = 0.02  # standard deviation of fresh Linear weights; small widths want more
     reduction: int = 1  # EMHSA's spatial reduction sr
     window: int = 1  # paper variant: query windows of window x window
-    mlp_width: int = 4096  # paper variant: hidden width of equation 11
+    mlp_width: int | None = None  # paper variant: hidden width of equation 11; honeybee_d: of its layers
     variant: str = "release"
     ablation: str = "none"
     queries: int = 256  # mqt, resampler: learned queries
@@ -90,6 +111,9 @@ class ProjectorConfig:
     closing: bool = False  # resampler: Qwen-VL's LayerNorm and output matrix behind it
 
     def __post_init__(self):
+        for name, value in published(self.name, self.grid).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         require_at_least(1, "projector", self, "grid", "in_width", "out_width", "level_count", "rank", "mlp_width")
         require_at_least(
             1, "projector", self, "head_dim", "block_head_dim", "window", "reduction", "queries", "question_length"

@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 
 from deltallava_jax.config.checks import nearest, require
+from deltallava_jax.config.model import ProjectorConfig, published
 from deltallava_jax.config.presets import preset
 from deltallava_jax.config.run import Config
 from deltallava_jax.errors import ConfigError
@@ -42,7 +43,9 @@ def from_dict(kind: type, values: dict | str, where: str = ""):
 
 
 def override(config, assignments: dict[str, str]):
-    """Copy of ``config`` with dotted paths set from command-line text, all at once, then validated."""
+    """Copy of ``config`` with dotted paths set from command-line text, all at once, then validated.
+
+    A projector with another name alone has the settings published with that name, where it had those of the old one."""
     values = to_dict(config)
     for path, text in assignments.items():
         node, kind, done = values, type(config), ""
@@ -61,8 +64,26 @@ def override(config, assignments: dict[str, str]):
         hints = typing.get_type_hints(kind)
         if leaf not in hints:
             raise ConfigError(f"unknown config key {path!r}{nearest(leaf, hints)}")
+        if kind is ProjectorConfig and leaf == "name":
+            given = {key.removeprefix(done) for key in assignments}
+            node.update({key: None for key in _as_published(node) if key not in given})
         node[leaf] = text if hints[leaf] is str else parse_value(text)
     return from_dict(type(config), values)
+
+
+def renamed(config: ProjectorConfig, settings: dict) -> ProjectorConfig:
+    """The projector with other settings, by field; with another name as ``override`` makes it. Raises ConfigError."""
+    values = to_dict(config)
+    if "name" in settings:
+        values |= dict.fromkeys(_as_published(values))
+    return from_dict(ProjectorConfig, values | settings, "projector.")
+
+
+def _as_published(values: dict) -> list[str]:
+    """The fields of a projector's dict that hold what is published with its name."""
+    plain = lambda value: tuple(value) if isinstance(value, list) else value
+    known = published(values["name"], values["grid"])
+    return [key for key, value in known.items() if plain(values.get(key)) == value]
 
 
 def workdir_config(workdir: Path) -> Config:

@@ -52,7 +52,7 @@ def test_m3_makes_every_scale_from_one_set_of_weights(tokens):
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 256])
 def test_mqt_answers_with_its_first_queries(tokens):
-    cfg = ProjectorConfig(name="mqt", out_width=64, head_dim=64)
+    cfg = ProjectorConfig(name="mqt", out_width=64)
     state = golden.state_dict("mqt") | {"pos_embed": np.asarray(common.half_table(16, 1024))}
     expected = golden.outputs("mqt")
     np.testing.assert_array_equal(state["pos_embed"][[0, 1, 17, 255]], expected["pos_embed_fp16_rows_0_1_17_255"])
@@ -87,7 +87,7 @@ def test_honeybee_c(scale_factor, tokens):
 
 @pytest.mark.parametrize("scale_factor, tokens, depth", [(2, 144, 2), (3, 64, 2), (2, 144, 6)])
 def test_honeybee_d(scale_factor, tokens, depth):
-    cfg = ProjectorConfig(name="honeybee_d", out_width=64, scale_factor=scale_factor, depth=depth, mlp_width=1024)
+    cfg = ProjectorConfig(name="honeybee_d", out_width=64, scale_factor=scale_factor, depth=depth)
     expected, shapes = golden.outputs("honeybee_dabs"), golden.read_json("honeybee_dabs_state_dict")
     shapes["query_position_embeddings.weight"] = [tokens, 1024]
     state = {
