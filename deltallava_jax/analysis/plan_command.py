@@ -38,6 +38,8 @@ def main(options: argparse.Namespace) -> None:
     cfg = override(load_config(options.config), cli.overrides(options.overrides, "-m deltallava_jax plan"))
     if options.mesh:
         cfg = replace(cfg, mesh=parse_mesh(options.mesh))
+    if options.text < 0:
+        raise ConfigError(f"--text {options.text}: expected tokens, 0 or more")
     cfg.check_devices(target.count)
     prepare(target)
     from deltallava_jax.analysis.plan import measure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from deltallava_jax.config.checks import require, require_at_least
+from deltallava_jax.config.checks import require, require_at_least, require_positive
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class VisionConfig:
 
     def __post_init__(self):
         require_at_least(1, "vision", self, "patch_size", "width", "layers", "heads", "mlp_width")
+        require_positive("vision", self, "norm_eps")
+        for name in ("image_mean", "image_std"):
+            require(len(getattr(self, name)) == 3, f"vision.{name}={getattr(self, name)}; expected a number a channel")
+        require(min(self.image_std) > 0, f"vision.image_std={self.image_std}; expected more than 0")
         require(self.family in ("clip", "siglip"), f"vision.family is {self.family!r}; known: clip, siglip")
         require(
             self.width % self.heads == 0,
@@ -118,7 +122,12 @@ class ProjectorConfig:
         require_at_least(
             1, "projector", self, "head_dim", "block_head_dim", "window", "reduction", "queries", "question_length"
         )
-        require_at_least(0, "projector", self, "text_width", "depth")
+        require_at_least(0, "projector", self, "embed_width", "text_width", "depth")
+        require_positive("projector", self, "initializer_range")
+        require(self.select_layer < 0, f"projector.select_layer={self.select_layer}; expected -1, the last, or below")
+        for name, least in (("levels", 0), ("prune_layers", 0), ("tokens", 1)):
+            values = getattr(self, name)
+            require(min(values, default=least) >= least, f"projector.{name}={values}; expected {least} or more")
         require(0 <= self.drop_path < 1, f"projector.drop_path={self.drop_path}; expected 0 to below 1")
         require(0 <= (self.keep_ratio or 0) <= 1, f"projector.keep_ratio={self.keep_ratio}; expected 0 to 1")
         require(0 < self.mix_ratio < 1, f"projector.mix_ratio={self.mix_ratio}; expected between 0 and 1")
@@ -219,6 +228,7 @@ class DecoderConfig:
 
     def __post_init__(self):
         require_at_least(1, "decoder", self, "vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width")
+        require_positive("decoder", self, "rope_base", "norm_eps", "initializer_range")
         require(
             self.width % self.heads == 0,
             f"decoder.heads={self.heads} does not divide decoder.width={self.width}",

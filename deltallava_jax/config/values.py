@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
 import types
 import typing
 from pathlib import Path
@@ -125,6 +126,9 @@ def load_config(path: str | Path) -> Config:
     return config
 
 
+_LARGEST = 2**63 - 1
+
+
 def _dataclass_in(hint) -> type | None:
     """The dataclass that a hint is, alone or as ``X | None``."""
     return next((option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)), None)
@@ -159,8 +163,20 @@ def _typed(hint, value, path: str):
         if typing.get_args(hint)[0] is str and isinstance(value, str):
             return (value,)
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        require(math.isfinite(value) if isinstance(value, float) else abs(value) <= _LARGEST, _too_large(path, value))
         return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        require(hint is not int or abs(value) <= _LARGEST, _too_large(path, value))
         return value
     expected = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    raise ConfigError(f"config key {path!r} expects {expected}, got {value!r}")
+    raise ConfigError(f"config key {path!r} expects {expected}, got {_shown(value)}")
+
+
+def _shown(value) -> str:
+    """A value in an error line: never a page of digits."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:40]}...{text[-40:]}"
+
+
+def _too_large(path: str, value: int | float) -> str:
+    return f"config key {path!r} is {_shown(value)}; expected a finite number, at most {_LARGEST:.2g}"
