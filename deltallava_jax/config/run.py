@@ -113,7 +113,9 @@ class TrainingConfig:
     every_budget: bool = False  # an elastic model: each step averages the loss of all budgets, not one that is drawn
 
     def __post_init__(self):
-        require_at_least(0, "training", self, "steps", "log_every", "eval_every", "checkpoint_every", "keep_best")
+        require_at_least(
+            0, "training", self, "steps", "log_every", "eval_every", "checkpoint_every", "keep_best", "epochs"
+        )
         require_at_least(1, "training", self, "keep_checkpoints")
         require(
             not self.keep_best or self.eval_every > 0,
@@ -121,7 +123,7 @@ class TrainingConfig:
         )
         for stage in self.llavolta:
             require(
-                len(stage) == 2 and stage[0] >= 1,
+                len(stage) == 2 and stage[0] >= 1 and stage[1] >= 0,
                 f"training.llavolta has the stage {stage}; expected (stride, decoder layer), e.g. (8, 2), or (1, 0)",
             )
         require(self.epochs > 0 or self.steps > 0, f"training.epochs={self.epochs}; expected more than 0")
@@ -179,6 +181,7 @@ class Config:
 
     def __post_init__(self):
         require_at_least(0, "config", self, "seed")
+        require(self.seed < 2**32, f"config.seed={self.seed}; expected less than 2**32: a random key holds no more")
 
     def check_devices(self, devices: int) -> tuple[int, int, int]:
         """Mesh sizes (data, fsdp, tensor) on that many devices; ConfigError if the batch or a width does not divide."""
@@ -190,9 +193,7 @@ class Config:
             f"data.rows={rows}{f' / {micro} microbatches' if micro > 1 else ''} is not divisible by the "
             f"{data * fsdp} devices of mesh data={data} x fsdp={fsdp}",
         )
-        for name, heads in (
-            ("vision.heads", self.model.vision.heads),
-            ("decoder.kv_heads", self.model.decoder.kv_heads),
-        ):
-            require(heads % tensor == 0, f"{name}={heads} is not divisible by mesh tensor={tensor}")
+        for part, name in (("vision", "heads"), ("decoder", "kv_heads")):
+            heads = getattr(getattr(self.model, part), name, 0)  # 0: the model is without that part
+            require(heads % tensor == 0, f"{part}.{name}={heads} is not divisible by mesh tensor={tensor}")
         return data, fsdp, tensor

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
-from deltallava_jax.config import ASPECTS, ModelConfig, ProjectorConfig, VisionConfig, from_dict, preset, to_dict
+from deltallava_jax.config import ASPECTS, ModelConfig, ProjectorConfig, VisionConfig, from_dict, preset, renamed
 from deltallava_jax.convert.arrays import load_array, unstacked_arrays
 from deltallava_jax.convert.families import DECODERS, PAIRS, TOWERS, decoder_family, refuse, tower_family
 from deltallava_jax.convert.tensors import Tensor, equal, find
@@ -93,7 +93,7 @@ class Pretrained:
         """The same weights with other settings of the projector, such as scale_factor. Raises ConfigError."""
         if self.cfg.projector is None:
             raise ConfigError(f"the model has no projector to give {', '.join(settings)}")
-        projector = from_dict(ProjectorConfig, to_dict(self.cfg.projector) | settings, "projector.")
+        projector = renamed(self.cfg.projector, settings)
         fits(projector, self.params["projector"])
         cfg = dataclasses.replace(self.cfg, projector=projector)
         check_tower(cfg)
