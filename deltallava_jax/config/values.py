@@ -138,7 +138,10 @@ def _typed(hint, value, path: str):
         if typing.get_args(hint)[0] is str and isinstance(value, str):
             return (value,)
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"config key {path!r}: a number of {len(str(abs(value)))} digits is too large") from None
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     expected = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

@@ -299,11 +299,12 @@ def write_card(model: Pretrained, folder: Path, name: str, source: Path | None) 
             f"tokens = model.generate(**inputs, max_new_tokens=32)  # budget=: {budgets} tokens an image",
             "print(processor.batch_decode(tokens, skip_special_tokens=True)[0])", "```", "",
         ]  # fmt: skip
+    shown = lambda r: r.get("images") or ("noise" if r["blind"] else "real")
     results = [read_json(file) for file in sorted((source / "eval").glob("*_*.json"))] if source else []
     if results:
         lines += ["## Results", "", "| Task | Tokens an image | Images | Accuracy | n |", "|---|---|---|---|---|"]
         lines += [
-            f"| {r['task']} | {r['budget']} | {'noise' if r['blind'] else 'real'} | {r['accuracy']:.4f} | {r['n']} |"
+            f"| {r['task']} | {r['budget']} | {shown(r)} | {r['accuracy']:.4f} | {r['n']} |"
             for r in results if "accuracy" in r
         ] + [""]  # fmt: skip
     if source is not None and (source / "checkpoints").is_dir():
