@@ -69,7 +69,7 @@ def evaluate(
         ids = engine.tokens(batch, *these, sampling, end=end_id(template, tokenizer))
         answers += [tokenizer.decode(row) for row in ids]
     right: dict[str, list[bool]] = {}
-    for question, answer in zip(questions, answers, strict=True):
+    for question, answer in zip(questions, answers[: len(questions)], strict=True):  # without the repeats
         right.setdefault(question.type, []).append(answer == question.answer)
     return {
         "task": "easy_vqa",
