@@ -236,6 +236,18 @@ def test_overrides_are_checked_together_so_that_presets_can_change_the_widths():
         ("data.max_bad_fraction", "1.5", ["data.max_bad_fraction=1.5", "0 to 1"]),
         ("optimizer.lr", "0", ["optimizer.lr=0", "more than 0"]),
         ("optimizer.accumulation", "0", ["optimizer.accumulation=0", "1 or more"]),
+        ("optimizer.name", "adam", ["optimizer.name", "'adam'", "adamw, muon"]),
+        ("optimizer.lr", "1e999", ["optimizer.lr=inf", "finite"]),
+        ("optimizer.lr", "9" * 400, ["optimizer.lr", "400 digits", "too large"]),
+        ("optimizer.eps", "0", ["optimizer.eps=0", "more than 0"]),
+        ("optimizer.b1", "2", ["optimizer.b1=2", "0 to below 1"]),
+        ("optimizer.b2", "1", ["optimizer.b2=1", "0 to below 1"]),
+        ("optimizer.muon_momentum", "-0.1", ["optimizer.muon_momentum=-0.1", "0 to below 1"]),
+        ("optimizer.muon_iterations", "0", ["optimizer.muon_iterations=0", "1 or more"]),
+        ("optimizer.warmup_ratio", "-1", ["optimizer.warmup_ratio=-1", "0 to 1"]),
+        ("optimizer.final_lr_ratio", "1.5", ["optimizer.final_lr_ratio=1.5", "0 to 1"]),
+        ("optimizer.weight_decay", "-1", ["optimizer.weight_decay=-1", "0 or more"]),
+        ("optimizer.clip_norm", "1e999", ["optimizer.clip_norm=inf", "finite"]),
     ],
 )
 def test_a_bad_override_is_one_clear_line(path, text, words):
@@ -431,10 +443,11 @@ def test_check_devices_returns_the_mesh():
 @pytest.mark.parametrize(
     ("changes", "devices", "words"),
     [
-        ({"data.rows": "6"}, 4, ["data.rows=6", "4 devices", "data=4"]),
+        ({"data.rows": "6"}, 4, ["data.rows=6", "4 devices", "data=4", "--config.data.rows=8 "]),
+        ({"data.rows": "4"}, 8, ["data.rows=4", "8 devices", "--config.data.rows=8 "]),
         ({"data.rows": "6", "mesh.fsdp": "2"}, 4, ["data.rows=6", "data=2 x fsdp=2"]),
-        ({"optimizer.accumulation": "3"}, 1, ["data.rows=8", "optimizer.accumulation=3"]),
-        ({"optimizer.accumulation": "4"}, 4, ["data.rows=8 / 4 microbatches", "4 devices"]),
+        ({"optimizer.accumulation": "3"}, 1, ["data.rows=8", "optimizer.accumulation=3", "--config.data.rows=9 "]),
+        ({"optimizer.accumulation": "4"}, 4, ["data.rows=8 / 4 microbatches", "4 devices", "--config.data.rows=16 "]),
         ({"mesh.tensor": "8"}, 8, ["vision.heads=4", "tensor=8"]),
         ({"mesh.tensor": "4", "model.decoder.kv_heads": "2"}, 4, ["decoder.kv_heads=2", "tensor=4"]),
         ({"mesh.data": "3"}, 8, ["data=3", "8 devices"]),
