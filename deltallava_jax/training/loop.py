@@ -20,7 +20,7 @@ from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten
 from deltallava_jax.models.selection import llavolta
 from deltallava_jax.parallel import hosts
-from deltallava_jax.parallel.mesh import put_rows
+from deltallava_jax.parallel.mesh import held_rows, put_rows
 from deltallava_jax.sequence import Batch
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.training.metrics import Metrics
@@ -63,10 +63,8 @@ def train(
     trace = Trace(profile, Workdir(workdir).profile)
     if start:
         metrics.say(f"resuming from step {start} of {steps}")
-    data = elements(
-        rows, plan, start, steps,
-        workers=cfg.data.workers, process=jax.process_index(), processes=jax.process_count(),
-    )  # fmt: skip
+    held = held_rows(step.mesh, plan.rows)
+    data = elements(rows, plan, start, steps, workers=cfg.data.workers, held=held)
     try:
         with _preemption() as stop:
             for number, element in enumerate(data, start + 1):
@@ -136,7 +134,7 @@ def _preemption():
 
 
 def _report_faults(element: Element, metrics: Metrics, workdir: Path) -> None:
-    """Writes the records that this process had to leave out to its own file."""
+    """Writes the records that had to be left out to this process's file; of a row, the first process that holds it."""
     if element.faults:
         with Workdir(workdir).faults(jax.process_index()).open("a") as file:
             file.writelines(f"{fault}\n" for fault in element.faults)

@@ -38,9 +38,9 @@ from transformers import (  # noqa: E402
 )
 
 from deltallava_jax.config import ASPECTS, Config, FastVConfig, OptimizerConfig, ProjectorConfig, to_dict  # noqa: E402
+from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
 from deltallava_jax.convert.read import Pretrained, read  # noqa: E402
 from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir  # noqa: E402
-from deltallava_jax.convert.write import write_hf, write_llava  # noqa: E402
 from deltallava_jax.data import conversation, tokens  # noqa: E402
 from deltallava_jax.data.conversation import TEMPLATES, tokenize  # noqa: E402
 from deltallava_jax.data.images import load_image  # noqa: E402

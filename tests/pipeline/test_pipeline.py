@@ -231,15 +231,20 @@ def test_a_worker_process_makes_the_same_elements(rows, plan, stream):
     assert_equal(list(elements(rows, plan, 1, 4, workers=1)), stream[1:4])
 
 
-def test_the_shares_of_two_processes_make_up_the_batch(rows, plan, stream):
-    first, second = (list(elements(rows, plan, 0, 3, workers=0, process=p, processes=2)) for p in (0, 1))
-    joined = []
-    for a, b in zip(first, second, strict=True):
-        assert a.batch.tokens.shape[0] == b.batch.tokens.shape[0] == 2
-        fields = [f.name for f in dataclasses.fields(a.batch) if getattr(a.batch, f.name) is not None]
-        halves = {name: np.concatenate([getattr(a.batch, name), getattr(b.batch, name)]) for name in fields}
-        joined.append(Element(dataclasses.replace(a.batch, **halves), a.budget, a.faults + b.faults))
-    assert_equal(joined, stream[:3])
+def test_each_process_builds_the_rows_that_it_holds_and_tells_of_those_it_holds_first(folder, tokenizer):
+    folder[5].images[0].unlink()
+    rows = Rows(folder, tokenizer, BRIEF, TOWER)
+    plan = make_plan(rows, row_length=128)
+    (whole,) = elements(rows, plan, 0, 1, workers=0)
+    first, second = (
+        next(elements(rows, plan, 0, 1, workers=0, held=held))
+        for held in ({0: True, 2: True, 3: True}, {1: True, 2: False, 3: False})
+    )
+    for part, held in ((first, [0, 2, 3]), (second, [1, 2, 3])):
+        for field in dataclasses.fields(whole.batch):
+            expected = getattr(whole.batch, field.name)[held]
+            np.testing.assert_array_equal(getattr(part.batch, field.name), expected, field.name)
+    assert len(whole.faults) == 1 and sorted(first.faults + second.faults) == sorted(whole.faults)
 
 
 @pytest.mark.parametrize("aspect", ASPECTS)
