@@ -161,7 +161,10 @@ class LlavaJson:
         """The file of a path that is relative to the root, or whole and below it. What a link in the root leads to is
         the user's choice, and no matter."""
         path = image.replace("\\", "/")
-        within = None if "\0" in path else _within(path, self.images)
+        try:
+            within = None if "\0" in path else _within(path, self.images)
+        except ValueError:  # no name that a file can have
+            within = None
         if within is None:
             raise BadSample(f"{name}: the image {image!r} lies outside the image root", "outside")
         return epath.Path(self.images).joinpath(*within)

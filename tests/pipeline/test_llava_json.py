@@ -184,7 +184,9 @@ def test_an_image_below_the_root_is_read_however_its_path_is_written(tmp_path, m
         assert [source[index].images[0].is_file() for index in range(len(paths))] == [True] * len(paths)
 
 
-@pytest.mark.parametrize("image", ["/{}s/a.jpg", "/{}/../a.jpg", "..", "gs://bucket/a.jpg", "/{}/../elsewhere/a.jpg"])
+@pytest.mark.parametrize(
+    "image", ["/{}s/a.jpg", "/{}/../a.jpg", "..", "gs://bucket/a.jpg", "/{}/../elsewhere/a.jpg", "/\ud83d.jpg"]
+)
 def test_an_image_outside_the_root_stays_a_fault(tmp_path, image):
     source = LlavaJson(
         write(tmp_path, [record(0, image=image.format(str(tmp_path / "images").lstrip("/")))]), tmp_path / "images"
