@@ -7,7 +7,6 @@ The same command with the same --workdir resumes from the newest checkpoint. Any
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import resource
 import sys
@@ -40,7 +39,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     import jax
 
     from deltallava_jax.analysis.flops import StepOperations
-    from deltallava_jax.analysis.plan import memory_table, parameter_table
+    from deltallava_jax.analysis.plan import memory_table, parameter_sums, parameter_table
     from deltallava_jax.analysis.targets import peak_flops
     from deltallava_jax.data import tokens
     from deltallava_jax.data.packing import plan_for
@@ -110,7 +109,9 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
 
     # ---------------------------------------------------------------- model
     step = TrainStep(cfg, mesh, steps)
-    say(parameter_table(step.shapes))
+    if hosts.leads():
+        (workdir / "parameters.txt").write_text(parameter_table(step.shapes) + "\n")
+    say(parameter_sums(step.shapes))
     say(
         f"{len(source):,} conversations, {len(source) / plan.steps_for(1):.1f} a step, {steps:,} steps, "
         f"budgets {budgets}, mesh {dict(mesh.shape)}"
@@ -129,7 +130,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
             )
             by_type = ", ".join(f"{kind} {score['accuracy']:.4f}" for kind, score in report["by_type"].items())
             metrics.say(f"step {number}: {report['task']} {report['accuracy']:.4f} at {budget} tokens ({by_type})")
-            metrics.scalars(number, {f"{report['task']}_{budget}": report["accuracy"]}, "eval")
+            metrics.evaluated(number, {f"{report['task']}_{budget}": report["accuracy"]})
             accuracies.append(report["accuracy"])
         return sum(accuracies) / len(accuracies)
 
@@ -137,7 +138,6 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
         cfg, step, rows, plan, workdir, steps, evaluate=evaluate if can_evaluate else None, profile=profile,
         operations=StepOperations(step), peak=peak_flops(jax.devices()[0].device_kind),
     )  # fmt: skip
-    gc.collect()  # the last batch, in a cycle, is shared memory that Python would call leaked
     if finished:
         minutes = (time.monotonic() - began) / 60
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
@@ -149,4 +149,4 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     hosts.supervise(sys.argv[1:])
-    cli.run(lambda: main(*parse()), "interrupted; the same command resumes from the newest checkpoint")
+    cli.run(lambda: main(*parse()), "interrupted, and nothing is lost; the same command goes on")

@@ -16,7 +16,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from deltallava_jax.config import DecoderConfig, ModelConfig, VisionConfig, preset, to_dict
 from deltallava_jax.convert.families import decoder_family, tower_family
@@ -30,6 +29,7 @@ from deltallava_jax.models import projectors
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import TRANSFORMS, Entry, flatten, unflatten
 from deltallava_jax.models.vision import check_needs
+from deltallava_jax.progress import progress_bar
 
 HF = Layout("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.", True)
 HF_DECODER = Layout(decoder="model.", head="")
@@ -379,7 +379,7 @@ def _write(model: Pretrained, folder: Path, layout: Layout, config: dict, shard_
         part = whole if out.layer is None else whole[out.layer]
         return TRANSFORMS[out.entry.kind][1](part)
 
-    bar = tqdm(total=sum(o.bytes for o in outs), desc="writing", unit="B", unit_scale=True, disable=None, leave=False)
+    bar = progress_bar(what="writing", total=sum(o.bytes for o in outs), unit="B")
     for name, shard in zip(names, shards, strict=True):
         _write_safetensors(folder / name, shard, value, bar)
     bar.close()
@@ -404,7 +404,7 @@ def _write_safetensors(path: Path, outs: list[_Out], value, bar) -> None:
 def write_extra(path: Path, extra: dict[str, Tensor]) -> None:
     """Tensors as they are, in one safetensors file."""
     outs = [_Out(name, tensor.shape, tensor.dtype) for name, tensor in extra.items()]
-    with tqdm(disable=True) as bar:
+    with progress_bar(unit="B", shown=False) as bar:
         _write_safetensors(path, outs, lambda out: extra[out.name].read(), bar)
 
 
