@@ -17,11 +17,11 @@ import grain
 import numpy as np
 
 from deltallava_jax.config import DataConfig, VisionConfig
-from deltallava_jax.data.conversation import TEMPLATES, Tokenized, rounds, tokenize
+from deltallava_jax.data.conversation import TEMPLATES, Tokenized, end_ids, read_turns, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.lengths import measure
 from deltallava_jax.data.packing import Plan
-from deltallava_jax.data.sources import Record, Source
+from deltallava_jax.data.records import Record, Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.sequence import Batch
@@ -46,7 +46,7 @@ class Rows:
         if cfg.template not in TEMPLATES:
             raise ConfigError(f"data.template is {cfg.template!r}; known: {', '.join(TEMPLATES)}")
         end = TEMPLATES[cfg.template].end
-        if end.startswith("<") and len(tokenizer.encode(end)[0]) != 1:
+        if end.startswith("<") and len(end_ids(TEMPLATES[cfg.template], tokenizer)) != 1:
             raise ConfigError(
                 f"data.template {cfg.template} closes answers with {end}, which is no token of this tokenizer"
             )
@@ -56,11 +56,8 @@ class Rows:
 
     def tokenize(self, record: Record) -> Tokenized:
         """The record's tokens. Raises BadSample for turns out of order, or markers that do not match the images."""
-        tokenized = tokenize(rounds(record.conversation), TEMPLATES[self.cfg.template], self.tokenizer)
-        if len(tokenized.image_positions) != len(record.images):
-            markers = len(tokenized.image_positions)
-            raise BadSample(f"{markers} <image> markers, but {len(record.images)} images", "markers")
-        return tokenized
+        conversation = read_turns(record.conversation, len(record.images))
+        return tokenize(conversation, TEMPLATES[self.cfg.template], self.tokenizer)
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """(text tokens, images) of every record; (0, 0) for one whose conversation is broken."""

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, end_id, tokenize
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, asked, end_id, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.generate import Engine, bucket, prompt_batch
@@ -48,14 +48,14 @@ class Answerer:
                 chosen = places[start : start + self.rows]
                 filled = chosen + chosen[-1:] * (self.rows - len(chosen))
                 found = self._batch([questions[place] for place in filled], count, max_new_tokens)
-                for place, answer in zip(chosen, found, strict=True):
+                for place, answer in zip(chosen, found[: len(chosen)], strict=True):
                     answers[place] = answer
         return answers
 
     def _batch(self, questions: list[Question], images: int, max_new_tokens: int) -> list[str]:
         model, template = self.model, TEMPLATES[self.model.template]
-        texts = [(f"{IMAGE}\n" * images + text.replace(IMAGE, ""), None) for _, text in questions]
-        prompts = [tokenize([text], template, model.tokenizer) for text in texts]
+        conversations = [asked([(text.replace(IMAGE, ""), None)], images) for _, text in questions]
+        prompts = [tokenize(conversation, template, model.tokenizer) for conversation in conversations]
         length = bucket(max(len(prompt.ids) for prompt in prompts))
         batch = jax.device_put(prompt_batch(prompts, length), self._split)
         visual = None, None
