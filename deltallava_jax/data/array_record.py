@@ -10,11 +10,10 @@ import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from deltallava_jax.data.llava_json import LlavaJson
 from deltallava_jax.data.records import Mixture, Record, texts
 from deltallava_jax.errors import BadSample, ConfigError
+from deltallava_jax.progress import progress_bar
 
 SHARD = 2000  # records of a shard
 NAME = "llava-train.array_record-{:05d}-of-{:05d}"
@@ -41,7 +40,7 @@ def build(source: LlavaJson | Mixture, folder: Path, workers: int) -> dict:
     missing = [number for number in range(shards) if not _report(folder, number, shards).exists()]
     tasks = [(source, folder, number, shards) for number in missing]
     with (
-        tqdm(total=len(source), desc="building", unit=" records", disable=None) as bar,
+        progress_bar(what="building", total=len(source), unit="records", keep=True) as bar,
         multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool,
     ):
         bar.update(sum(_range(source, number, shards)[2] for number in range(shards) if number not in missing))

@@ -7,13 +7,13 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from deltallava_jax.data.conversation import Template, read_turns, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.records import Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import FAULTS, BadSample
+from deltallava_jax.progress import progress_bar
 
 CHUNK = 64
 EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -70,7 +70,7 @@ def check(checker: Checker, workers: int, examples: int = 5) -> dict:
     indices = range(len(checker.source))
     with (
         multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool,
-        tqdm(total=len(indices), desc="checking", unit=" records", disable=None, leave=False) as bar,
+        progress_bar(what="checking", total=len(indices), unit="records") as bar,
     ):
         for found in pool.imap(checker, indices, chunksize=CHUNK):
             bar.update()

@@ -6,13 +6,13 @@ import hashlib
 import os
 
 import numpy as np
-from tqdm import tqdm
 
 from deltallava_jax.data.conversation import Template, read_turns, text_pieces
 from deltallava_jax.data.llava_json import cache_folder
 from deltallava_jax.data.records import Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import BadSample
+from deltallava_jax.progress import progress_bar
 
 BATCH = 2000  # records whose texts are tokenized together, on all cores
 
@@ -29,7 +29,7 @@ def measure(source: Source, template: Template, tokenizer: Tokenizer) -> tuple[n
             with np.load(file) as kept:
                 return kept["tokens"], kept["images"]
     counts = np.zeros((len(source), 2), np.int32)
-    bar = tqdm(total=len(source), desc="measuring", unit=" records", disable=None, leave=False)
+    bar = progress_bar(what="measuring", total=len(source), unit="records")
     for start in range(0, len(source), BATCH):
         stop = min(start + BATCH, len(source))
         counts[start:stop] = _measure(source, start, stop, template, tokenizer)

@@ -10,15 +10,15 @@ import json
 import mmap
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from deltallava_jax.data.records import Record, texts
 from deltallava_jax.errors import BadSample, ConfigError
+from deltallava_jax.progress import progress_bar
 
 CHUNK = 2**25
 QUOTE, OPEN, CLOSE, BACKSLASH = b'"{}\\'
@@ -29,10 +29,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DELTALLAVA_CACHE", Path.home() / ".cache" / "deltallava_jax"))
 
 
-def record_spans(data: np.ndarray, progress: tqdm | None = None) -> np.ndarray:
+def record_spans(data: np.ndarray, tell: Callable[[int], object] = lambda _: None) -> np.ndarray:
     """[n, 2] first byte and end of each object at the top level of a JSON list, or of JSONL; data: the bytes.
 
-    Raises ValueError if the last object has no end."""
+    tell is called with each number of bytes that was read. Raises ValueError if the last object has no end."""
     spans, depth, inside = [], 0, 0
     for offset in range(0, len(data), CHUNK):
         chunk = data[offset : offset + CHUNK]
@@ -49,8 +49,7 @@ def record_spans(data: np.ndarray, progress: tqdm | None = None) -> np.ndarray:
         level = np.cumsum(steps) + depth
         depth = int(level[-1]) if len(level) else depth
         spans.append(where[((steps == 1) & (level == 1)) | ((steps == -1) & (level == 0))])
-        if progress is not None:
-            progress.update(len(chunk))
+        tell(len(chunk))
     if depth or inside:
         raise ValueError("the last record has no end")
     found = np.concatenate([np.zeros(0, np.int64), *spans]).reshape(-1, 2)
@@ -107,10 +106,9 @@ class LlavaJson:
         if (begins, ends) not in ((b"[", b"]"), (b"{", b"}")):
             what = "is cut off" if begins in (b"[", b"{") else "does not begin like one"
             raise ConfigError(f"data.json: {self.file} is no JSON list of records and no JSONL: it {what}")
-        with tqdm(total=len(data), desc=f"indexing {Path(self.file).name}", unit="B", unit_scale=True,
-                  disable=None, leave=False) as bar:  # fmt: skip
+        with progress_bar(what=f"indexing {Path(self.file).name}", total=len(data), unit="B") as bar:
             try:
-                spans = record_spans(data, bar)
+                spans = record_spans(data, bar.update)
             except ValueError as error:
                 raise ConfigError(f"data.json: {self.file} is cut off: {error}") from error
         self.index.parent.mkdir(parents=True, exist_ok=True)

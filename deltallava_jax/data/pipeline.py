@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import grain
-import jax
 import numpy as np
 
 from deltallava_jax.config import DataConfig, VisionConfig
@@ -28,10 +27,12 @@ from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.sequence import Batch
 
 
-@jax.tree_util.register_dataclass  # so that grain finds the arrays and hands them over in shared memory
 @dataclass(frozen=True)
 class Element:
-    """One step's rows in this process (numpy), its budget, and "record: reason" for each record left out."""
+    """One step's rows in this process (numpy), its budget, and "record: reason" for each record left out.
+
+    A worker sends it whole through a pipe: to grain it is no tree of arrays, which would travel in shared memory. That
+    is freed by a thread that the end of the program cuts short, and containers have little of it."""
 
     batch: Batch
     budget: int

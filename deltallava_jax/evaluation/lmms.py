@@ -18,13 +18,13 @@ from pathlib import Path
 
 import jax
 from lmms_eval.api.model import lmms
-from tqdm import tqdm
 
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.evaluation.answers import Answerer, Kept
 from deltallava_jax.evaluation.tasks import DATA, official_name
 from deltallava_jax.inference.model import Model
 from deltallava_jax.parallel import hosts
+from deltallava_jax.progress import progress_bar
 
 MAX_NEW_TOKENS = 1024  # lmms-eval's LLaVA model, where a task does not say
 
@@ -80,7 +80,9 @@ class DeltaLlava(lmms):
         # Short prompts together; every process takes each n-th question, so that all have as much to do.
         open_.sort(key=lambda place: (_most(requests[place]), len(requests[place].args[0]), place))
         mine, new = open_[jax.process_index() :: jax.process_count()], {}
-        bar = tqdm(total=len(mine), desc="answering", unit="question", disable=jax.process_index() > 0 or not mine)
+        bar = progress_bar(
+            what="answering", total=len(mine), unit="questions", shown=hosts.leads() and bool(mine), keep=True
+        )
         while mine:
             most = _most(requests[mine[0]])
             chosen = [place for place in mine[: self.batch_size] if _most(requests[place]) == most]

@@ -214,6 +214,12 @@ def test_elements_are_the_plans_steps(rows, plan, stream):
         assert element.batch.segments.max(axis=1).tolist() == [len(row) for row in step.rows]
 
 
+def test_steps_are_fractions_of_their_epochs(plan):
+    assert [plan.epochs_at(plan.steps_for(epochs)) for epochs in (1, 2, 3)] == [1, 2, 3]
+    assert plan.epochs_at(1) == 1 / plan.steps_for(1)
+    assert plan.epochs_at(plan.steps_for(1) + 1) == 1 + 1 / (plan.steps_for(2) - plan.steps_for(1))
+
+
 def test_an_epoch_asks_every_question_once(few, plan, stream, tokenizer):
     asked = Counter()
     for element in stream[: plan.steps_for(1)]:
