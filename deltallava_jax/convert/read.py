@@ -15,6 +15,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from deltallava_jax.config import ASPECTS, ModelConfig, ProjectorConfig, VisionConfig, from_dict, preset, renamed
 from deltallava_jax.convert.arrays import load_array, unstacked_arrays
+from deltallava_jax.convert.chat_template import FALLBACK, template_of
 from deltallava_jax.convert.families import DECODERS, PAIRS, TOWERS, decoder_family, refuse, tower_family
 from deltallava_jax.convert.tensors import Tensor, equal, find
 from deltallava_jax.errors import ConfigError, ConversionError
@@ -80,7 +81,7 @@ class Pretrained:
     hf: dict = field(default_factory=dict)
     kept: list[Path] = field(default_factory=list)
     extra: dict[str, Tensor] = field(default_factory=dict)
-    template: str = "vicuna_v1"
+    template: str = FALLBACK
     aspect: str = "square"
     origin_aspect: str = "square"
 
@@ -155,7 +156,8 @@ def read(
     if tower is not None:
         params = {"vision": tower.params["vision"], **params}
     kept = sorted(file for file in folder.iterdir() if _is_kept(file)) if path.is_dir() else []
-    return Pretrained(cfg, params, layout, cfg, hf, kept, extra, aspect=aspect, origin_aspect=aspect)
+    template = template_of(folder) if cfg.whole else FALLBACK
+    return Pretrained(cfg, params, layout, cfg, hf, kept, extra, template, aspect, aspect)
 
 
 def read_projector(path: Path, dtype: str | None = None) -> Pretrained:
