@@ -69,7 +69,8 @@ def run(
             for name in (task, f"{task}_{budget}"):
                 (folder / f"{name}.json").write_text(text)
             metrics = ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items())
-            cli.say(f"{task} at {budget} tokens, {report['n']} documents: {metrics}")
+            unread = f" ({len(report['unread'])} with an image that cannot be read)" if report["unread"] else ""
+            cli.say(f"{task} at {budget} tokens, {report['n']} documents{unread}: {metrics}")
 
 
 def versions() -> dict[str, str]:
