@@ -191,7 +191,7 @@ def accuracies(workdir: Path, overrides: dict) -> dict[str, dict]:
     found = {}
     for file in (workdir / "eval").glob("easy_vqa_*.json"):
         report = json.loads(file.read_text())
-        if report["overrides"] == {key: str(value) for key, value in overrides.items()} and not report["blind"]:
+        if report["overrides"] == {key: str(value) for key, value in overrides.items()} and report["images"] == "real":
             by_type = {kind: round(score["accuracy"], 4) for kind, score in report["by_type"].items()}
             tokens = overrides.get("model.fastv.keep", report["budget"])
             found[str(tokens)] = {"all": round(report["accuracy"], 4), **by_type}

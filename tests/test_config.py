@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from deltallava_jax.config import (
@@ -19,6 +21,7 @@ from deltallava_jax.config import (
     TrainingConfig,
     VisionConfig,
     compose,
+    dtype_name,
     from_dict,
     load_config,
     override,
@@ -233,6 +236,18 @@ def test_overrides_are_checked_together_so_that_presets_can_change_the_widths():
         ("data.max_bad_fraction", "1.5", ["data.max_bad_fraction=1.5", "0 to 1"]),
         ("optimizer.lr", "0", ["optimizer.lr=0", "more than 0"]),
         ("optimizer.accumulation", "0", ["optimizer.accumulation=0", "1 or more"]),
+        ("optimizer.name", "adam", ["optimizer.name", "'adam'", "adamw, muon"]),
+        ("optimizer.lr", "1e999", ["optimizer.lr=inf", "finite"]),
+        ("optimizer.lr", "9" * 400, ["optimizer.lr", "400 digits", "too large"]),
+        ("optimizer.eps", "0", ["optimizer.eps=0", "more than 0"]),
+        ("optimizer.b1", "2", ["optimizer.b1=2", "0 to below 1"]),
+        ("optimizer.b2", "1", ["optimizer.b2=1", "0 to below 1"]),
+        ("optimizer.muon_momentum", "-0.1", ["optimizer.muon_momentum=-0.1", "0 to below 1"]),
+        ("optimizer.muon_iterations", "0", ["optimizer.muon_iterations=0", "1 or more"]),
+        ("optimizer.warmup_ratio", "-1", ["optimizer.warmup_ratio=-1", "0 to 1"]),
+        ("optimizer.final_lr_ratio", "1.5", ["optimizer.final_lr_ratio=1.5", "0 to 1"]),
+        ("optimizer.weight_decay", "-1", ["optimizer.weight_decay=-1", "0 or more"]),
+        ("optimizer.clip_norm", "1e999", ["optimizer.clip_norm=inf", "finite"]),
     ],
 )
 def test_a_bad_override_is_one_clear_line(path, text, words):
@@ -428,10 +443,11 @@ def test_check_devices_returns_the_mesh():
 @pytest.mark.parametrize(
     ("changes", "devices", "words"),
     [
-        ({"data.rows": "6"}, 4, ["data.rows=6", "4 devices", "data=4"]),
+        ({"data.rows": "6"}, 4, ["data.rows=6", "4 devices", "data=4", "--config.data.rows=8 "]),
+        ({"data.rows": "4"}, 8, ["data.rows=4", "8 devices", "--config.data.rows=8 "]),
         ({"data.rows": "6", "mesh.fsdp": "2"}, 4, ["data.rows=6", "data=2 x fsdp=2"]),
-        ({"optimizer.accumulation": "3"}, 1, ["data.rows=8", "optimizer.accumulation=3"]),
-        ({"optimizer.accumulation": "4"}, 4, ["data.rows=8 / 4 microbatches", "4 devices"]),
+        ({"optimizer.accumulation": "3"}, 1, ["data.rows=8", "optimizer.accumulation=3", "--config.data.rows=9 "]),
+        ({"optimizer.accumulation": "4"}, 4, ["data.rows=8 / 4 microbatches", "4 devices", "--config.data.rows=16 "]),
         ({"mesh.tensor": "8"}, 8, ["vision.heads=4", "tensor=8"]),
         ({"mesh.tensor": "4", "model.decoder.kv_heads": "2"}, 4, ["decoder.kv_heads=2", "tensor=4"]),
         ({"mesh.data": "3"}, 8, ["data=3", "8 devices"]),
@@ -474,3 +490,22 @@ def test_an_error_inside_get_config_is_the_users_line(tmp_path):
         "from deltallava_jax import config as c\ndef get_config(): return c.Config(data=c.DataConfig(rows=0))"
     )
     assert_error(lambda: load_config(tmp_path / "odd.py"), "data.rows=0")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("BF16", "bfloat16"), ("torch.bfloat16", "bfloat16"),
+        ("fp16", "float16"), ("half", "float16"), ("float16", "float16"),
+        ("fp32", "float32"), ("float", "float32"), ("float32", "float32"), (np.float32, "float32"),
+        (jnp.bfloat16, "bfloat16"), (np.dtype("float16"), "float16"), (None, None),
+    ],
+)  # fmt: skip
+def test_dtypes_have_the_names_that_are_in_use(said, meant):
+    assert dtype_name(said) == meant
+
+
+@pytest.mark.parametrize("said", ["int8", "float8", "float8_e4m3fn", "float64", "", "nothing", 16, np.int32])
+def test_another_dtype_is_refused_with_the_list(said):
+    with pytest.raises(ConfigError, match="float32.*bfloat16.*float16"):
+        dtype_name(said)

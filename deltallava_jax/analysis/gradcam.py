@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from deltallava_jax.config import ModelConfig, ProjectorConfig
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, Tokenized, tokenize
+from deltallava_jax.data.conversation import TEMPLATES, Tokenized, asked, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.model import Model
@@ -87,15 +87,13 @@ def heat_maps(
     if model.tokenizer is None:
         raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
     budgets = [projectors.check_budget(model.cfg.projector, budget) for budget in budgets or (None,)]
-    text = prompt if IMAGE in prompt else f"{IMAGE}\n{prompt}"
-    if text.count(IMAGE) != 1:
-        raise ConfigError(f"the prompt holds {text.count(IMAGE)} {IMAGE} markers; a heat map is of one image")
+    asked([(prompt, None)], 1)
     pixels, found = _pixels(model, image)[None], []
     for budget in budgets:
         said = answer
         if said is None:
-            said = model.generate(image, text, budget=budget, max_new_tokens=max_new_tokens)
-        row = _row(tokenize([(text, said)], TEMPLATES[model.template], model.tokenizer))
+            said = model.generate(image, prompt, budget=budget, max_new_tokens=max_new_tokens)
+        row = _row(tokenize(asked([(prompt, said)], 1), TEMPLATES[model.template], model.tokenizer))
         heat, log_probability = _heat(model.params, model.cfg, pixels, row, budget=budget, method=method)
         places = _places(model.params, model.cfg, pixels, budget)
         found.append(HeatMap(_on_grid(model.cfg.projector, heat, places), budget, said, float(log_probability)))

@@ -257,6 +257,24 @@ class FastVConfig:
 
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("bfloat16", "float32")
+# Of parameters: the names in use for each.
+PARAMETER_DTYPES = {
+    "float32": ("float32", "fp32", "float"),
+    "bfloat16": ("bfloat16", "bf16"),
+    "float16": ("float16", "fp16", "half"),
+}
+
+
+def dtype_name(dtype: str | type | None) -> str | None:
+    """The name of a dtype that parameters can have, from any name in use or a dtype of numpy, JAX or torch; None for
+    None. Raises ConfigError with the list for any other."""
+    if dtype is None:
+        return None
+    said = str(dtype if isinstance(dtype, str) else getattr(dtype, "__name__", dtype)).lower().removeprefix("torch.")
+    found = next((name for name, names in PARAMETER_DTYPES.items() if said in names), None)
+    known = ", ".join(f"{name} ({', '.join(names[1:])})" for name, names in PARAMETER_DTYPES.items())
+    require(found is not None, f"dtype is {said!r}; known: {known}")
+    return found
 
 
 @dataclass(frozen=True)

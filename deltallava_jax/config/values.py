@@ -92,11 +92,17 @@ def workdir_config(workdir: Path) -> Config:
     path = workdir / "config.json"
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no config.json; expected a --workdir of train.py")
+    return from_dict(Config, read_json(path))
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises ConfigError if the file is missing, cannot be read or holds something else."""
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    return from_dict(Config, values)
+    require(isinstance(value, dict), f"{path} holds a {type(value).__name__}, expected an object")
+    return value
 
 
 def load_config(path: str | Path) -> Config:

@@ -7,12 +7,13 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from deltallava_jax.data.llava_json import LlavaJson
-from deltallava_jax.data.sources import Mixture, Record
+from deltallava_jax.data.records import Mixture, Record, texts
 from deltallava_jax.errors import BadSample, ConfigError
 
 SHARD = 2000  # records of a shard
@@ -141,9 +142,9 @@ class ArrayRecords:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
+        """Raises BadSample for a record without a list of turns."""
         found = self._records[int(index)]
         return Record(found["id"].decode(), tuple(found["images"]), json.loads(found["conversations"]))
 
-    def texts(self):
-        for index in range(len(self)):
-            yield from (turn["value"] for turn in self[index].conversation if isinstance(turn.get("value"), str))
+    def texts(self) -> Iterator[str]:
+        return texts(self)

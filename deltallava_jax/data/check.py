@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from deltallava_jax.data.conversation import Template, rounds, tokenize
+from deltallava_jax.data.conversation import Template, read_turns, tokenize
 from deltallava_jax.data.images import load_image
-from deltallava_jax.data.sources import Source
+from deltallava_jax.data.records import Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import FAULTS, BadSample
 
@@ -40,16 +40,13 @@ class Checker:
             name = f"record {index}"
             record = self.source[index]
             name, found["id"] = record.id, record.key
-            pairs = rounds(record.conversation)
-            tokenized = tokenize(pairs, self.template, self.tokenizer)
+            conversation = read_turns(record.conversation, len(record.images))
+            tokenized = tokenize(conversation, self.template, self.tokenizer)
         except BadSample as error:
             why = str(error) if name in str(error) else f"{name}: {error}"
             return bad(error.kind, why)
         tokens, images = len(tokenized.ids), len(record.images)
-        found |= {"tokens": tokens, "images": images, "rounds": len(pairs), "cut": tokens > self.limit}
-        if len(tokenized.image_positions) != images:
-            markers = len(tokenized.image_positions)
-            return bad("markers", f"{record.id}: {markers} <image> markers, but {images} images")
+        found |= {"tokens": tokens, "images": images, "rounds": len(conversation.rounds), "cut": tokens > self.limit}
         if (tokenized.image_positions >= self.limit).any():
             return bad("beyond", f"{record.id}: an image lies beyond {self.limit} text tokens")
         if not tokenized.loss_mask[: self.limit].any():

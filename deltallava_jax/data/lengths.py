@@ -8,9 +8,9 @@ import os
 import numpy as np
 from tqdm import tqdm
 
-from deltallava_jax.data.conversation import Template, rounds, text_pieces
+from deltallava_jax.data.conversation import Template, read_turns, text_pieces
 from deltallava_jax.data.llava_json import cache_folder
-from deltallava_jax.data.sources import Source
+from deltallava_jax.data.records import Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import BadSample
 
@@ -50,10 +50,8 @@ def _measure(source: Source, start: int, stop: int, template: Template, tokenize
     for index in range(start, stop):
         try:
             record = source[index]
-            own = text_pieces(rounds(record.conversation), template)
+            own = text_pieces(read_turns(record.conversation, len(record.images)), template, tokenizer)
         except BadSample:
-            continue
-        if len(own) - 1 != len(record.images):
             continue
         counts[index - start] = len(own) - 1 + (tokenizer.bos is not None), len(own) - 1
         pieces += own

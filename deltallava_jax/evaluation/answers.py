@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, end_id, tokenize
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, asked, end_id, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.inference.generate import Engine, bucket, prompt_batch
@@ -70,8 +70,8 @@ class Answerer:
         self, questions: list[str], pixels: list[list[np.ndarray]], images: int, max_new_tokens: int
     ) -> list[str]:
         model, template = self.model, TEMPLATES[self.model.template]
-        texts = [(f"{IMAGE}\n" * images + text.replace(IMAGE, ""), None) for text in questions]
-        prompts = [tokenize([text], template, model.tokenizer) for text in texts]
+        conversations = [asked([(text.replace(IMAGE, ""), None)], images) for text in questions]
+        prompts = [tokenize(conversation, template, model.tokenizer) for conversation in conversations]
         length = bucket(max(len(prompt.ids) for prompt in prompts))
         batch = jax.device_put(prompt_batch(prompts, length), self._split)
         visual = None, None

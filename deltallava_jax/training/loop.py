@@ -15,17 +15,18 @@ from jax.experimental import multihost_utils
 from deltallava_jax.config import Config
 from deltallava_jax.data.packing import Plan
 from deltallava_jax.data.pipeline import Element, Rows, elements
-from deltallava_jax.errors import CheckpointError, NonFiniteLoss, TooManyFaults
+from deltallava_jax.errors import NonFiniteLoss, TooManyFaults
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten
 from deltallava_jax.models.selection import llavolta
 from deltallava_jax.parallel import hosts
-from deltallava_jax.parallel.mesh import put_rows
+from deltallava_jax.parallel.mesh import held_rows, put_rows
 from deltallava_jax.sequence import Batch
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.training.metrics import Metrics
 from deltallava_jax.training.profile import Trace
 from deltallava_jax.training.step import TrainStep, init_state
+from deltallava_jax.workdir import Workdir
 
 
 def train(
@@ -59,13 +60,11 @@ def train(
     start = int(state.step)
     count = functools.partial(_count_faults, cfg, workdir, record, plan)
     metrics = Metrics(workdir, start, steps, every.log_every, seen=count, peak=peak)
-    trace = Trace(profile, workdir / "profile")
+    trace = Trace(profile, Workdir(workdir).profile)
     if start:
         metrics.say(f"resuming from step {start} of {steps}")
-    data = elements(
-        rows, plan, start, steps,
-        workers=cfg.data.workers, process=jax.process_index(), processes=jax.process_count(),
-    )  # fmt: skip
+    held = held_rows(step.mesh, plan.rows)
+    data = elements(rows, plan, start, steps, workers=cfg.data.workers, held=held)
     try:
         with _preemption() as stop:
             for number, element in enumerate(data, start + 1):
@@ -113,12 +112,8 @@ def _initial_params(cfg: Config, step: TrainStep) -> Params | None:
     """The newest parameters of ``init_from``, in the dtypes and places of the train state; None without one."""
     if not cfg.init_from:
         return None
-    source = Checkpoints(cfg.init_from)
-    latest = source.latest()
-    if latest is None:
-        raise CheckpointError(f"config.init_from={cfg.init_from} holds no finished checkpoint")
-    shapes = flatten(step.shapes.params)
-    return source.restore_params(latest, cfg.model, lambda path, _: shapes[path])
+    source, shapes = Workdir(cfg.init_from).checkpoints, flatten(step.shapes.params)
+    return source.restore_params(source.latest(), cfg.model, lambda path, _: shapes[path])
 
 
 @contextlib.contextmanager
@@ -139,10 +134,9 @@ def _preemption():
 
 
 def _report_faults(element: Element, metrics: Metrics, workdir: Path) -> None:
-    """Writes the records that this process had to leave out to its own file."""
+    """Writes the records that had to be left out to this process's file; of a row, the first process that holds it."""
     if element.faults:
-        number = jax.process_index()
-        with (workdir / (f"faults.{number}.txt" if number else "faults.txt")).open("a") as file:
+        with Workdir(workdir).faults(jax.process_index()).open("a") as file:
             file.writelines(f"{fault}\n" for fault in element.faults)
         metrics.say(f"left out {element.faults[0]}")
 
@@ -157,7 +151,7 @@ def _count_faults(cfg: Config, workdir: Path, record: dict, plan: Plan, step: in
     if record["faults"] > cfg.data.max_bad_fraction * max(record["records"], 100):
         raise TooManyFaults(
             f"{record['faults']} of {record['records']} records could not be used, more than "
-            f"data.max_bad_fraction={cfg.data.max_bad_fraction}; they are listed in {workdir / 'faults.txt'}"
+            f"data.max_bad_fraction={cfg.data.max_bad_fraction}; they are listed in {Workdir(workdir).faults()}"
             + (", of other processes in faults.1.txt and so on" if jax.process_count() > 1 else "")
         )
 

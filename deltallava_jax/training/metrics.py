@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from deltallava_jax.errors import NonFiniteLoss
 from deltallava_jax.parallel import hosts
+from deltallava_jax.workdir import Workdir
 
 GIB = 2**30
 
@@ -46,10 +47,10 @@ class Metrics:
         if self._leads:
             from tensorboardX import SummaryWriter
 
-            path = workdir / "metrics.jsonl"
+            path = Workdir(workdir).metrics
             _cut(path, start)
             self._file = path.open("a")
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            self._board = SummaryWriter(str(Workdir(workdir).tensorboard), purge_step=start + 1)
         else:
             self._file = open(os.devnull, "w")
             self._board = None

@@ -51,6 +51,12 @@ def start_as_slurm(count, workdir, *settings):
     return [start(workdir, *settings, variables=shared | task) for task in tasks]
 
 
+def start_meshes(count, folder):
+    """tests/training/meshes.py as ``count`` processes with four devices in all; the results go into the folder."""
+    common = ["tests/training/meshes.py", folder, f"127.0.0.1:{free_port()}", count]
+    return [_run(*common, number, devices=4 // count) for number in range(count)]
+
+
 def free_port(start=0):
     """A port that nothing listens on: any, or the first from ``start`` on."""
     while True:

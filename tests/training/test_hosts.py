@@ -1,17 +1,35 @@
 """Several real processes as one run: the losses of one, each other's end noticed, resumed by any number of them."""
 
 import argparse
+import itertools
+import json
 import re
 import signal
 import subprocess
 import sys
 import time
 
+import jax
+import meshes
 import numpy as np
 import pytest
-from processes import GUARD, ROOT, environment, finish, free_port, lines, start, start_as_slurm, start_several, wait_for
+import tiny
+from processes import (
+    GUARD,
+    ROOT,
+    environment,
+    finish,
+    free_port,
+    lines,
+    start,
+    start_as_slurm,
+    start_meshes,
+    start_several,
+    wait_for,
+)  # fmt: skip
 
 from deltallava_jax.errors import ConfigError
+from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel import hosts
 from deltallava_jax.training.checkpoints import Checkpoints
 
@@ -80,6 +98,41 @@ def test_runs_of_several_processes(alone, tmp_path):
     for name in ("step", *COUNTS):
         assert of(ours, name) == of(alone[: len(ours)], name)
     np.testing.assert_allclose(of(ours, "loss"), of(alone[: len(ours)], "loss"), rtol=1e-4)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_every_mesh_gives_the_losses_and_parameters_of_one_device(one_device, processes, tmp_path):
+    """Whichever rows a process holds: some, all, those that another one holds too; and each fault is told once."""
+    if processes == 1:
+        results = meshes.train(jax.devices()[:4])
+        found = [(losses, params, [faults]) for losses, params, faults in results.values()]
+    else:
+        for process in start_meshes(processes, tmp_path):
+            finish(process)
+        parts = [json.loads((tmp_path / f"{processes}.{number}.json").read_text()) for number in range(processes)]
+        arrays = np.load(tmp_path / f"{processes}.npz")
+        found = [
+            (each[0][0], {path: arrays[f"{number}/{path}"] for path in one_device[1]}, [faults for _, faults in each])
+            for number, each in enumerate(zip(*parts, strict=True))
+        ]
+    assert len(found) == len(meshes.MESHES)
+    losses, params, faults = one_device
+    for ours, end, told in found:
+        np.testing.assert_allclose(ours, losses, rtol=1e-6)
+        for path, leaf in end.items():
+            np.testing.assert_allclose(leaf, params[path], atol=1e-6, err_msg=path)
+        assert sorted(itertools.chain(*told)) == sorted(faults)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """(losses, parameters, faults) of a mesh of one."""
+    (result,) = meshes.train(jax.devices()[:1], [(1, 1, 1)]).values()
+    losses, params, faults = result
+    assert losses[0] != losses[-1] and len(faults) > 1
+    before = flatten(meshes.make_params(tiny.get_config()))
+    assert all((leaf != before[path]).any() for path, leaf in params.items())
+    return losses, {path: np.asarray(leaf) for path, leaf in params.items()}, faults
 
 
 def test_processes_that_do_not_find_each_other_say_so():

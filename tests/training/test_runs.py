@@ -115,8 +115,10 @@ def test_training_learns_and_leaves_what_it_says(undisturbed):
 
 def test_eval_writes_the_report(undisturbed):
     out, _ = finish(evaluate(undisturbed, "--limit", 200, "--blind"))
-    report = json.loads((undisturbed / "eval" / "easy_vqa.json").read_text())
-    assert report["task"] == "easy_vqa" and report["n"] == 200 and report["budget"] == 4 and report["blind"]
+    assert not (undisturbed / "eval" / "easy_vqa.json").exists()  # a control's result is never the run's
+    report = json.loads((undisturbed / "eval" / "easy_vqa_4_noise.json").read_text())
+    assert report["task"] == "easy_vqa" and report["n"] == 200 and report["budget"] == 4
+    assert report["images"] == "noise"
     assert sum(kind["n"] for kind in report["by_type"].values()) == 200
     hits = sum(kind["accuracy"] * kind["n"] for kind in report["by_type"].values())
     assert report["accuracy"] == pytest.approx(hits / 200) and report["seconds"] > 0
