@@ -26,6 +26,7 @@ from deltallava_jax.config import ModelConfig, ProjectorConfig
 from deltallava_jax.data.conversation import TEMPLATES, Tokenized, asked, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.errors import ConfigError
+from deltallava_jax.inference.generate import prompt_batch
 from deltallava_jax.inference.model import Model
 from deltallava_jax.models import decoder, projectors, vision, vlm
 from deltallava_jax.models.layers import Params
@@ -107,15 +108,9 @@ def _pixels(model: Model, image) -> UInt8[np.ndarray, "H W 3"]:
 def _row(text: Tokenized) -> Batch:
     """One row with the answer's tokens marked, padded to a length of few."""
     T = -(-len(text.ids) // LENGTH_STEP) * LENGTH_STEP
-    padded = lambda values: np.pad(values, (0, T - len(values)))[None]
-    return Batch(
-        tokens=padded(text.ids),
-        loss_mask=padded(text.loss_mask),
-        segments=padded(np.ones_like(text.ids)),
-        image_positions=text.image_positions[None],
-        images=np.zeros((1, 1, 0, 0, 3), np.uint8),
-        questions=text.questions[None],
-    )
+    row = prompt_batch([text], T)
+    row.loss_mask[0, : len(text.ids)] = text.loss_mask
+    return row
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "budget", "method"))

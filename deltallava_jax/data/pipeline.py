@@ -68,16 +68,8 @@ class Rows:
     ) -> tuple[Batch, tuple[str, ...]]:
         """A batch of ``rows`` with T = text and I = images, and the faults met; those of the rows ``silent`` are not
         told: another process, which holds the same rows, tells them."""
-        B, size, fill = len(rows), self.vision.image_size, self.vision.mean_color
-        batch = Batch(
-            tokens=np.zeros((B, text), np.int32),
-            loss_mask=np.zeros((B, text), bool),
-            segments=np.zeros((B, text), np.int32),
-            image_positions=np.full((B, images), text, np.int32),
-            images=np.zeros((B, images, size, size, 3), np.uint8),
-            questions=np.zeros((B, images, 2), np.int32),
-            branches=np.zeros((B, text), np.int32) if self.cfg.independent_rounds else None,
-        )
+        size, fill = self.vision.image_size, self.vision.mean_color
+        batch = Batch.empty(len(rows), text, images, size, branches=self.cfg.independent_rounds)
         faults = []
         for row, records in enumerate(rows):
             start = placed = segment = 0

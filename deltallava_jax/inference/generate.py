@@ -37,16 +37,7 @@ def prompt_batch(prompts: Sequence[Tokenized], length: int) -> Batch:
     """Prompts, one a row, padded on the right to ``length`` text tokens; images are given encoded.
 
     Raises ValueError for a prompt that is longer or empty."""
-    rows = len(prompts)
-    images = max(len(prompt.image_positions) for prompt in prompts)
-    batch = Batch(
-        tokens=np.zeros((rows, length), np.int32),
-        loss_mask=np.zeros((rows, length), bool),
-        segments=np.zeros((rows, length), np.int32),
-        image_positions=np.full((rows, images), length, np.int32),
-        images=np.zeros((rows, images, 0, 0, 3), np.uint8),
-        questions=np.zeros((rows, images, 2), np.int32),
-    )
+    batch = Batch.empty(len(prompts), length, max(len(prompt.image_positions) for prompt in prompts))
     for row, prompt in enumerate(prompts):
         count = len(prompt.ids)
         if not 0 < count <= length:

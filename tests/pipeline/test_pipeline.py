@@ -56,7 +56,7 @@ def pairs_of(record: Record) -> list[tuple[str, str]]:
 def read_back(ids, loss_mask, tokenizer) -> list[tuple[str, str]]:
     """(question, answer) pairs of one conversation's tokens in the brief template."""
     edges = np.flatnonzero(np.diff(loss_mask.astype(int), prepend=0, append=0))
-    starts = [0, *edges[1::2]]
+    starts = [0, *edges[1::2]][: len(edges) // 2]
     return [
         (tokenizer.decode(ids[start:begin]), tokenizer.decode(ids[begin:end]))
         for start, begin, end in zip(starts, edges[::2], edges[1::2], strict=False)
