@@ -73,7 +73,7 @@ class OptimizerConfig:
     """AdamW or Muon, with linear warmup and cosine decay to ``final_lr_ratio`` of the peak.
 
     ``name`` muon: the matrices of the layers and of the projector take orthogonalised momentum (Muon), scaled to the
-    root mean square of AdamW's updates; everything else takes AdamW, at the same rate.
+    root mean square of AdamW's updates, at ``muon_rate`` times ``lr``; everything else takes AdamW at ``lr``.
     ``frozen`` holds regular expressions over parameter paths ("vision/", "decoder/embed"); what matches stays as it
     is, in bfloat16 and out of the optimizer. ``accumulation`` splits the batch into that many microbatches.
     """
@@ -87,6 +87,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    muon_rate: float = 1.0
     muon_momentum: float = 0.95
     muon_iterations: int = 5  # of Newton and Schulz; fewer are faster and orthogonalise less exactly
     mu_dtype: str = "float32"  # of the first moment; bfloat16 saves two bytes a trained parameter
@@ -95,7 +96,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         require(self.name in OPTIMIZERS, f"optimizer.name is {self.name!r}; known: {', '.join(OPTIMIZERS)}")
-        for name in ("lr", "eps"):
+        for name in ("lr", "eps", "muon_rate"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"optimizer.{name}={value}; expected more than 0, and finite")
         for name in ("weight_decay", "clip_norm"):
