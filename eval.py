@@ -1,8 +1,9 @@
 """Evaluates a workdir's newest checkpoint: python eval.py --workdir runs/easy_vqa
 
-Prints a table and writes one JSON a task to WORKDIR/eval/, the last evaluation of the task; each budget and the blind
-control also keep a file of their own:
-    python eval.py --workdir runs/easy_vqa --tasks easy_vqa --budgets 16,4 [--blind]
+Prints a table and writes one JSON a task to WORKDIR/eval/, the last evaluation of the task, and one for each budget.
+The controls, in which each question is asked about another image's picture or about noise, and a part of the questions
+(--limit) have files of their own:
+    python eval.py --workdir runs/easy_vqa --tasks easy_vqa --budgets 16,4 [--control shuffled|noise]
 The paper's benchmarks run through lmms-eval (requirements-eval.txt), on local copies of their data with --offline, and
 go on where they were stopped:
     python eval.py --workdir runs/delta --budgets 144,36,16,4,1 --tasks \\
@@ -15,12 +16,11 @@ Settings can be overridden, for methods that need no training of their own:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from deltallava_jax import cli
-from deltallava_jax.config import override, workdir_config
+from deltallava_jax.config import override
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.parallel import hosts
 
@@ -32,7 +32,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workdir", required=True, type=Path, help="where train.py put its checkpoints")
     parser.add_argument("--tasks", default="", help="comma-separated; the data set that was trained on by default")
     parser.add_argument("--budgets", default="", help="visual tokens an image, comma-separated; all that were trained")
-    parser.add_argument("--blind", action="store_true", help="noise instead of images: the control")
+    parser.add_argument("--control", choices=("shuffled", "noise"), default="", help="not the image: another one")
+    parser.add_argument("--blind", action="store_const", const="noise", dest="control", help="--control noise")
     parser.add_argument("--limit", type=int, default=0, help="only so many questions (easy_vqa: spread evenly); 0: all")
     parser.add_argument("--offline", type=Path, metavar="DIR", help="local copies of lmms-eval's data, DIR/TASK")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="lmms-eval's questions at a time")
@@ -46,20 +47,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> None:
     hosts.connect(options)
-    from deltallava_jax.data import tokens
-    from deltallava_jax.errors import CheckpointError
     from deltallava_jax.evaluation import TASKS
     from deltallava_jax.evaluation.tasks import require
     from deltallava_jax.models import decoder, projectors
-    from deltallava_jax.training.checkpoints import Checkpoints
+    from deltallava_jax.workdir import Workdir
 
-    cfg = override(workdir_config(options.workdir), options.overrides)
+    workdir = Workdir(options.workdir)
+    for name, least in (("limit", 0), ("batch", 1)):
+        if (value := getattr(options, name)) < least:
+            raise ConfigError(f"--{name} {value}: expected {least} or more")
+    say = print if hosts.leads() else lambda _: None
+    cfg = override(workdir.config, options.overrides)
     cfg.model.require_whole("evaluation")
     tasks = options.tasks.split(",") if options.tasks else [cfg.data.dataset]
     if official := [task for task in tasks if task not in TASKS]:
         require(official)
-        if options.blind:
-            raise ConfigError(f"--blind is a control of {', '.join(TASKS)}, not of {official[0]}")
+        if options.control:
+            raise ConfigError(f"--control {options.control} is of {', '.join(TASKS)}, not of {official[0]}")
     budgets = list(projectors.budgets(cfg.model.projector))
     if options.budgets:
         try:
@@ -69,28 +73,25 @@ def main(options: argparse.Namespace) -> None:
     for budget in budgets:
         projectors.check_budget(cfg.model.projector, budget)
 
-    tokenizer = tokens.load(options.workdir / "tokenizer.json")
-    checkpoints = Checkpoints(options.workdir)
+    tokenizer, checkpoints = workdir.tokenizer, workdir.checkpoints
     step = checkpoints.latest()
-    if step is None:
-        raise CheckpointError(f"{options.workdir} holds no finished checkpoint; train first")
     params = checkpoints.restore_params(step, cfg.model)
     params["decoder"] = decoder.unstacked(params["decoder"], cfg.model.decoder, cfg.model.dtype, donate=True)
 
-    folder = options.workdir / "eval"
-    folder.mkdir(exist_ok=True)
     if own := [task for task in tasks if task in TASKS]:
-        print(f"{'task':12} {'step':>6} {'budget':>6} {'images':8} {'accuracy':>8} {'n':>6} {'seconds':>8}  by type")
+        say(f"{'task':12} {'step':>6} {'budget':>6} {'images':8} {'accuracy':>8} {'n':>6} {'seconds':>8}  by type")
     for task in own:
         for budget in budgets:
-            report = TASKS[task](params, cfg, tokenizer, budget=budget, blind=options.blind, limit=options.limit)
-            report |= {"step": step, "overrides": options.overrides}
-            text = json.dumps(report, indent=2)
-            for name in (task, f"{task}_{budget}{'_blind' if options.blind else ''}"):
-                (folder / f"{name}.json").write_text(text)
+            report = TASKS[task](
+                params, cfg, tokenizer, budget=budget, control=options.control, limit=options.limit,
+                progress=hosts.leads(),
+            )  # fmt: skip
+            report |= {"step": step, "limit": options.limit, "overrides": options.overrides}
+            if hosts.leads():
+                workdir.write_report(report, *([options.control] if options.control else []))
             by_type = ", ".join(f"{kind} {score['accuracy']:.4f}" for kind, score in report["by_type"].items())
-            print(
-                f"{task:12} {step:6} {budget:6} {'noise' if options.blind else 'real':8} {report['accuracy']:8.4f} "
+            say(
+                f"{task:12} {step:6} {budget:6} {report['images']:8} {report['accuracy']:8.4f} "
                 f"{report['n']:6} {report['seconds']:8.1f}  {by_type}"
             )
     if official:
@@ -99,10 +100,10 @@ def main(options: argparse.Namespace) -> None:
         from deltallava_jax.inference.model import Model
 
         model = Model(cfg.model, params, tokenizer, cfg.data.template, cfg.data.aspect)
-        run(model, cfg, official, budgets, folder, step=step, options=options)
-        if hosts.leads():
-            print(table([options.workdir, *options.beside]))
-    cli.say(f"written to {folder}")
+        run(model, cfg, official, budgets, workdir, step=step, options=options)
+        say(table([options.workdir, *options.beside]))
+    if hosts.leads():
+        cli.say(f"written to {workdir.results}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from deltallava_jax.sequence import Batch, layout
 
 ON_A_GRID = ("delta", "mlp", "token_packer", "m3", "quecc", "honeybee_c", "honeybee_d")
 PRUNED = ("evit", "dynamicvit")  # selections on the tower's way
+LEARNED = ("mqt", "resampler")  # queries that read all of the image
 SELECTED = ("fastervlm", "prumerge", "prumerge_plus", *PRUNED)
 LENGTH_STEP = 64  # texts are padded to a multiple, so that few lengths are compiled
 METHODS = ("relevance", "gradcam")
@@ -57,8 +58,10 @@ def check(cfg: ModelConfig) -> None:
     """ConfigError unless every visual token has a place that is known."""
     cfg.require_whole("a heat map")
     name = cfg.projector.name
-    if name not in (*ON_A_GRID, *SELECTED):
+    if name in LEARNED:
         raise ConfigError(f"no heat map: {name}'s tokens are learned queries over the whole image, without a place")
+    if name not in (*ON_A_GRID, *SELECTED):
+        raise ConfigError(f"no heat map: where in the image {name}'s tokens lie is not known here")
     if cfg.fastv:
         raise ConfigError("no heat map: FastV drops visual tokens inside the decoder; ask the model without it")
 

@@ -7,14 +7,14 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from deltallava_jax.data.conversation import NOTES, Conversation
 from deltallava_jax.data.images import size_of
 from deltallava_jax.data.lengths import read
 from deltallava_jax.data.packing import Plan
-from deltallava_jax.data.sources import Record, Source
+from deltallava_jax.data.records import Record, Source
 from deltallava_jax.errors import FAULTS, BadSample
+from deltallava_jax.progress import progress_bar
 
 CHUNK = 64
 EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -25,11 +25,13 @@ def examine(source: Source, index: int, decode: bool = True) -> tuple[Record, Co
 
     Raises BadSample, naming the record, for whatever keeps it from being trained on in rows of any length."""
     record, conversation = read(source, index)
-    for image in record.images:
-        if not isinstance(image, bytes) and not image.exists():
-            raise BadSample(f"{record.id}: image {image} is missing", "missing")
     try:
-        return record, conversation, [size_of(image) for image in record.images] if decode else []
+        if decode:
+            return record, conversation, [size_of(image) for image in record.images]
+        for image in record.images:
+            if not isinstance(image, bytes) and not image.exists():
+                raise BadSample(f"image {image}: there is no such file", "missing")
+        return record, conversation, []
     except BadSample as error:
         raise BadSample(f"{record.id}: {error}", error.kind) from error
 
@@ -57,7 +59,7 @@ def check(source: Source, plan: Plan, workers: int, *, decode: bool = True, exam
     found, seen, ids, cropped = dict(plan.faults), Counter(), Counter(), 0
     with (
         multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool,
-        tqdm(total=len(plan.records), desc="checking", unit=" records", disable=None, leave=False) as bar,
+        progress_bar(what="checking", total=len(plan.records), unit="records") as bar,
     ):
         looked = pool.imap(_Look(source, decode), plan.records.tolist(), chunksize=CHUNK)
         for index, (fault, key, rounds, lost) in zip(plan.records.tolist(), looked, strict=True):

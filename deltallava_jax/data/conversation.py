@@ -23,6 +23,7 @@ IMAGE, VIDEO = "<image>", "<video>"
 NOTES = {
     "greeting": "answers before any question, left out",
     "silent": "rounds in which a turn is empty, left out; their images go to the next question",
+    "literal": "records without an image whose questions hold <image>, which is text",
     "unmarked": "records that mark no place for their images, which go before the first question",
 }
 
@@ -92,6 +93,8 @@ def read_turns(turns: list[dict], images: int) -> Conversation:
             notes.append("unmarked")
         elif markers != images:
             raise BadSample(f"{markers} {IMAGE} markers, but {images} images", "markers")
+    elif any(IMAGE in question for question in questions):
+        notes.append("literal")
     rounds, silent = _rounds(questions, answers, bool(images))
     if not rounds:
         empty = next(index for index in range(first, len(turns)) if not values[index].strip())

@@ -8,13 +8,13 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
-from deltallava_jax.data import cache, conversation, tokens
+from deltallava_jax.data import cache
 from deltallava_jax.data.conversation import NOTES, Conversation, Template, read_turns, text_pieces
-from deltallava_jax.data.sources import Record, Source
+from deltallava_jax.data.records import Record, Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import BadSample
+from deltallava_jax.progress import progress_bar
 
 BATCH = 2000  # records whose texts are tokenized together, on all cores
 
@@ -49,8 +49,7 @@ def measure(source: Source, template: Template, tokenizer: Tokenizer) -> Lengths
     the tokenizer and the code that counts."""
     file = None
     if hasattr(source, "fingerprint"):
-        code = cache.version(__file__, conversation.__file__, tokens.__file__)
-        key = "\n".join([source.fingerprint, repr(template), tokenizer.fingerprint, code])
+        key = "\n".join([source.fingerprint, repr(template), tokenizer.fingerprint, cache.version()])
         file = cache.folder() / "lengths" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
         if file.is_file():
             with np.load(file) as found:
@@ -59,7 +58,7 @@ def measure(source: Source, template: Template, tokenizer: Tokenizer) -> Lengths
             if all(_is_broken(source, index) for index in np.flatnonzero(kept.tokens == 0)):  # below another root?
                 return kept
     counts, notes = np.zeros((len(source), 2), np.int32), Counter()
-    bar = tqdm(total=len(source), desc="measuring", unit=" records", disable=None, leave=False)
+    bar = progress_bar(what="measuring", total=len(source), unit="records")
     for start in range(0, len(source), BATCH):
         stop = min(start + BATCH, len(source))
         counts[start:stop] = _measure(source, start, stop, template, tokenizer, notes)

@@ -10,29 +10,30 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import grain
-import jax
 import numpy as np
-from tqdm import tqdm
 
 from deltallava_jax.config import DataConfig, VisionConfig
 from deltallava_jax.data.conversation import TEMPLATES, Tokenized, end_ids, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.lengths import Lengths, measure, read
 from deltallava_jax.data.packing import Plan, plan_for, require_room
-from deltallava_jax.data.sources import Record, Source
+from deltallava_jax.data.records import Record, Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import BadSample, ConfigError
+from deltallava_jax.progress import progress_bar
 from deltallava_jax.sequence import Batch
 
 
-@jax.tree_util.register_dataclass  # so that grain finds the arrays and hands them over in shared memory
 @dataclass(frozen=True)
 class Element:
-    """One step's rows of this process (numpy), its budget, and "record: reason" for each record left out."""
+    """One step's rows in this process (numpy), its budget, and "record: reason" for each record left out.
+
+    A worker sends it whole through a pipe: to grain it is no tree of arrays, which would travel in shared memory. That
+    is freed by a thread that the end of the program cuts short, and containers have little of it."""
 
     batch: Batch
     budget: int
@@ -93,7 +94,7 @@ class Rows:
     def _faults(self, records: np.ndarray, room: np.ndarray) -> dict[int, BadSample]:
         """What is wrong with those of the records that their room is too little for, or that cannot be used at all."""
         found = {}
-        for index in tqdm(records.tolist(), desc="judging", unit=" records", disable=None, leave=False):
+        for index in progress_bar(records.tolist(), "judging", unit="records"):
             try:
                 self.read(index, room[index])
             except BadSample as error:
@@ -107,8 +108,11 @@ class Rows:
         except Exception:  # the name is wanted in a message about something else, which must not be lost
             return f"record {index}"
 
-    def build(self, rows: list[list[int]], text: int, images: int) -> tuple[Batch, tuple[str, ...]]:
-        """A batch of ``rows`` with T = text and I = images, and the faults met."""
+    def build(
+        self, rows: list[list[int]], text: int, images: int, silent: Collection[int] = ()
+    ) -> tuple[Batch, tuple[str, ...]]:
+        """A batch of ``rows`` with T = text and I = images, and the faults met; those of the rows ``silent`` are not
+        told: another process, which holds the same rows, tells them."""
         batch = Batch.empty(len(rows), text, images, self.vision.image_size, branches=self.cfg.independent_rounds)
         faults = []
         for row, records in enumerate(rows):
@@ -118,7 +122,8 @@ class Rows:
                     record, tokenized = self.read(index, text - start)
                     pixels = self._pixels(record)
                 except BadSample as error:
-                    faults.append(str(error))
+                    if row not in silent:
+                        faults.append(str(error))
                     continue
                 segment, end = segment + 1, min(start + len(tokenized.ids), text)
                 batch.tokens[row, start:end] = tokenized.ids[: end - start]
@@ -146,27 +151,28 @@ class Rows:
 
 @dataclass(frozen=True)
 class _BuildStep:
-    """One step number -> its Element, for this process's share of the rows. Runs in the workers."""
+    """One step number -> its Element, with the rows that this process holds. Runs in the workers."""
 
     rows: Rows
     plan: Plan
-    process: int
-    processes: int
+    held: Mapping[int, bool] | None
 
     def __call__(self, number: int) -> Element:
         step = self.plan.step(int(number))
-        share = len(step.rows) // self.processes
-        mine = step.rows[self.process * share : (self.process + 1) * share]
-        batch, faults = self.rows.build(mine, step.text, step.images)
+        held = dict.fromkeys(range(len(step.rows)), True) if self.held is None else self.held
+        silent = {place for place, first in enumerate(held.values()) if not first}
+        batch, faults = self.rows.build([step.rows[row] for row in held], step.text, step.images, silent)
         return Element(batch, step.budget, faults)
 
 
 def elements(
-    rows: Rows, plan: Plan, start: int, stop: int, *, workers: int, process: int = 0, processes: int = 1
+    rows: Rows, plan: Plan, start: int, stop: int, *, workers: int, held: Mapping[int, bool] | None = None
 ) -> Iterator[Element]:
-    """Elements of steps start to stop - 1, in order, built ahead in ``workers`` processes (0: in this one)."""
+    """Elements of steps start to stop - 1, in order, built ahead in ``workers`` processes (0: in this one).
+
+    held: the rows that this process needs, and of each whether its faults are told here; by default all of them."""
     numbers = grain.MapDataset.range(start, stop)
-    dataset = numbers.map(_BuildStep(rows, plan, process, processes)).to_iter_dataset(
+    dataset = numbers.map(_BuildStep(rows, plan, held)).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     )
     if workers:

@@ -14,15 +14,18 @@ from deltallava_jax.data.conversation import NOTES
 from deltallava_jax.data.packing import Plan
 from deltallava_jax.errors import FAULTS, TooManyFaults
 from deltallava_jax.parallel import hosts
+from deltallava_jax.training.checkpoints import Checkpoints
+from deltallava_jax.workdir import Workdir
 
 CHANCE = 1e-4  # that a run ends whose data have just the share of broken records that is allowed, at one step
 HANDFUL = 10  # fewer broken records than this say nothing about the share
 
 
-def judge(plan: Plan, limit: float, file: Path, begins: bool) -> list[str]:
-    """What is to be said before step 1 of the records that the plan leaves out; where a run begins, ``file`` lists
+def judge(plan: Plan, limit: float, workdir: Path) -> list[str]:
+    """What is to be said before step 1 of the records that the plan leaves out; the workdir of a run that begins lists
     them. Raises TooManyFaults if they are more than ``limit`` of all records."""
-    if begins and hosts.leads():
+    file = Workdir(workdir).faults()
+    if hosts.leads() and Checkpoints(workdir).latest() is None:
         file.unlink(missing_ok=True)
         if plan.faults:
             file.write_text("".join(f"{plan.faults[index]}\n" for index in sorted(plan.faults)))
@@ -39,7 +42,7 @@ def judge(plan: Plan, limit: float, file: Path, begins: bool) -> list[str]:
     return said
 
 
-def count(limit: float, file: Path, record: dict, plan: Plan, step: int, values: dict) -> None:
+def count(limit: float, workdir: Path, record: dict, plan: Plan, step: int, values: dict) -> None:
     """Adds a step's records, and those left out, to the counts of its epoch in ``record`` {"epoch", "records",
     "faults"}.
 
@@ -60,7 +63,7 @@ def count(limit: float, file: Path, record: dict, plan: Plan, step: int, values:
         known = f", beside {len(plan.faults):,} that were left out before" if plan.faults else ""
         raise TooManyFaults(
             f"{record['faults']:,} of {record['records']:,} records of epoch {planned.epoch} could not be read{known}: "
-            f"more than data.max_bad_fraction={limit}; they are listed in {file}"
+            f"more than data.max_bad_fraction={limit}; they are listed in {Workdir(workdir).faults()}"
             + (", of other processes in faults.1.txt and so on" if jax.process_count() > 1 else "")
         )
 

@@ -38,9 +38,9 @@ from transformers import (  # noqa: E402
 )
 
 from deltallava_jax.config import ASPECTS, Config, FastVConfig, OptimizerConfig, ProjectorConfig, to_dict  # noqa: E402
+from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
 from deltallava_jax.convert.read import Pretrained, read  # noqa: E402
-from deltallava_jax.convert.workdir import compose, load_model, read_workdir, write_workdir  # noqa: E402
-from deltallava_jax.convert.write import write_hf, write_llava  # noqa: E402
+from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir  # noqa: E402
 from deltallava_jax.data import conversation, tokens  # noqa: E402
 from deltallava_jax.data.conversation import TEMPLATES, tokenize  # noqa: E402
 from deltallava_jax.data.images import load_image  # noqa: E402
@@ -622,7 +622,7 @@ def test_questions_end_as_in_the_template_of_the_workdir(quecc_folder, saved, pi
     work = tmp_path / "work"
     work.mkdir()
     write_workdir(dataclasses.replace(model, template="brief"), work, "work")
-    ours = load_model(work)
+    ours = deltallava_jax.load(work)
     assert ours.template == "brief"
     folder = exported(read_workdir(work), tmp_path / "quecc")
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -642,7 +642,7 @@ def test_text_after_a_workdir(delta_folder, saved, pictures, tmp_path):
     write_workdir(model, tmp_path / "work", "work")
     expected = ready(model, saved("llama_grouped")).generate(pictures[0], PROMPT, budget=4, max_new_tokens=8)
     for path in (tmp_path / "work", folder):
-        assert load_model(path).generate(pictures[0], PROMPT, budget=4, max_new_tokens=8) == expected
+        assert deltallava_jax.load(path).generate(pictures[0], PROMPT, budget=4, max_new_tokens=8) == expected
 
 
 def test_the_exported_code_needs_no_jax(delta_folder):

@@ -208,7 +208,7 @@ def test_a_place_before_any_question_is_a_fault_too():
 def test_the_marker_is_text_in_a_record_without_images(tokenizer):
     values = f"What does {IMAGE} do in an RSS feed? ", f"{IMAGE} holds the channel's picture."
     conversation = read_turns(turns(*values), 0)
-    assert conversation == Conversation((Round(values[:1], values[1]),))
+    assert conversation == Conversation((Round(values[:1], values[1]),), notes=("literal",))
     tokenized = tokenize(conversation, TEMPLATES["vicuna_v1"], tokenizer)
     assert not len(tokenized.image_positions) and (tokenized.ids > 0).all()
     assert tokenizer.decode(tokenized.ids[tokenized.loss_mask]) == values[1]

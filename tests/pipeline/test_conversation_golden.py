@@ -63,15 +63,13 @@ def test_the_right_span_where_the_original_masks_the_sample(llama):
 
 
 def test_the_name_of_the_end_token_in_an_answer_is_text(llama):
-    """The original trains the end token there, and masks the sample. The rest is its own."""
+    """The original trains the end token there, and masks the sample."""
     expected = CASES["eos_string_inside"]["vicuna_v1"]
     assert expected["all_masked"] and expected["input_ids"].count(llama.eos) == 2
     ids, ((start, end),) = ours(CASES["eos_string_inside"], "vicuna_v1", llama)
     assert ids[:start] == expected["generation_input_ids"]
     assert end == len(ids) and ids.index(llama.eos) == end - 1
     assert llama.decode(ids[start:end]) == "It says </s> in red letters."
-    inside, before = expected["input_ids"].index(llama.eos), expected["input_ids"][start:]
-    assert ids[start:inside] == before[: inside - start]
 
 
 def test_an_empty_answer_is_refused_where_the_original_masks_it(llama):

@@ -52,13 +52,14 @@ def test_check_prints_and_writes_a_report_and_says_if_the_data_are_fit(folder, t
 
 def test_duplicate_ids_are_counted(folder, tmp_path):
     entries = json.loads((folder / "data.json").read_text())
-    entries[1]["id"] = entries[0]["id"]
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "this"}]
+    entries += [{"id": "twice", "conversations": turns}] * 2
     (folder / "twice.json").write_text(json.dumps(entries))
     report = tmp_path / "report.json"
     arguments = ["--json", folder / "twice.json", "--tokenizer", LLAMA, "--report", report, "--max-bad-fraction", 1]
     data("check", folder, *arguments)
     found = json.loads(report.read_text())
-    assert found["duplicate_ids"] == 1 and found["duplicate_examples"] == [entries[0]["id"]]
+    assert found["duplicate_ids"] == 1 and found["duplicate_examples"] == ["twice"]
 
 
 @pytest.mark.parametrize(

@@ -58,16 +58,16 @@ def test_few_broken_records_of_many_end_nothing(tmp_path, tokenizer, seed, packe
     plan = rows_of(tmp_path, records, tokenizer, packed=packed).plan((16,), seed)
     assert sorted(plan.faults) == list(broken) and not set(plan.records) & set(broken)
     assert seen(plan) == Counter(set(range(1208)) - set(broken))  # the numbers stay those of the source
+    (line,) = faults.judge(plan, 0.01, tmp_path)
     listed = tmp_path / "faults.txt"
-    (line,) = faults.judge(plan, 0.01, listed, begins=True)
     assert line.startswith("5 of 1,208 records cannot be used and are left out: 5 records or turns of another form")
     assert [f"data.json#{index} " in text for index, text in zip(broken, listed.read_text().splitlines(), strict=True)]
     counted = {}
     for step in range(1, plan.steps_for(2) + 1):  # as the loop counts
-        faults.count(0.01, listed, counted, plan, step, {"conversations": sum(map(len, plan.step(step - 1).rows))})
+        faults.count(0.01, tmp_path, counted, plan, step, {"conversations": sum(map(len, plan.step(step - 1).rows))})
     assert counted == {"epoch": 1, "records": 1203, "faults": 0}
     with pytest.raises(TooManyFaults, match="5 of 1,208 .* in .*faults.txt. More than data.max_bad_fraction=0.004"):
-        faults.judge(plan, 0.004, listed, begins=False)
+        faults.judge(plan, 0.004, tmp_path)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -141,16 +141,16 @@ def test_what_other_code_has_counted_is_counted_again(tmp_path, tokenizer, cache
     np.savez(file, tokens=[5, 5], images=[1, 1], notes=[0] * len(lengths.NOTES))
     np.savez(index, spans=spans[:1], fingerprint="x")
     assert rows.lengths().tokens.tolist() == [5, 5] and len(LlavaJson(tmp_path / "data.json", tmp_path)) == 1
-    monkeypatch.setattr(kept, "version", lambda *files: "of another version")
+    monkeypatch.setattr(kept, "version", lambda: "of another version")
     assert rows.lengths().tokens.tolist() == expected.tolist()
     assert len(LlavaJson(tmp_path / "data.json", tmp_path)) == 2
 
 
 def test_the_version_is_of_the_code_itself(tmp_path):
-    one, other = tmp_path / "a.py", tmp_path / "b.py"
-    one.write_text("count = len")
-    other.write_text("count = len  # ids")
-    assert kept.version(str(one)) != kept.version(str(other))
+    for name, code in (("one", "count = len"), ("other", "count = len  # ids")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "counting.py").write_text(code)
+    assert kept.version(tmp_path / "one") != kept.version(tmp_path / "other")
 
 
 def test_what_was_done_so_that_records_can_be_used_is_said(tmp_path, tokenizer):
@@ -159,6 +159,6 @@ def test_what_was_done_so_that_records_can_be_used_is_said(tmp_path, tokenizer):
     rows = rows_of(tmp_path, records, tokenizer)
     for _ in range(2):  # measured, then from the cache
         plan = rows.plan((16,), 0)
-        (line,) = faults.judge(plan, 0.01, tmp_path / "faults.txt", begins=True)
+        (line,) = faults.judge(plan, 0.01, tmp_path)
         assert line == "1 records that mark no place for their images, which go before the first question"
     assert check(rows.source, plan, 1)["notes"]["unmarked"] == 1 and not (tmp_path / "faults.txt").exists()

@@ -94,6 +94,11 @@ def test_a_missing_file_is_named(tmp_path):
         tokens.load(tmp_path)
 
 
+def test_half_a_surrogate_pair_in_a_text_is_no_end():
+    trained = tokens.train(["a \ud83d shape"] * 3, 300)
+    assert trained.decode(trained.encode("a \ud83d shape")[0]) == "a ? shape"
+
+
 def test_a_vocabulary_without_room_for_the_bytes():
     with pytest.raises(ConfigError, match="vocab_size=258.*259"):
         tokens.train(["a"], 258)
@@ -141,12 +146,15 @@ def test_only_special_tokens_are_renamed_and_they_keep_their_ways(small):
     backend = Backend.from_str(small._backend.to_str())
     backend.add_tokens([AddedToken("<table>", normalized=False)])  # a word of the tokenizer's, not a special token
     backend.add_special_tokens([AddedToken("<|end|>", rstrip=True), AddedToken("<|end|>2", lstrip=True)])
+    backend.add_tokens([AddedToken("<|fim|>", normalized=False)])  # one that its file does not mark
     tokenizer = tokens.Tokenizer(backend)
     text = "hello <table> <|end|> \n<table> <|end|>2 world"
     ids, offsets = tokenizer.encode(tokenizer.named(text))
     assert ids == backend.encode(text, add_special_tokens=False).ids
     assert tokenizer.encode("hello <table>")[0] == backend.encode("hello <table>").ids
     assert backend.token_to_id("<|end|>") not in tokenizer.encode(text)[0]
+    assert tokenizer.encode(tokenizer.named("<|fim|>"))[0] == [backend.token_to_id("<|fim|>")]
+    assert len(tokenizer.encode("<|fim|>")[0]) > 1
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.encode(again.named(text))[0] == ids and again is pickle.loads(pickle.dumps(tokenizer))
 
