@@ -44,12 +44,12 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     from deltallava_jax.analysis.flops import StepOperations
     from deltallava_jax.analysis.plan import memory_table, parameter_sums, parameter_table
     from deltallava_jax.analysis.targets import peak_flops
-    from deltallava_jax.data.packing import plan_for
     from deltallava_jax.data.pipeline import Rows
     from deltallava_jax.data.sources import training_source
     from deltallava_jax.evaluation.validation import validation
     from deltallava_jax.models import projectors
     from deltallava_jax.parallel.mesh import make_mesh
+    from deltallava_jax.training import faults
     from deltallava_jax.training.loop import train
     from deltallava_jax.training.profile import parse_steps
     from deltallava_jax.training.step import TrainStep, batch_shapes
@@ -76,8 +76,9 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     tokenizer = workdir.tokenizer
     evaluate = validation(cfg, tokenizer)
     rows = Rows(source, tokenizer, cfg.data, cfg.model.vision)
-    lengths, images = rows.lengths()
-    plan = plan_for(cfg.data, lengths, images, budgets[:1] if cfg.training.every_budget else budgets, cfg.seed)
+    plan = rows.plan(budgets[:1] if cfg.training.every_budget else budgets, cfg.seed)
+    for line in faults.judge(plan, cfg.data.max_bad_fraction, workdir.path):
+        say(line)
     steps = cfg.training.steps or plan.steps_for(cfg.training.epochs)
 
     # ---------------------------------------------------------------- model
@@ -86,12 +87,12 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
         workdir.parameters.write_text(parameter_table(step.shapes) + "\n")
     say(parameter_sums(step.shapes))
     say(
-        f"{len(source):,} conversations, {len(source) / plan.steps_for(1):.1f} a step, {steps:,} steps, "
+        f"{len(plan.records):,} conversations, {len(plan.records) / plan.steps_for(1):.1f} a step, {steps:,} steps, "
         f"budgets {budgets}, mesh {dict(mesh.shape)}"
     )
     first = plan.step(0)
-    if cut := int((lengths > first.text).sum()):
-        say(f"{cut:,} conversations are longer than a row's {first.text} text tokens and will be cut")
+    if plan.cut:
+        say(f"{plan.cut:,} conversations are longer than a row's {plan.room.min()} text tokens and will be cut")
     say(memory_table(step.shapes, step.compile(batch_shapes(cfg, mesh, first.text, first.images), first.budget)))
 
     # ---------------------------------------------------------------- training

@@ -239,7 +239,6 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
 
     from deltallava_jax.config import load_config, override
     from deltallava_jax.data import tokens as tokenizers
-    from deltallava_jax.data.packing import plan_for
     from deltallava_jax.data.pipeline import Rows, elements
     from deltallava_jax.data.sources import training_source
     from deltallava_jax.models import projectors
@@ -255,7 +254,7 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
         tokenizer = tokenizers.train(source.texts(), cfg.model.decoder.vocab_size)
         rows = Rows(source, tokenizer, cfg.data, cfg.model.vision)
         budget = next((b for b in projectors.budgets(cfg.model.projector) if b <= tokens), GRID**2)
-        plan = plan_for(cfg.data, *rows.lengths(), (budget,), cfg.seed)
+        plan = rows.plan((budget,), cfg.seed)
         element = next(elements(rows, plan, 0, 1, workers=0))
         return {
             "step": TrainStep(cfg, mesh, 100),

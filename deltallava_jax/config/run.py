@@ -24,7 +24,7 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # how often each of the files is taken; empty: once
     images: str = ""  # the folder that image paths of the records begin from
     array_record: str = ""  # instead of these: a folder that ``data build`` made
-    aspect: str = "square"  # how images become square: shortest side and crop, padded, or squashed
+    aspect: str = "pad"  # how images become square: padded, shortest side and crop ("square"), or squashed
     template: str = "vicuna_v1"
     turns: int = 0  # easy_vqa: questions a conversation; 0: all of an image's questions
     independent_rounds: bool = False  # a conversation's questions see its image but not each other
@@ -33,7 +33,7 @@ class DataConfig:
     packed: bool = True  # False: LLaVA-1.5's batches, a conversation a row, padded, grouped by modality
     images_per_row: int = 0  # 0: chosen from the data for each budget
     workers: int = 1  # processes that load data; 0: in the training process
-    max_bad_fraction: float = 0.01  # of the samples seen; more than this stops the run
+    max_bad_fraction: float = 0.01  # of the records; more that cannot be used end the run
 
     def __post_init__(self):
         require_at_least(1, "data", self, "rows")

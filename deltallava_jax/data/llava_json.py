@@ -16,17 +16,13 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
+from deltallava_jax.data import cache
 from deltallava_jax.data.records import Record, texts
 from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.progress import progress_bar
 
 CHUNK = 2**25
 QUOTE, OPEN, CLOSE, BACKSLASH = b'"{}\\'
-
-
-def cache_folder() -> Path:
-    """Where indexes are kept: $DELTALLAVA_CACHE, or ~/.cache/deltallava_jax."""
-    return Path(os.environ.get("DELTALLAVA_CACHE", Path.home() / ".cache" / "deltallava_jax"))
 
 
 def record_spans(data: np.ndarray, tell: Callable[[int], object] = lambda _: None) -> np.ndarray:
@@ -75,11 +71,13 @@ class LlavaJson:
     def __init__(self, file: str | Path, images: str | Path):
         self.file, self.images = str(file), str(images)
         local = self._local()
+        if local.is_dir():
+            raise ConfigError(f"data.json: {file} is a folder; one that data build made is given as data.array_record")
         if not local.is_file():
             raise ConfigError(f"data.json: {file} does not exist")
         stat = local.stat()
-        key = hashlib.sha256(f"{local.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:24]
-        self.index = cache_folder() / "records" / f"{key}.npz"
+        about = f"{local.resolve()} {stat.st_size} {stat.st_mtime_ns} {cache.version()}"
+        self.index = cache.folder() / "records" / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.npz"
         if not self.index.is_file():
             self._make_index()
         with np.load(self.index) as index:
@@ -92,7 +90,7 @@ class LlavaJson:
             return Path(self.file)
         source = epath.Path(self.file)
         key = hashlib.sha256(f"{self.file} {source.stat().mtime}".encode()).hexdigest()[:24]
-        copy = cache_folder() / "files" / f"{key}{source.suffix}"
+        copy = cache.folder() / "files" / f"{key}{source.suffix}"
         if not copy.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
             source.copy(f"{copy}.part")

@@ -141,9 +141,13 @@ def load(path: str | Path) -> Tokenizer:
     if not file.is_file() and path.is_dir() and any((path / name).is_file() for name in FILES):
         return _convert(path)
     if not file.is_file():
-        raise TokenizerError(
-            f"tokenizer file {file} is missing; the checkpoints beside it were trained with it: restore it from a copy"
-        )
+        if (folder / "checkpoints").is_dir():
+            expected = "the checkpoints beside it were trained with it: restore it from a copy"
+        else:
+            expected = (
+                f"expected a tokenizer.json, or a Hugging Face folder with {', '.join(FILES[:-1])} or {FILES[-1]}"
+            )
+        raise TokenizerError(f"tokenizer file {file} is missing; {expected}")
     try:
         config = folder / "tokenizer_config.json"
         names = json.loads(config.read_text()) if config.is_file() else {}

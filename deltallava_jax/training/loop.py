@@ -15,13 +15,14 @@ from jax.experimental import multihost_utils
 from deltallava_jax.config import Config
 from deltallava_jax.data.packing import Plan
 from deltallava_jax.data.pipeline import Element, Rows, elements
-from deltallava_jax.errors import NonFiniteLoss, TooManyFaults
+from deltallava_jax.errors import NonFiniteLoss
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten
 from deltallava_jax.models.selection import llavolta
 from deltallava_jax.parallel import hosts
 from deltallava_jax.parallel.mesh import held_rows, put_rows
 from deltallava_jax.sequence import Batch
+from deltallava_jax.training import faults
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.training.metrics import Metrics
 from deltallava_jax.training.profile import Trace
@@ -57,11 +58,11 @@ def train(
     latest = checkpoints.latest()
     if latest is None:
         state = init_state(cfg, step.mesh, steps, _initial_params(cfg, step))
-        record = {"faults": 0, "records": 0}
+        record = {"epoch": 0, "records": 0, "faults": 0}
     else:
         state, record = checkpoints.restore(latest, step.shapes)
     start = int(state.step)
-    count = functools.partial(_count_faults, cfg, workdir, record, plan)
+    count = functools.partial(faults.count, cfg.data.max_bad_fraction, workdir, record, plan)
     budgets = () if every.every_budget else plan.budgets
     metrics = Metrics(workdir, start, steps, every.log_every, seen=count, peak=peak, budgets=budgets)
     trace = Trace(profile, Workdir(workdir).profile)
@@ -166,25 +167,10 @@ def _report_faults(element: Element, metrics: Metrics, workdir: Path) -> None:
         metrics.say(f"left out {element.faults[0]}")
 
 
-def _count_faults(cfg: Config, workdir: Path, record: dict, plan: Plan, step: int, values: dict) -> None:
-    """Adds a step's records and those left out to the counts; TooManyFaults past the allowed share.
-
-    Of the planned records those that were not trained on were left out: the sum over all processes, without asking."""
-    planned = sum(map(len, plan.step(step - 1).rows))
-    record["records"] += planned
-    record["faults"] += planned - values["conversations"]
-    if record["faults"] > cfg.data.max_bad_fraction * max(record["records"], 100):
-        raise TooManyFaults(
-            f"{record['faults']} of {record['records']} records could not be used, more than "
-            f"data.max_bad_fraction={cfg.data.max_bad_fraction}; they are listed in {Workdir(workdir).faults()}"
-            + (", of other processes in faults.1.txt and so on" if jax.process_count() > 1 else "")
-        )
-
-
 def _describe(rows: Rows, plan: Plan, step: int) -> str:
     """The record ids of a step's batch."""
     planned = plan.step(step - 1)
-    ids = [rows.source[index].id for row in planned.rows for index in row]
-    return f"epoch {planned.epoch}, budget {planned.budget}, {len(ids)} records: {', '.join(ids[:8])}" + (
-        ", ..." if len(ids) > 8 else ""
+    records = [index for row in planned.rows for index in row]
+    return f"epoch {planned.epoch}, budget {planned.budget}, {len(records)} records: " + (
+        ", ".join(map(rows.name, records[:8])) + (", ..." if len(records) > 8 else "")
     )

@@ -118,13 +118,14 @@ def rows(few, tokenizer) -> Rows:
 
 
 def make_plan(rows: Rows, budgets=(16,), count=4, row_length=512) -> PackPlan:
-    return PackPlan(*rows.lengths(), budgets=budgets, rows=count, row_length=row_length)
+    lengths = rows.lengths()
+    return PackPlan(lengths.tokens, lengths.images, budgets=budgets, rows=count, row_length=row_length)
 
 
 def test_lengths_are_those_of_the_tokens(rows, few):
-    lengths, images = rows.lengths()
-    assert lengths.shape == images.shape == (60,) and (images == 1).all()
-    assert [len(rows.tokenize(few[i]).ids) for i in (0, 31, 59)] == lengths[[0, 31, 59]].tolist()
+    lengths = rows.lengths()
+    assert lengths.tokens.shape == lengths.images.shape == (60,) and (lengths.images == 1).all()
+    assert [len(rows.read(i, 512)[1].ids) for i in (0, 31, 59)] == lengths.tokens[[0, 31, 59]].tolist()
 
 
 def test_a_batch_holds_its_records_one_after_the_other(rows, few, tokenizer):
@@ -149,7 +150,7 @@ def test_a_batch_holds_its_records_one_after_the_other(rows, few, tokenizer):
             assert ids[0] == tokenizer.bos and segments[positions[number - 1]] == number
             assert read_back(ids, mask, tokenizer) == pairs_of(few[index])
             np.testing.assert_array_equal(batch.images[row, number - 1], pixels_of(few[index].images[0]))
-            np.testing.assert_array_equal(batch.branches[row, inside], rows.tokenize(few[index]).rounds)
+            np.testing.assert_array_equal(batch.branches[row, inside], rows.read(index, text)[1].rounds)
         assert not batch.branches[row, live:].any()
 
 
@@ -162,7 +163,7 @@ def test_rounds_that_see_each_other_have_no_branches(few, tokenizer, rows):
 
 
 def test_a_conversation_longer_than_the_row_is_cut(rows, few):
-    whole = rows.tokenize(few[0])
+    _, whole = rows.read(0, 20)
     batch, faults = rows.build([[0]], 20, 1)
     assert faults == () and len(whole.ids) > 20
     np.testing.assert_array_equal(batch.tokens[0], whole.ids[:20])
@@ -322,9 +323,10 @@ def test_markers_and_images_must_agree(folder, tokenizer, markers, images):
     spoil(folder, 0, images=folder[0].images * images, conversation=as_turns(f"{IMAGE * markers} which?", "one"))
     rows = Rows(folder, tokenizer, BRIEF, TOWER)
     with pytest.raises(BadSample, match=f"{markers} <image> markers, but {images} images"):
-        rows.tokenize(folder[0])
-    lengths, counts = rows.lengths()
-    assert (lengths[0], counts[0]) == (0, 0) and (lengths[1:] > 0).all() and (counts[1:] == 1).all()
+        rows.read(0, 60)
+    found = rows.lengths()
+    assert (found.tokens[0], found.images[0]) == (0, 0)
+    assert (found.tokens[1:] > 0).all() and (found.images[1:] == 1).all()
 
 
 def test_an_image_beyond_the_cut_is_a_hole(folder, tokenizer):

@@ -86,9 +86,12 @@ def test_a_broken_file_is_named(tmp_path, content):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(tokens.TokenizerError, match="missing.*restore") as caught:
+    with pytest.raises(tokens.TokenizerError, match="missing; expected a tokenizer.json, or a Hugging Face") as caught:
         tokens.load(tmp_path / "none.json")
     assert str(tmp_path / "none.json") in str(caught.value)
+    (tmp_path / "checkpoints").mkdir()  # a workdir
+    with pytest.raises(tokens.TokenizerError, match="missing.*restore"):
+        tokens.load(tmp_path)
 
 
 def test_half_a_surrogate_pair_in_a_text_is_no_end():
