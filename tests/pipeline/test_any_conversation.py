@@ -17,7 +17,7 @@ from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import IMAGE, NOTES, TEMPLATES, Conversation, read_turns, text_pieces, tokenize
 from deltallava_jax.data.pipeline import Rows
 from deltallava_jax.data.records import Record
-from deltallava_jax.errors import FAULTS, BadSample
+from deltallava_jax.errors import FAULTS, BadSample, TooManyFaults
 from deltallava_jax.inference.model import Model
 
 SPECIAL = r"</?s>|<pad>|<unk>|<\|\w+\|>"
@@ -84,20 +84,22 @@ def special_ids(text: str, tokenizer) -> list[int]:
 def test_what_is_read_is_right_in_rows_lengths_and_prompts(name, tokenizer, record):
     conversation = read(record)
     rows = Rows(One(record), tokenizer, DataConfig(template=name), VisionConfig(image_size=14))
-    lengths, images = rows.lengths()
-    if conversation is None:
+    measured, whole = rows.lengths(), 10**6
+    found = (measured.tokens[0], measured.images[0])
+    if conversation is None or all(round.answer is None for round in conversation.rounds):
         with pytest.raises(BadSample):
-            rows.tokenize(record)
-        assert (lengths[0], images[0]) == (0, 0)
+            rows.read(0, whole)
+        with pytest.raises(TooManyFaults):  # what training says before step 1, and data check
+            rows.plan((4,), 0)
+        assert found == (0, 0)
         return
-    tokenized = rows.tokenize(record)
+    _, tokenized = rows.read(0, whole)
     assert_right(conversation, tokenized, TEMPLATES[name], tokenizer, len(record.images))
-    assert (lengths[0], images[0]) == (len(tokenized.ids), len(record.images))
+    assert found == (len(tokenized.ids), len(record.images))
     batch, faults = rows.build([[0]], len(tokenized.ids), len(record.images))
-    assert not faults or not tokenized.loss_mask.any()
-    if not faults:
-        np.testing.assert_array_equal(batch.tokens[0], tokenized.ids)
-        np.testing.assert_array_equal(batch.image_positions[0], tokenized.image_positions)
+    assert not faults
+    np.testing.assert_array_equal(batch.tokens[0], tokenized.ids)
+    np.testing.assert_array_equal(batch.image_positions[0], tokenized.image_positions)
 
     last = conversation.rounds[-1]
     if record.images or not any(IMAGE in round.parts[0] for round in conversation.rounds):
