@@ -255,7 +255,7 @@ def test_a_decoder_alone_continues_the_prompt_as_it_stands(models, prompted):
     model = models["llama"]
     answer = ask(model, None)
     (prompt,) = prompted
-    assert_same_prompt(prompt, QUESTION, Template(system="", user="{}", assistant=""), model.tokenizer)
+    assert_same_prompt(prompt, QUESTION, Template(user="{}", assistant=""), model.tokenizer)
     assert answer == ask(model, []) != ask(model, None, "is there a circle?")
 
 
