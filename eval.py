@@ -1,8 +1,9 @@
 """Evaluates a workdir's newest checkpoint: python eval.py --workdir runs/easy_vqa
 
-Prints a table and writes one JSON a task to WORKDIR/eval/, the last evaluation of the task; each budget, the blind
-control and a part of the questions (--limit) have files of their own:
-    python eval.py --workdir runs/easy_vqa --tasks easy_vqa --budgets 16,4 [--blind]
+Prints a table and writes one JSON a task to WORKDIR/eval/, the last evaluation of the task, and one for each budget.
+The controls, in which each question is asked about another image's picture or about noise, and a part of the questions
+(--limit) have files of their own:
+    python eval.py --workdir runs/easy_vqa --tasks easy_vqa --budgets 16,4 [--control shuffled|noise]
 The paper's benchmarks run through lmms-eval (requirements-eval.txt), on local copies of their data with --offline, and
 go on where they were stopped:
     python eval.py --workdir runs/delta --budgets 144,36,16,4,1 --tasks \\
@@ -31,7 +32,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workdir", required=True, type=Path, help="where train.py put its checkpoints")
     parser.add_argument("--tasks", default="", help="comma-separated; the data set that was trained on by default")
     parser.add_argument("--budgets", default="", help="visual tokens an image, comma-separated; all that were trained")
-    parser.add_argument("--blind", action="store_true", help="noise instead of images: the control")
+    parser.add_argument("--control", choices=("shuffled", "noise"), default="", help="not the image: another one")
+    parser.add_argument("--blind", action="store_const", const="noise", dest="control", help="--control noise")
     parser.add_argument("--limit", type=int, default=0, help="only so many questions (easy_vqa: spread evenly); 0: all")
     parser.add_argument("--offline", type=Path, metavar="DIR", help="local copies of lmms-eval's data, DIR/TASK")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="lmms-eval's questions at a time")
@@ -60,8 +62,8 @@ def main(options: argparse.Namespace) -> None:
     tasks = options.tasks.split(",") if options.tasks else [cfg.data.dataset]
     if official := [task for task in tasks if task not in TASKS]:
         require(official)
-        if options.blind:
-            raise ConfigError(f"--blind is a control of {', '.join(TASKS)}, not of {official[0]}")
+        if options.control:
+            raise ConfigError(f"--control {options.control} is of {', '.join(TASKS)}, not of {official[0]}")
     budgets = list(projectors.budgets(cfg.model.projector))
     if options.budgets:
         try:
@@ -81,15 +83,15 @@ def main(options: argparse.Namespace) -> None:
     for task in own:
         for budget in budgets:
             report = TASKS[task](
-                params, cfg, tokenizer, budget=budget, blind=options.blind, limit=options.limit,
+                params, cfg, tokenizer, budget=budget, control=options.control, limit=options.limit,
                 progress=hosts.leads(),
             )  # fmt: skip
             report |= {"step": step, "limit": options.limit, "overrides": options.overrides}
             if hosts.leads():
-                workdir.write_report(report, *(["blind"] if options.blind else []))
+                workdir.write_report(report, *([options.control] if options.control else []))
             by_type = ", ".join(f"{kind} {score['accuracy']:.4f}" for kind, score in report["by_type"].items())
             say(
-                f"{task:12} {step:6} {budget:6} {'noise' if options.blind else 'real':8} {report['accuracy']:8.4f} "
+                f"{task:12} {step:6} {budget:6} {report['images']:8} {report['accuracy']:8.4f} "
                 f"{report['n']:6} {report['seconds']:8.1f}  {by_type}"
             )
     if official:

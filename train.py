@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import resource
 import sys
 import time
@@ -43,7 +42,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     import jax
 
     from deltallava_jax.analysis.flops import StepOperations
-    from deltallava_jax.analysis.plan import memory_table, parameter_table
+    from deltallava_jax.analysis.plan import memory_table, parameter_sums, parameter_table
     from deltallava_jax.analysis.targets import peak_flops
     from deltallava_jax.data.packing import plan_for
     from deltallava_jax.data.pipeline import Rows
@@ -83,7 +82,9 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
 
     # ---------------------------------------------------------------- model
     step = TrainStep(cfg, mesh, steps)
-    say(parameter_table(step.shapes))
+    if hosts.leads():
+        workdir.parameters.write_text(parameter_table(step.shapes) + "\n")
+    say(parameter_sums(step.shapes))
     say(
         f"{len(source):,} conversations, {len(source) / plan.steps_for(1):.1f} a step, {steps:,} steps, "
         f"budgets {budgets}, mesh {dict(mesh.shape)}"
@@ -98,7 +99,6 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
         cfg, step, rows, plan, workdir.path, steps, evaluate=evaluate, profile=profile,
         operations=StepOperations(step), peak=peak_flops(jax.devices()[0].device_kind),
     )  # fmt: skip
-    gc.collect()  # the last batch, in a cycle, is shared memory that Python would call leaked
     if finished:
         minutes = (time.monotonic() - began) / 60
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
@@ -110,4 +110,4 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     hosts.supervise(sys.argv[1:])
-    cli.run(lambda: main(*parse()), "interrupted; the same command resumes from the newest checkpoint")
+    cli.run(lambda: main(*parse()), "interrupted, and nothing is lost; the same command goes on")

@@ -45,13 +45,15 @@ class Padded:
         import torch
         from PIL import Image
 
-        from deltallava_jax.data.conversation import TEMPLATES, rounds, tokenize
+        from deltallava_jax.data.conversation import TEMPLATES, read_turns, tokenize
 
         entry = self.entries[self.records[place]]
-        tokenized = tokenize(rounds(entry["conversations"]), TEMPLATES["vicuna_v1"], self.tokenizer)
         images = entry.get("image", [])
+        images = [images] if isinstance(images, str) else images
+        conversation = read_turns(entry["conversations"], len(images))
+        tokenized = tokenize(conversation, TEMPLATES["vicuna_v1"], self.tokenizer)
         pixels = []
-        for name in [images] if isinstance(images, str) else images:
+        for name in images:
             image = Image.open(self.folder / name).convert("RGB")
             side = max(image.size)
             square = Image.new("RGB", (side, side), (122, 116, 104))

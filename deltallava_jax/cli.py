@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import glob
+import importlib.metadata
+import importlib.util
 import os
 import sys
 import traceback
@@ -35,6 +38,17 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def libtpu_is_idle() -> bool:
+    """Whether libtpu is installed, as ``plan`` needs it, where there is neither a TPU nor another accelerator's plugin.
+
+    JAX would start it all the same, and it would fill the screen with errors before the CPU is taken."""
+    if os.environ.get("JAX_PLATFORMS") or importlib.util.find_spec("libtpu") is None:
+        return False
+    if importlib.util.find_spec("jax_plugins") or importlib.metadata.entry_points(group="jax_plugins"):
+        return False
+    return not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*") or "TPU_NAME" in os.environ)
+
+
 def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     """Runs a command's main with JAX's compiled programs kept between runs.
 
@@ -45,6 +59,8 @@ def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     from deltallava_jax.parallel import hosts
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "deltallava_jax" / "xla"))
+    if libtpu_is_idle():
+        jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     try:

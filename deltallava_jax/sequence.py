@@ -38,6 +38,30 @@ class Batch:
     questions: Int[Array, "B I 2"] | None = None
     branches: Int[Array, "B T"] | None = None
 
+    @classmethod
+    def shapes(
+        cls, rows: int, text: int, images: int, size: int = 0, *, branches: bool = False, make=jax.ShapeDtypeStruct
+    ) -> Batch:
+        """The batch of B = rows, T = text, I = images and H = W = size with make(shape, dtype) for each array; size 0:
+        images are given encoded."""
+        ints = lambda *shape: make((rows, *shape), np.int32)
+        return cls(
+            tokens=ints(text),
+            loss_mask=make((rows, text), np.bool_),
+            segments=ints(text),
+            image_positions=ints(images),
+            images=make((rows, images, size, size, 3), np.uint8),
+            questions=ints(images, 2),
+            branches=ints(text) if branches else None,
+        )
+
+    @classmethod
+    def empty(cls, rows: int, text: int, images: int, size: int = 0, *, branches: bool = False) -> Batch:
+        """A numpy batch of these ``shapes`` to be filled: all is padding, and no image place is used."""
+        batch = cls.shapes(rows, text, images, size, branches=branches, make=np.zeros)
+        batch.image_positions[:] = text
+        return batch
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from deltallava_jax.config.model import (
     ProjectorConfig,
     RopeScaling,
     VisionConfig,
+    dtype_name,
 )
 from deltallava_jax.config.presets import PRESETS, compose, preset
 from deltallava_jax.config.run import (
@@ -32,6 +33,7 @@ from deltallava_jax.config.values import (
     override,
     parse_value,
     read_json,
+    renamed,
     to_dict,
     workdir_config,
 )
@@ -55,12 +57,14 @@ __all__ = [
     "TrainingConfig",
     "VisionConfig",
     "compose",
+    "dtype_name",
     "from_dict",
     "load_config",
     "override",
     "parse_value",
     "preset",
     "read_json",
+    "renamed",
     "to_dict",
     "workdir_config",
 ]

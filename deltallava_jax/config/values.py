@@ -8,12 +8,14 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
 import traceback
 import types
 import typing
 from pathlib import Path
 
 from deltallava_jax.config.checks import nearest, require
+from deltallava_jax.config.model import ProjectorConfig, published
 from deltallava_jax.config.presets import preset
 from deltallava_jax.config.run import Config
 from deltallava_jax.errors import ConfigError, UserError
@@ -44,7 +46,9 @@ def from_dict(kind: type, values: dict | str, where: str = ""):
 
 
 def override(config, assignments: dict[str, str]):
-    """Copy of ``config`` with dotted paths set from command-line text, all at once, then validated."""
+    """Copy of ``config`` with dotted paths set from command-line text, all at once, then validated.
+
+    A projector with another name alone has the settings published with that name, where it had those of the old one."""
     values = to_dict(config)
     for path, text in assignments.items():
         node, kind, done = values, type(config), ""
@@ -63,8 +67,26 @@ def override(config, assignments: dict[str, str]):
         hints = typing.get_type_hints(kind)
         if leaf not in hints:
             raise ConfigError(f"unknown config key {path!r}{nearest(leaf, hints)}")
+        if kind is ProjectorConfig and leaf == "name":
+            given = {key.removeprefix(done) for key in assignments}
+            node.update({key: None for key in _as_published(node) if key not in given})
         node[leaf] = text if hints[leaf] is str else parse_value(text)
     return from_dict(type(config), values)
+
+
+def renamed(config: ProjectorConfig, settings: dict) -> ProjectorConfig:
+    """The projector with other settings, by field; with another name as ``override`` makes it. Raises ConfigError."""
+    values = to_dict(config)
+    if "name" in settings:
+        values |= dict.fromkeys(_as_published(values))
+    return from_dict(ProjectorConfig, values | settings, "projector.")
+
+
+def _as_published(values: dict) -> list[str]:
+    """The fields of a projector's dict that hold what is published with its name."""
+    plain = lambda value: tuple(value) if isinstance(value, list) else value
+    known = published(values["name"], values["grid"])
+    return [key for key, value in known.items() if plain(values.get(key)) == value]
 
 
 def workdir_config(workdir: Path) -> Config:
@@ -109,6 +131,9 @@ def load_config(path: str | Path) -> Config:
         config = module.get_config(*arguments)
     require(isinstance(config, Config), f"config file {str(path)!r}: get_config() did not return a Config")
     return config
+
+
+_LARGEST = 2**63 - 1
 
 
 @contextlib.contextmanager
@@ -158,8 +183,20 @@ def _typed(hint, value, path: str):
         if typing.get_args(hint)[0] is str and isinstance(value, str):
             return (value,)
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        require(math.isfinite(value) if isinstance(value, float) else abs(value) <= _LARGEST, _too_large(path, value))
         return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        require(hint is not int or abs(value) <= _LARGEST, _too_large(path, value))
         return value
     expected = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    raise ConfigError(f"config key {path!r} expects {expected}, got {value!r}")
+    raise ConfigError(f"config key {path!r} expects {expected}, got {_shown(value)}")
+
+
+def _shown(value) -> str:
+    """A value in an error line: never a page of digits."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:40]}...{text[-40:]}"
+
+
+def _too_large(path: str, value: int | float) -> str:
+    return f"config key {path!r} is {_shown(value)}; expected a finite number, at most {_LARGEST:.2g}"

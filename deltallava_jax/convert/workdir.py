@@ -13,10 +13,10 @@ from pathlib import Path
 import jax
 
 from deltallava_jax import cli
-from deltallava_jax.config import Config, DataConfig, ModelConfig, ProjectorConfig, from_dict, to_dict
-from deltallava_jax.convert.read import Layout, Pretrained, fits, read, read_json, read_projector
+from deltallava_jax.config import Config, DataConfig, ModelConfig, ProjectorConfig, dtype_name, from_dict, to_dict
+from deltallava_jax.convert.read import Layout, Pretrained, check_tower, fits, read, read_json, read_projector
+from deltallava_jax.convert.shards import write_extra
 from deltallava_jax.convert.tensors import find
-from deltallava_jax.convert.write import write_extra
 from deltallava_jax.data import tokens
 from deltallava_jax.errors import ConversionError
 from deltallava_jax.models import projectors
@@ -26,6 +26,7 @@ from deltallava_jax.workdir import Workdir
 
 def open_model(path: Path, *, dtype: str | None = None, vision: Path | None = None) -> Pretrained:
     """The model of a workdir, or of anything that ``read`` knows."""
+    dtype = dtype_name(dtype)
     if not Workdir(path).exists:
         return read(path, dtype=dtype, vision=vision)
     if vision is not None:
@@ -90,7 +91,7 @@ def compose(
 
     projector: the name of a system, for fresh parameters, or a file or folder with trained ones. settings: fields of
     ProjectorConfig, e.g. scale_factor. Raises ConversionError, ConfigError, WeightMismatch."""
-    trained = None
+    dtype, trained = dtype_name(dtype), None
     if projector not in projectors.SYSTEMS:
         path, known = Path(projector), ", ".join(projectors.SYSTEMS)
         if not path.exists():
@@ -120,6 +121,7 @@ def compose(
         fits(projector_cfg, weights)
     params = {"vision": tower.params["vision"], "projector": weights, "decoder": text.params["decoder"]}
     cfg = ModelConfig(v, projector_cfg, d, dtype=text.cfg.dtype)
+    check_tower(cfg)
     kept = [file for file in text.kept if file.name not in ("config.json", "preprocessor_config.json")]
     kept += [file for file in tower.kept if file.name == "preprocessor_config.json"]
     return Pretrained(cfg, params, None, None, text.hf, kept, aspect=tower.aspect)

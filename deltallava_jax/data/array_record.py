@@ -7,13 +7,13 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from deltallava_jax.data.llava_json import LlavaJson
-from deltallava_jax.data.sources import Mixture, Record
+from deltallava_jax.data.records import Mixture, Record, texts
 from deltallava_jax.errors import BadSample, ConfigError
+from deltallava_jax.progress import progress_bar
 
 SHARD = 2000  # records of a shard
 NAME = "llava-train.array_record-{:05d}-of-{:05d}"
@@ -40,7 +40,7 @@ def build(source: LlavaJson | Mixture, folder: Path, workers: int) -> dict:
     missing = [number for number in range(shards) if not _report(folder, number, shards).exists()]
     tasks = [(source, folder, number, shards) for number in missing]
     with (
-        tqdm(total=len(source), desc="building", unit=" records", disable=None) as bar,
+        progress_bar(what="building", total=len(source), unit="records", keep=True) as bar,
         multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool,
     ):
         bar.update(sum(_range(source, number, shards)[2] for number in range(shards) if number not in missing))
@@ -141,9 +141,9 @@ class ArrayRecords:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
+        """Raises BadSample for a record without a list of turns."""
         found = self._records[int(index)]
         return Record(found["id"].decode(), tuple(found["images"]), json.loads(found["conversations"]))
 
-    def texts(self):
-        for index in range(len(self)):
-            yield from (turn["value"] for turn in self[index].conversation if isinstance(turn.get("value"), str))
+    def texts(self) -> Iterator[str]:
+        return texts(self)

@@ -7,13 +7,13 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
-from deltallava_jax.data.conversation import Template, rounds, tokenize
+from deltallava_jax.data.conversation import Template, read_turns, tokenize
 from deltallava_jax.data.images import load_image
-from deltallava_jax.data.sources import Source
+from deltallava_jax.data.records import Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import FAULTS, BadSample
+from deltallava_jax.progress import progress_bar
 
 CHUNK = 64
 EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -40,16 +40,13 @@ class Checker:
             name = f"record {index}"
             record = self.source[index]
             name, found["id"] = record.id, record.key
-            pairs = rounds(record.conversation)
-            tokenized = tokenize(pairs, self.template, self.tokenizer)
+            conversation = read_turns(record.conversation, len(record.images))
+            tokenized = tokenize(conversation, self.template, self.tokenizer)
         except BadSample as error:
             why = str(error) if name in str(error) else f"{name}: {error}"
             return bad(error.kind, why)
         tokens, images = len(tokenized.ids), len(record.images)
-        found |= {"tokens": tokens, "images": images, "rounds": len(pairs), "cut": tokens > self.limit}
-        if len(tokenized.image_positions) != images:
-            markers = len(tokenized.image_positions)
-            return bad("markers", f"{record.id}: {markers} <image> markers, but {images} images")
+        found |= {"tokens": tokens, "images": images, "rounds": len(conversation.rounds), "cut": tokens > self.limit}
         if (tokenized.image_positions >= self.limit).any():
             return bad("beyond", f"{record.id}: an image lies beyond {self.limit} text tokens")
         if not tokenized.loss_mask[: self.limit].any():
@@ -73,7 +70,7 @@ def check(checker: Checker, workers: int, examples: int = 5) -> dict:
     indices = range(len(checker.source))
     with (
         multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool,
-        tqdm(total=len(indices), desc="checking", unit=" records", disable=None, leave=False) as bar,
+        progress_bar(what="checking", total=len(indices), unit="records") as bar,
     ):
         for found in pool.imap(checker, indices, chunksize=CHUNK):
             bar.update()

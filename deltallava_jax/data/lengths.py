@@ -6,13 +6,13 @@ import hashlib
 import os
 
 import numpy as np
-from tqdm import tqdm
 
-from deltallava_jax.data.conversation import Template, rounds, text_pieces
+from deltallava_jax.data.conversation import Template, read_turns, text_pieces
 from deltallava_jax.data.llava_json import cache_folder
-from deltallava_jax.data.sources import Source
+from deltallava_jax.data.records import Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import BadSample
+from deltallava_jax.progress import progress_bar
 
 BATCH = 2000  # records whose texts are tokenized together, on all cores
 
@@ -29,7 +29,7 @@ def measure(source: Source, template: Template, tokenizer: Tokenizer) -> tuple[n
             with np.load(file) as kept:
                 return kept["tokens"], kept["images"]
     counts = np.zeros((len(source), 2), np.int32)
-    bar = tqdm(total=len(source), desc="measuring", unit=" records", disable=None, leave=False)
+    bar = progress_bar(what="measuring", total=len(source), unit="records")
     for start in range(0, len(source), BATCH):
         stop = min(start + BATCH, len(source))
         counts[start:stop] = _measure(source, start, stop, template, tokenizer)
@@ -50,10 +50,8 @@ def _measure(source: Source, start: int, stop: int, template: Template, tokenize
     for index in range(start, stop):
         try:
             record = source[index]
-            own = text_pieces(rounds(record.conversation), template)
+            own = text_pieces(read_turns(record.conversation, len(record.images)), template, tokenizer)
         except BadSample:
-            continue
-        if len(own) - 1 != len(record.images):
             continue
         counts[index - start] = len(own) - 1 + (tokenizer.bos is not None), len(own) - 1
         pieces += own

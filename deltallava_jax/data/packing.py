@@ -66,6 +66,14 @@ class Plan:
             epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
             return self._epoch(epoch)[number - self._starts[epoch]]
 
+    def epochs_at(self, steps: int) -> float:
+        """Epochs that are done after so many steps, one at least."""
+        with PLANNING:
+            self._reach(step=steps - 1)
+            epoch = int(np.searchsorted(self._starts, steps - 1, side="right")) - 1
+            first, end = self._starts[epoch : epoch + 2]
+        return epoch + (steps - first) / (end - first)
+
     def steps_for(self, epochs: float) -> int:
         """Steps that ``epochs`` epochs take, a fraction of the last one rounded up."""
         whole = int(epochs)

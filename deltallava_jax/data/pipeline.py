@@ -10,28 +10,29 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import grain
-import jax
 import numpy as np
 
 from deltallava_jax.config import DataConfig, VisionConfig
-from deltallava_jax.data.conversation import TEMPLATES, Tokenized, rounds, tokenize
+from deltallava_jax.data.conversation import TEMPLATES, Tokenized, end_ids, read_turns, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.lengths import measure
 from deltallava_jax.data.packing import Plan
-from deltallava_jax.data.sources import Record, Source
+from deltallava_jax.data.records import Record, Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.sequence import Batch
 
 
-@jax.tree_util.register_dataclass  # so that grain finds the arrays and hands them over in shared memory
 @dataclass(frozen=True)
 class Element:
-    """One step's rows of this process (numpy), its budget, and "record: reason" for each record left out."""
+    """One step's rows in this process (numpy), its budget, and "record: reason" for each record left out.
+
+    A worker sends it whole through a pipe: to grain it is no tree of arrays, which would travel in shared memory. That
+    is freed by a thread that the end of the program cuts short, and containers have little of it."""
 
     batch: Batch
     budget: int
@@ -45,7 +46,7 @@ class Rows:
         if cfg.template not in TEMPLATES:
             raise ConfigError(f"data.template is {cfg.template!r}; known: {', '.join(TEMPLATES)}")
         end = TEMPLATES[cfg.template].end
-        if end.startswith("<") and len(tokenizer.encode(end)[0]) != 1:
+        if end.startswith("<") and len(end_ids(TEMPLATES[cfg.template], tokenizer)) != 1:
             raise ConfigError(
                 f"data.template {cfg.template} closes answers with {end}, which is no token of this tokenizer"
             )
@@ -55,28 +56,20 @@ class Rows:
 
     def tokenize(self, record: Record) -> Tokenized:
         """The record's tokens. Raises BadSample for turns out of order, or markers that do not match the images."""
-        tokenized = tokenize(rounds(record.conversation), TEMPLATES[self.cfg.template], self.tokenizer)
-        if len(tokenized.image_positions) != len(record.images):
-            markers = len(tokenized.image_positions)
-            raise BadSample(f"{markers} <image> markers, but {len(record.images)} images", "markers")
-        return tokenized
+        conversation = read_turns(record.conversation, len(record.images))
+        return tokenize(conversation, TEMPLATES[self.cfg.template], self.tokenizer)
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """(text tokens, images) of every record; (0, 0) for one whose conversation is broken."""
         return measure(self.source, TEMPLATES[self.cfg.template], self.tokenizer)
 
-    def build(self, rows: list[list[int]], text: int, images: int) -> tuple[Batch, tuple[str, ...]]:
-        """A batch of ``rows`` with T = text and I = images, and the faults met."""
-        B, size, fill = len(rows), self.vision.image_size, self.vision.mean_color
-        batch = Batch(
-            tokens=np.zeros((B, text), np.int32),
-            loss_mask=np.zeros((B, text), bool),
-            segments=np.zeros((B, text), np.int32),
-            image_positions=np.full((B, images), text, np.int32),
-            images=np.zeros((B, images, size, size, 3), np.uint8),
-            questions=np.zeros((B, images, 2), np.int32),
-            branches=np.zeros((B, text), np.int32) if self.cfg.independent_rounds else None,
-        )
+    def build(
+        self, rows: list[list[int]], text: int, images: int, silent: Collection[int] = ()
+    ) -> tuple[Batch, tuple[str, ...]]:
+        """A batch of ``rows`` with T = text and I = images, and the faults met; those of the rows ``silent`` are not
+        told: another process, which holds the same rows, tells them."""
+        size, fill = self.vision.image_size, self.vision.mean_color
+        batch = Batch.empty(len(rows), text, images, size, branches=self.cfg.independent_rounds)
         faults = []
         for row, records in enumerate(rows):
             start = placed = segment = 0
@@ -93,7 +86,8 @@ class Rows:
                     if not tokenized.loss_mask[: end - start].any():
                         raise BadSample(f"no supervised token in its first {end - start} tokens", "unsupervised")
                 except BadSample as error:
-                    faults.append(f"{name}: {error}")
+                    if row not in silent:
+                        faults.append(f"{name}: {error}")
                     continue
                 segment += 1
                 batch.tokens[row, start:end] = tokenized.ids[: end - start]
@@ -114,27 +108,28 @@ class Rows:
 
 @dataclass(frozen=True)
 class _BuildStep:
-    """One step number -> its Element, for this process's share of the rows. Runs in the workers."""
+    """One step number -> its Element, with the rows that this process holds. Runs in the workers."""
 
     rows: Rows
     plan: Plan
-    process: int
-    processes: int
+    held: Mapping[int, bool] | None
 
     def __call__(self, number: int) -> Element:
         step = self.plan.step(int(number))
-        share = len(step.rows) // self.processes
-        mine = step.rows[self.process * share : (self.process + 1) * share]
-        batch, faults = self.rows.build(mine, step.text, step.images)
+        held = dict.fromkeys(range(len(step.rows)), True) if self.held is None else self.held
+        silent = {place for place, first in enumerate(held.values()) if not first}
+        batch, faults = self.rows.build([step.rows[row] for row in held], step.text, step.images, silent)
         return Element(batch, step.budget, faults)
 
 
 def elements(
-    rows: Rows, plan: Plan, start: int, stop: int, *, workers: int, process: int = 0, processes: int = 1
+    rows: Rows, plan: Plan, start: int, stop: int, *, workers: int, held: Mapping[int, bool] | None = None
 ) -> Iterator[Element]:
-    """Elements of steps start to stop - 1, in order, built ahead in ``workers`` processes (0: in this one)."""
+    """Elements of steps start to stop - 1, in order, built ahead in ``workers`` processes (0: in this one).
+
+    held: the rows that this process needs, and of each whether its faults are told here; by default all of them."""
     numbers = grain.MapDataset.range(start, stop)
-    dataset = numbers.map(_BuildStep(rows, plan, process, processes)).to_iter_dataset(
+    dataset = numbers.map(_BuildStep(rows, plan, held)).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     )
     if workers:

@@ -38,10 +38,10 @@ from transformers import (  # noqa: E402
 )
 
 from deltallava_jax.config import ASPECTS, Config, FastVConfig, OptimizerConfig, ProjectorConfig, to_dict  # noqa: E402
+from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
 from deltallava_jax.convert.read import Pretrained, read  # noqa: E402
 from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir  # noqa: E402
-from deltallava_jax.convert.write import write_hf, write_llava  # noqa: E402
-from deltallava_jax.data import tokens  # noqa: E402
+from deltallava_jax.data import conversation, tokens  # noqa: E402
 from deltallava_jax.data.conversation import TEMPLATES, tokenize  # noqa: E402
 from deltallava_jax.data.images import load_image  # noqa: E402
 from deltallava_jax.errors import ConfigError, ConversionError  # noqa: E402
@@ -432,7 +432,7 @@ def ready(model: Pretrained, folder) -> Model:
 def assert_processor_agrees(processor, config, tokenizer, pictures, opened: int = 1):
     """Its text ids are ours, with ``opened`` image tokens for each placeholder; the pixels are of the tower's size."""
     inputs = processor(images=pictures[:1], text=vicuna(PROMPT), return_tensors="pt")
-    mine = tokenize([(f"<image>\n{PROMPT}", None)], TEMPLATES["vicuna_v1"], tokenizer).ids.tolist()
+    mine = tokenize(conversation.asked([(PROMPT, None)], 1), TEMPLATES["vicuna_v1"], tokenizer).ids.tolist()
     token = config.image_token_index
     assert inputs["input_ids"][0].tolist() == [i for x in mine for i in ([token] * opened if x == 0 else [x])]
     assert inputs["pixel_values"].shape == (1, 3, SIDE, SIDE)
@@ -606,7 +606,7 @@ def test_questions_of_a_long_conversation(decoder, composed, saved, tmp_path):
     rounds = [template.user.format(question) + template.assistant for question, _ in CONVERSATION]
     answers = [f" {answer}{template.end}" for _, answer in CONVERSATION[:-1]] + [""]
     text = template.system + "".join(part for pair in zip(rounds, answers, strict=True) for part in pair)
-    mine = tokenize(CONVERSATION, template, tokens.load(saved(decoder)))
+    mine = tokenize(conversation.asked(CONVERSATION, 5), template, tokens.load(saved(decoder)))
     inputs = processor(text=text)
     found = [
         [token for token, live in zip(ids, mask, strict=True) if live]

@@ -28,7 +28,7 @@ from deltallava_jax.convert.read import Pretrained
 from deltallava_jax.convert.tensors import Tensor, find
 from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir
 from deltallava_jax.data import sources, tokens
-from deltallava_jax.data.conversation import TEMPLATES, Template, tokenize
+from deltallava_jax.data.conversation import TEMPLATES, Template, asked, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.errors import BadSample, CheckpointError, ConfigError, ConversionError
 from deltallava_jax.inference import model as inference
@@ -205,7 +205,7 @@ def prompted(monkeypatch) -> list:
 
 
 def assert_same_prompt(prompt, text: str, template: Template, tokenizer) -> None:
-    expected = tokenize([(text, None)], template, tokenizer)
+    expected = tokenize(asked([(text, None)], text.count("<image>")), template, tokenizer)
     np.testing.assert_array_equal(prompt.ids, expected.ids)
     np.testing.assert_array_equal(prompt.image_positions, expected.image_positions)
 

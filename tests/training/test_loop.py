@@ -9,7 +9,7 @@ import tiny
 
 from deltallava_jax.config import override
 from deltallava_jax.data import easy_vqa
-from deltallava_jax.data.sources import Record
+from deltallava_jax.data.records import Record
 from deltallava_jax.errors import CheckpointError, NonFiniteLoss, TooManyFaults
 from deltallava_jax.parallel.mesh import make_mesh
 from deltallava_jax.training.checkpoints import Checkpoints

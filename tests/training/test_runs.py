@@ -55,7 +55,7 @@ def test_killed_during_a_save_and_started_again_the_losses_are_the_same_to_the_b
     assert not list((tmp_path / "checkpoints").glob("*-tmp*"))  # what was cut short is gone
 
 
-def test_sigterm_during_a_save_saves_the_current_step(undisturbed, tmp_path):
+def test_sigterm_during_a_save_and_ctrl_c_save_the_current_step(undisturbed, tmp_path):
     process = start(tmp_path, *OFTEN, "--config.data.workers=1")
     wait_for(tmp_path, 50, process)
     wait_for_a_save(tmp_path, process)
@@ -64,8 +64,40 @@ def test_sigterm_during_a_save_saves_the_current_step(undisturbed, tmp_path):
     done = len(losses(tmp_path))
     assert f"SIGTERM: saving step {done}" in err and done < 160
     assert Checkpoints(tmp_path).latest() == done
-    finish(start(tmp_path, *LONG))
+    assert "leaked" not in err
+
+    process = start(tmp_path, *LONG, "--config.data.workers=1")
+    wait_for(tmp_path, done + 5, process)
+    os.killpg(process.pid, signal.SIGINT)  # as terminals do
+    _, err = finish(process, code=130)
+    stopped = len(losses(tmp_path))
+    assert f"Ctrl-C: saving step {stopped}; the same command resumes from it" in err and stopped < 160
+    assert Checkpoints(tmp_path).latest() == stopped
+
+    _, err = finish(start(tmp_path, *LONG, "--config.data.workers=1"))
     assert losses(tmp_path) == losses(undisturbed)
+    assert "leaked" not in err  # shared memory, at the end of Python
+    assert "\r" not in err and max(map(len, err.splitlines())) < 300  # stderr is no terminal
+    assert "training: 160 of 160 steps, loss" in err
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    program = """
+import os, signal, time
+from deltallava_jax.training.loop import _stopping
+with _stopping() as stop:
+    assert stop(1) is None
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop(2) == "Ctrl-C"
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(600)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.splitlines()[-1] == "Ctrl-C: saving after this step; once more ends at once"
 
 
 def test_two_kills_at_random_change_nothing(tmp_path):
@@ -112,12 +144,16 @@ def test_training_learns_and_leaves_what_it_says(undisturbed):
     assert 0.1 < lines(undisturbed)[-1]["host_memory"] < 32  # GiB
     assert (undisturbed / "tokenizer.json").exists() and (undisturbed / "config.json").exists()
     assert len(list((undisturbed / "checkpoints").iterdir())) == 2
+    table = (undisturbed / "parameters.txt").read_text()
+    assert "decoder/layers/q/kernel" in table and "projector (trained)" in table
 
 
 def test_eval_writes_the_report(undisturbed):
     out, _ = finish(evaluate(undisturbed, "--limit", 200, "--blind"))
-    report = json.loads((undisturbed / "eval" / "easy_vqa_blind_limit200.json").read_text())
-    assert report["task"] == "easy_vqa" and report["n"] == 200 and report["budget"] == 4 and report["blind"]
+    assert not (undisturbed / "eval" / "easy_vqa.json").exists()  # a control's result is never the run's
+    report = json.loads((undisturbed / "eval" / "easy_vqa_4_noise_limit200.json").read_text())
+    assert report["task"] == "easy_vqa" and report["n"] == 200 and report["budget"] == 4
+    assert report["images"] == "noise"
     assert sum(kind["n"] for kind in report["by_type"].values()) == 200
     hits = sum(kind["accuracy"] * kind["n"] for kind in report["by_type"].values())
     assert report["accuracy"] == pytest.approx(hits / 200) and report["seconds"] > 0
