@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
 import json
 import math
+import traceback
 import types
 import typing
 from pathlib import Path
@@ -16,7 +18,7 @@ from deltallava_jax.config.checks import nearest, require
 from deltallava_jax.config.model import ProjectorConfig, published
 from deltallava_jax.config.presets import preset
 from deltallava_jax.config.run import Config
-from deltallava_jax.errors import ConfigError
+from deltallava_jax.errors import ConfigError, UserError
 
 
 def to_dict(config) -> dict:
@@ -112,27 +114,39 @@ def load_config(path: str | Path) -> Config:
         name, argument = path.name.rsplit(":", 1)
         path, arguments = path.with_name(name), [argument]
     if not path.is_file():
-        raise ConfigError(f"config file {str(path)!r} does not exist")
+        raise ConfigError(f"config file {str(path)!r} {'is no file' if path.exists() else 'does not exist'}")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None:
         raise ConfigError(f"config file {str(path)!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _in_file(path):
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise ConfigError(f"config file {str(path)!r}: {error}") from error
     if not hasattr(module, "get_config"):
         raise ConfigError(f"config file {str(path)!r} has no get_config()")
     try:
         inspect.signature(module.get_config).bind(*arguments)
     except TypeError as error:
         raise ConfigError(f"config file {str(path)!r}: get_config({', '.join(arguments)}): {error}") from error
-    config = module.get_config(*arguments)
+    with _in_file(path):
+        config = module.get_config(*arguments)
     require(isinstance(config, Config), f"config file {str(path)!r}: get_config() did not return a Config")
     return config
 
 
 _LARGEST = 2**63 - 1
+
+
+@contextlib.contextmanager
+def _in_file(path: Path):
+    """ConfigError, with the line, for whatever the user's own code raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        where = f", line {last.lineno}" if last.filename == str(path) else ""
+        raise ConfigError(f"config file {str(path)!r}{where}: {type(error).__name__}: {error}") from error
 
 
 def _dataclass_in(hint) -> type | None:
