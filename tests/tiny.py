@@ -47,7 +47,7 @@ def make_run(cfg: c.Config, source=None):
 
     source = source or training_source(cfg.data)
     tokenizer = tokens.train(source.texts(), cfg.model.decoder.vocab_size)
-    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision)
+    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, projectors.question_length(cfg.model.projector))
     lengths, images = rows.lengths()
     budgets = projectors.budgets(cfg.model.projector)
     plan = PackPlan(lengths, images, budgets=budgets, rows=cfg.data.rows, row_length=cfg.data.row_length, seed=cfg.seed)

@@ -79,7 +79,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
         say(note)
     tokenizer = workdir.tokenizer
     evaluate = validation(cfg, tokenizer)
-    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision)
+    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, projectors.question_length(cfg.model.projector))
     lengths, images = rows.lengths()
     plan = plan_for(cfg.data, lengths, images, budgets[:1] if cfg.training.every_budget else budgets, cfg.seed)
     steps = cfg.training.steps or plan.steps_for(cfg.training.epochs)

@@ -41,7 +41,10 @@ class Element:
 class Rows:
     """Builds rows from record ids; sent to the workers."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, cfg: DataConfig, vision: VisionConfig):
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, cfg: DataConfig, vision: VisionConfig, question_length: int = 0
+    ):
+        """question_length: tokens of a question that the projector reads; 0: it reads none."""
         if cfg.template not in TEMPLATES:
             raise ConfigError(f"data.template is {cfg.template!r}; known: {', '.join(TEMPLATES)}")
         end = TEMPLATES[cfg.template].end
@@ -52,11 +55,13 @@ class Rows:
         if cfg.independent_rounds and not TEMPLATES[cfg.template].user.startswith("{}"):
             raise ConfigError(f"data.independent_rounds needs a template without a question prefix, not {cfg.template}")
         self.source, self.tokenizer, self.cfg, self.vision = source, tokenizer, cfg, vision
+        self.question_length = question_length
 
     def tokenize(self, record: Record) -> Tokenized:
         """The record's tokens. Raises BadSample for turns out of order, or markers that do not match the images."""
         conversation = read_turns(record.conversation, len(record.images))
-        return tokenize(conversation, TEMPLATES[self.cfg.template], self.tokenizer)
+        template = TEMPLATES[self.cfg.template]
+        return tokenize(conversation, template, self.tokenizer, question_length=self.question_length)
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """(text tokens, images) of every record; (0, 0) for one whose conversation is broken."""
@@ -68,7 +73,8 @@ class Rows:
         """A batch of ``rows`` with T = text and I = images, and the faults met; those of the rows ``silent`` are not
         told: another process, which holds the same rows, tells them."""
         size, fill = self.vision.image_size, self.vision.mean_color
-        batch = Batch.empty(len(rows), text, images, size, branches=self.cfg.independent_rounds)
+        more = dict(question=self.question_length, branches=self.cfg.independent_rounds)
+        batch = Batch.empty(len(rows), text, images, size, **more)
         faults = []
         for row, records in enumerate(rows):
             start = placed = segment = 0
@@ -98,7 +104,8 @@ class Rows:
                     tokenized.image_positions, tokenized.questions, pixels, strict=True
                 ):
                     batch.image_positions[row, placed] = start + position
-                    batch.questions[row, placed] = np.minimum(start + question, end)
+                    if batch.questions is not None:
+                        batch.questions[row, placed] = question
                     batch.images[row, placed] = image
                     placed += 1
                 start = end
