@@ -19,18 +19,25 @@ PATHS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError,
 
 
 def overrides(rest: list[str], command: str) -> dict[str, str]:
-    """{dotted key: text} of --config.KEY=VALUE or --config.KEY VALUE arguments. Raises ConfigError for any other."""
+    """{dotted key: text} of --config.KEY=VALUE or --config.KEY VALUE arguments. Raises ConfigError for any other,
+    with the command whose --help tells the rest."""
     found, rest = {}, list(rest)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         if not name.startswith("--config."):
-            raise ConfigError(f"unknown argument {name!r}; see python {command} --help")
+            raise ConfigError(f"unknown argument {name!r}; see {command} --help")
         if not equals:
             if not rest:
                 raise ConfigError(f"{name} has no value")
             value = rest.pop(0)
         found[name.removeprefix("--config.")] = value
     return found
+
+
+def door(name: str) -> str:
+    """How a command is called from where this one was: "python train.py" beside the files, else "deltallava train"."""
+    beside = Path(f"{name}.py").is_file() and Path(sys.argv[0]).name != "deltallava"
+    return f"python {name}.py" if beside else f"deltallava {name}"
 
 
 def say(line: str) -> None:
