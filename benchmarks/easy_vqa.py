@@ -252,7 +252,7 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
         )
         mesh, source = make_mesh(cfg, jax.devices()[:1]), training_source(cfg.data)
         tokenizer = tokenizers.train(source.texts(), cfg.model.decoder.vocab_size)
-        rows = Rows(source, tokenizer, cfg.data, cfg.model.vision)
+        rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, projectors.question_length(cfg.model.projector))
         budget = next((b for b in projectors.budgets(cfg.model.projector) if b <= tokens), GRID**2)
         plan = rows.plan((budget,), cfg.seed)
         element = next(elements(rows, plan, 0, 1, workers=0))

@@ -1,7 +1,7 @@
 """What configs/easy_vqa.py is worth: five seeds of it, and what each of its choices does.
 
     python benchmarks/easy_vqa_recipe.py                      # five seeds, with both controls; a finished run is kept
-    python benchmarks/easy_vqa_recipe.py --trials adamw,rows_4  # one choice changed, the rest as it is; see TRIALS
+    python benchmarks/easy_vqa_recipe.py --trials adamw,rate_1   # short runs with one choice changed; see TRIALS
 
 A run is train.py and eval.py as a user starts them; its result is one file in benchmarks/results/easy_vqa_recipe/, so
 that an interrupted set of runs goes on where it stopped. Seconds of CPU count training, its data worker and compiling;
@@ -22,7 +22,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "easy_vqa_recipe"
 SEEDS = (0, 1, 2, 3, 4)
-TRIALS: dict[str, dict] = {}
+FEW = {"training.steps": 300, "training.eval_every": 0}  # enough to tell most choices apart
+TRIALS = {
+    "as_it_is": FEW,
+    "adamw": FEW | {"optimizer.name": "adamw", "optimizer.lr": 4e-4},
+    "rate_1": FEW | {"optimizer.muon_rate": 1.0},
+    "rate_10": FEW | {"optimizer.muon_rate": 10.0},
+    "iterations_3": FEW | {"optimizer.muon_iterations": 3},
+    "rows_4": FEW | {"data.rows": 4, "training.steps": 600},
+}
 
 
 def run(name: str, settings: dict, controls: tuple[str, ...], folder: Path, note: str) -> None:
@@ -80,6 +88,18 @@ def measure(*arguments: str) -> dict:
     }
 
 
+def summary() -> None:
+    """The seeds that are there as rows of a table: least to greatest."""
+    runs = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("seed-*.json"))]
+    between = lambda values, digits: " to ".join(f"{end(values):.{digits}f}" for end in (min, max))
+    for images in ("real", "shuffled", "noise") if runs else ():
+        scores = [run["accuracy"][images] for run in runs]
+        columns = [between([score[kind] for score in scores], 3) for kind in ("all", "color", "shape", "yes/no")]
+        print(f"| {images} | {' | '.join(columns)} |")
+    for key in ("train_seconds", "train_cpu_seconds", "eval_seconds", "train_peak_gib") if runs else ():
+        print(f"{key}: {between([run[key] for run in runs], 2)} in {len(runs)} runs")
+
+
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -108,6 +128,7 @@ def main() -> None:
         return
     for seed in map(int, options.seeds.split(",")):
         run(f"seed-{seed}", {"seed": seed}, ("shuffled", "noise"), options.runs, options.note)
+    summary()
 
 
 if __name__ == "__main__":

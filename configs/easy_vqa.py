@@ -21,7 +21,7 @@ def base(name: str, projector: dict, *, data: dict = {}, training: dict = {}) ->
             c.preset(c.DecoderConfig, "tiny"),
             small | projector,
             dtype="float32",
-            remat="full",  # on a CPU recomputing is faster than storing
+            remat="full",  # on a CPU recomputing takes no longer than storing
         ),
         data=c.DataConfig(
             **dict(

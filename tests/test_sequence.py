@@ -263,3 +263,4 @@ def test_an_empty_batch_is_padding_and_its_shapes_are_those_of_shapes(branches):
     assert about(Batch.shapes(3, 7, 2, 4, branches=branches)) == about(batch)
     assert batch.images.shape == (3, 2, 4, 4, 3) and (batch.branches is not None) == branches
     assert Batch.shapes(3, 7, 0).images.shape == (3, 0, 0, 0, 3)
+    assert batch.questions is None and (Batch.empty(3, 7, 2, question=5).questions == np.full((3, 2, 5), -1)).all()

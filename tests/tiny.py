@@ -46,7 +46,7 @@ def make_run(cfg: c.Config, source=None):
 
     source = source or training_source(cfg.data)
     tokenizer = tokens.train(source.texts(), cfg.model.decoder.vocab_size)
-    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision)
+    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, projectors.question_length(cfg.model.projector))
     return rows, rows.plan(projectors.budgets(cfg.model.projector), cfg.seed), tokenizer
 
 

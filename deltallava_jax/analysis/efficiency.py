@@ -167,7 +167,7 @@ def exact(cfg: ModelConfig, text: int, new: int) -> dict[str, int]:
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
     made = jax.ShapeDtypeStruct((1, V, cfg.decoder.width), cfg.dtype)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    prompt = Batch.shapes(1, text + 1, 1)
+    prompt = Batch.shapes(1, text + 1, 1, question=projectors.question_length(cfg.projector))
 
     def see(params, images):
         prune = projectors.pruning(params["projector"], cfg.projector)

@@ -94,7 +94,12 @@ def heat_maps(
         said = answer
         if said is None:
             said = model.generate(image, prompt, budget=budget, max_new_tokens=max_new_tokens)
-        row = _row(tokenize(asked([(prompt, said)], 1), TEMPLATES[model.template], model.tokenizer))
+        row = _row(
+            tokenize(
+                asked([(prompt, said)], 1), TEMPLATES[model.template], model.tokenizer,
+                question_length=projectors.question_length(model.cfg.projector),
+            )
+        )  # fmt: skip
         heat, log_probability = _heat(model.params, model.cfg, pixels, row, budget=budget, method=method)
         places = _places(model.params, model.cfg, pixels, budget)
         found.append(HeatMap(_on_grid(model.cfg.projector, heat, places), budget, said, float(log_probability)))

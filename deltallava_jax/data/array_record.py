@@ -13,7 +13,7 @@ from pathlib import Path
 from deltallava_jax.data.check import examine
 from deltallava_jax.data.llava_json import LlavaJson
 from deltallava_jax.data.records import Mixture, Record, texts
-from deltallava_jax.errors import BadSample, ConfigError, TooManyFaults
+from deltallava_jax.errors import BadSample, ConfigError, TooManyFaults, count_faults
 from deltallava_jax.progress import progress_bar
 
 SHARD = 2000  # records of a shard
@@ -52,8 +52,8 @@ def build(source: LlavaJson | Mixture, folder: Path, workers: int) -> dict:
     reports = [json.loads(_report(folder, number, shards).read_text()) for number in range(shards)]
     faults = [tuple(fault) for report in reports for fault in report["faults"]]
     if not any(report["records"] for report in reports):
-        first = f"; the first: {faults[0][1]}" if faults else ""
-        raise TooManyFaults(f"none of the {len(source):,} records can be used{first}")
+        told = count_faults(kind for kind, _ in faults)
+        raise TooManyFaults(f"none of the {len(source):,} records can be used: {told}")
     _write_metadata(folder, reports)
     return {
         "records": sum(report["records"] for report in reports),

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 
@@ -91,7 +90,7 @@ def _build(options: argparse.Namespace) -> None:
     from deltallava_jax.config import DataConfig
     from deltallava_jax.data.array_record import build
     from deltallava_jax.data.sources import training_source
-    from deltallava_jax.errors import FAULTS
+    from deltallava_jax.errors import count_faults
 
     source = training_source(DataConfig(dataset="llava", json=tuple(options.json), images=options.images))
     made = build(source, options.out, options.workers)
@@ -99,9 +98,5 @@ def _build(options: argparse.Namespace) -> None:
     if made["faults"]:
         listed = options.out / "faults.txt"
         listed.write_text("".join(f"{why}\n" for _, why in made["faults"]))
-        kinds = Counter(kind for kind, _ in made["faults"])
-        print(
-            f"{len(made['faults']):,} records were left out, listed in {listed}: "
-            + ", ".join(f"{count:,} {FAULTS[kind]}" for kind, count in kinds.items()),
-            file=sys.stderr,
-        )
+        kinds = count_faults(kind for kind, _ in made["faults"])
+        print(f"{len(made['faults']):,} records were left out, listed in {listed}: {kinds}", file=sys.stderr)

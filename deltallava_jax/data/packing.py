@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deltallava_jax.config import DataConfig
-from deltallava_jax.errors import BadSample, ConfigError, TooManyFaults
+from deltallava_jax.errors import BadSample, ConfigError, TooManyFaults, count_faults
 from deltallava_jax.sequence import budget_at
 
 POOL = 256  # records that a row is filled from, the oldest first and, towards its end, those that fill it best
@@ -65,8 +65,9 @@ class Plan:
         self.faults |= faults
         self.records = np.delete(np.arange(len(self.lengths)), sorted(self.faults))
         if not len(self.records):
+            told = count_faults(error.kind for error in self.faults.values())
             first = self.faults[min(self.faults)]
-            raise TooManyFaults(f"none of the {len(self.lengths):,} records can be used; the first: {first}")
+            raise TooManyFaults(f"none of the {len(self.lengths):,} records can be used: {told}; the first: {first}")
 
     @property
     def room(self) -> np.ndarray:

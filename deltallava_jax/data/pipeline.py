@@ -43,7 +43,10 @@ class Element:
 class Rows:
     """Builds rows from record ids; sent to the workers."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, cfg: DataConfig, vision: VisionConfig):
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, cfg: DataConfig, vision: VisionConfig, question_length: int = 0
+    ):
+        """question_length: tokens of a question that the projector reads; 0: it reads none."""
         if cfg.template not in TEMPLATES:
             raise ConfigError(f"data.template is {cfg.template!r}; known: {', '.join(TEMPLATES)}")
         end = TEMPLATES[cfg.template].end
@@ -54,12 +57,14 @@ class Rows:
         if cfg.independent_rounds and not TEMPLATES[cfg.template].user.startswith("{}"):
             raise ConfigError(f"data.independent_rounds needs a template without a question prefix, not {cfg.template}")
         self.source, self.tokenizer, self.cfg, self.vision = source, tokenizer, cfg, vision
+        self.question_length = question_length
 
     def read(self, index: int, room: int) -> tuple[Record, Tokenized]:
         """A record and its tokens. Raises BadSample, naming the record, if it cannot be trained on in a row with room
         for so many text tokens."""
         record, conversation = read(self.source, index)
-        tokenized = tokenize(conversation, TEMPLATES[self.cfg.template], self.tokenizer)
+        template = TEMPLATES[self.cfg.template]
+        tokenized = tokenize(conversation, template, self.tokenizer, question_length=self.question_length)
         if (tokenized.image_positions >= room).any():
             raise BadSample(f"{record.id}: an image lies beyond the row's {room} text tokens", "beyond")
         if not tokenized.loss_mask[:room].any():
@@ -113,7 +118,9 @@ class Rows:
     ) -> tuple[Batch, tuple[str, ...]]:
         """A batch of ``rows`` with T = text and I = images, and the faults met; those of the rows ``silent`` are not
         told: another process, which holds the same rows, tells them."""
-        batch = Batch.empty(len(rows), text, images, self.vision.image_size, branches=self.cfg.independent_rounds)
+        size = self.vision.image_size
+        more = dict(question=self.question_length, branches=self.cfg.independent_rounds)
+        batch = Batch.empty(len(rows), text, images, size, **more)
         faults = []
         for row, records in enumerate(rows):
             start = placed = segment = 0
@@ -135,7 +142,8 @@ class Rows:
                     tokenized.image_positions, tokenized.questions, pixels, strict=True
                 ):
                     batch.image_positions[row, placed] = start + position
-                    batch.questions[row, placed] = np.minimum(start + question, end)
+                    if batch.questions is not None:
+                        batch.questions[row, placed] = question
                     batch.images[row, placed] = image
                     placed += 1
                 start = end

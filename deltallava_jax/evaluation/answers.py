@@ -71,7 +71,8 @@ class Answerer:
     ) -> list[str]:
         model, template = self.model, TEMPLATES[self.model.template]
         conversations = [asked([(text.replace(IMAGE, ""), None)], images) for text in questions]
-        prompts = [tokenize(conversation, template, model.tokenizer) for conversation in conversations]
+        read = projectors.question_length(model.cfg.projector)
+        prompts = [tokenize(each, template, model.tokenizer, question_length=read) for each in conversations]
         length = bucket(max(len(prompt.ids) for prompt in prompts))
         batch = jax.device_put(prompt_batch(prompts, length), self._split)
         visual = None, None

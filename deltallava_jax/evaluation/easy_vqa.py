@@ -58,7 +58,8 @@ def evaluate(
     engine, sampling = Engine(params, cfg.model), Sampling(max_new_tokens=cfg.evaluation.max_new_tokens)
     visual, valid = (None, None) if asks else _encode(engine, pixels, budget)
     template = TEMPLATES[cfg.data.template]
-    prompts = [tokenize(asked([(q.question, None)], 1), template, tokenizer) for q in questions]
+    read = projectors.question_length(cfg.model.projector)
+    prompts = [tokenize(asked([(q.question, None)], 1), template, tokenizer, question_length=read) for q in questions]
     length = max(len(prompt.ids) for prompt in prompts)
     size = min(cfg.evaluation.batch_size, len(questions))
     answers = []

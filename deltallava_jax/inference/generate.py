@@ -37,7 +37,8 @@ def prompt_batch(prompts: Sequence[Tokenized], length: int) -> Batch:
     """Prompts, one a row, padded on the right to ``length`` text tokens; images are given encoded.
 
     Raises ValueError for a prompt that is longer or empty."""
-    batch = Batch.empty(len(prompts), length, max(len(prompt.image_positions) for prompt in prompts))
+    images = max(len(prompt.image_positions) for prompt in prompts)
+    batch = Batch.empty(len(prompts), length, images, question=prompts[0].questions.shape[1])
     for row, prompt in enumerate(prompts):
         count = len(prompt.ids)
         if not 0 < count <= length:
@@ -45,7 +46,8 @@ def prompt_batch(prompts: Sequence[Tokenized], length: int) -> Batch:
         batch.tokens[row, :count] = prompt.ids
         batch.segments[row, :count] = 1
         batch.image_positions[row, : len(prompt.image_positions)] = prompt.image_positions
-        batch.questions[row, : len(prompt.questions)] = prompt.questions
+        if batch.questions is not None:
+            batch.questions[row, : len(prompt.questions)] = prompt.questions
     return batch
 
 

@@ -5,14 +5,13 @@ when it is read, an image, is judged as the training goes."""
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import jax
 
 from deltallava_jax.data.conversation import NOTES
 from deltallava_jax.data.packing import Plan
-from deltallava_jax.errors import FAULTS, TooManyFaults
+from deltallava_jax.errors import TooManyFaults, count_faults
 from deltallava_jax.parallel import hosts
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.workdir import Workdir
@@ -31,10 +30,9 @@ def judge(plan: Plan, limit: float, workdir: Path) -> list[str]:
             file.write_text("".join(f"{plan.faults[index]}\n" for index in sorted(plan.faults)))
     said = [f"{count:,} {NOTES[kind]}" for kind, count in plan.notes.items() if count]
     if plan.faults:
-        kinds = Counter(error.kind for error in plan.faults.values())
         told = (
             f"{len(plan.faults):,} of {len(plan.lengths):,} records cannot be used and are left out: "
-            f"{', '.join(f'{count:,} {FAULTS[kind]}' for kind, count in kinds.items())}; they are listed in {file}"
+            f"{count_faults(error.kind for error in plan.faults.values())}; they are listed in {file}"
         )
         if len(plan.faults) > limit * len(plan.lengths):
             raise TooManyFaults(f"{told}. More than data.max_bad_fraction={limit} are too many to train on the rest")

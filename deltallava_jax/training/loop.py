@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -140,7 +140,7 @@ def _stopping() -> Iterator[Callable[[int], str | None]]:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if hosts.leads():
-                print(f"\n{CTRL_C}: saving after this step; once more ends at once", file=sys.stderr, flush=True)
+                os.write(2, f"\n{CTRL_C}: saving after this step; once more ends at once\n".encode())
             if several:
                 signal.raise_signal(signal.SIGTERM)
 

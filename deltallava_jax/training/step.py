@@ -108,7 +108,8 @@ def batch_shapes(cfg: Config, mesh: Mesh, text: int, images: int) -> Batch:
     """The global batch as shapes with their sharding: T text tokens and I image places a row."""
     make = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, ROWS))
     rows, size, branches = cfg.data.rows, cfg.model.vision.image_size, cfg.data.independent_rounds
-    return Batch.shapes(rows, text, images, size, branches=branches, make=make)
+    question = projectors.question_length(cfg.model.projector)
+    return Batch.shapes(rows, text, images, size, question=question, branches=branches, make=make)
 
 
 class TrainStep:

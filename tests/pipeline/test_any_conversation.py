@@ -18,7 +18,7 @@ from deltallava_jax.data.check import examine
 from deltallava_jax.data.conversation import IMAGE, NOTES, TEMPLATES, Conversation, read_turns, text_pieces, tokenize
 from deltallava_jax.data.pipeline import Rows
 from deltallava_jax.data.records import Record
-from deltallava_jax.errors import FAULTS, BadSample
+from deltallava_jax.errors import FAULTS, BadSample, TooManyFaults
 from deltallava_jax.inference.model import Model
 
 SPECIAL = r"</?s>|<pad>|<unk>|<\|\w+\|>"
@@ -91,6 +91,8 @@ def test_what_is_read_is_right_in_check_rows_lengths_and_prompts(name, tokenizer
         for door in (lambda: rows.read(0, ROOM), lambda: examine(One(record), 0)):
             with pytest.raises(BadSample, match="record: "):
                 door()
+        with pytest.raises(TooManyFaults):  # what training says before its first step
+            rows.plan((4,), 0)
         assert (found.tokens[0], found.images[0]) == (0, 0)
         return
     examine(One(record), 0)

@@ -41,8 +41,18 @@ def _run(*command, devices=1, variables={}):
 
 def start_several(count, workdir, *settings, devices=1):
     """``count`` processes as one run, each with so many devices."""
-    explicit = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", count, "--process"]
+    explicit = as_one_run(count)
     return [start(workdir, *settings, *explicit, number, devices=devices) for number in range(count)]
+
+
+def evaluate_several(count, workdir, *settings):
+    explicit = as_one_run(count)
+    return [evaluate(workdir, *settings, *explicit, number) for number in range(count)]
+
+
+def as_one_run(count):
+    """The options of each of ``count`` processes, but for its number."""
+    return ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", count, "--process"]
 
 
 def start_as_slurm(count, workdir, *settings):

