@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import tiny
 
-from deltallava_jax.config import MeshConfig, OptimizerConfig, from_dict, override, to_dict
+from deltallava_jax.config import MeshConfig, OptimizerConfig, from_dict, load_config, override, to_dict
 from deltallava_jax.config.run import Config
 from deltallava_jax.data.pipeline import elements
 from deltallava_jax.models import vlm
@@ -136,3 +138,19 @@ def test_configs_from_before_there_was_a_choice_are_adamw():
     for key in ("name", "muon_momentum", "muon_iterations"):
         del values["optimizer"][key]
     assert from_dict(Config, values).optimizer.name == "adamw"
+
+
+SYSTEMS = sorted((Path(__file__).parents[2] / "configs" / "systems").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", SYSTEMS, ids=lambda file: file.stem)
+def test_every_system_trains_with_muon(file):
+    """Of every system something takes it, and an update has the parameters' shapes."""
+    cfg = load_config(file)
+    assert cfg.optimizer.name == "muon"
+    params = jax.eval_shape(lambda: vlm.init_params(cfg.model, jax.random.key(0)))
+    optimizer = make_optimizer(cfg.optimizer, 10)
+    updates, _ = jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
+    assert jax.tree.map(lambda x: x.shape, updates) == jax.tree.map(lambda x: x.shape, params)
+    taken = {path: leaf.shape for path, leaf in flatten(params).items() if flatten(kinds(params))[path] == "muon"}
+    assert any(path.startswith("projector/") for path in taken), file.stem
