@@ -59,10 +59,6 @@ def test_a_stacked_kernel_takes_muons_update():
 def test_the_matrices_of_layers_and_projector_take_muon():
     shapes = jax.eval_shape(lambda: vlm.init_params(tiny.get_config().model, jax.random.key(0)))
     of = flatten(kinds(shapes))
-    for path in (
-        "vision/layers/q/kernel", "decoder/layers/down/kernel", "projector/up/kernel", "projector/k_proj/base",
-    ):  # fmt: skip
-        assert path not in of or of[path] == "muon", path
     assert {path for path, kind in of.items() if kind == "muon"} == {
         path
         for path, leaf in flatten(shapes).items()
@@ -124,13 +120,9 @@ def test_muon_resumes_to_the_bit_and_shards_over_eight_devices(tmp_path):
 def test_the_first_moment_of_both_halves_has_its_dtype():
     params = unflatten({"decoder/layers/q/kernel": jnp.ones((2, 4, 4)), "decoder/embed/embedding": jnp.ones((8, 4))})
     state = make_optimizer(OptimizerConfig(name="muon", mu_dtype="bfloat16"), 10).init(params)
-    moments = [
-        leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(state) if "mu" in str(path) and leaf.ndim > 1
-    ]
     halves = state[1].inner_states
     assert halves["muon"].inner_state[0].mu["decoder"]["layers"]["q"]["kernel"].dtype == jnp.bfloat16
     assert halves["adamw"].inner_state[0].mu["decoder"]["embed"]["embedding"].dtype == jnp.bfloat16
-    assert len(moments) >= 2
 
 
 def test_configs_from_before_there_was_a_choice_are_adamw():
