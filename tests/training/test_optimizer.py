@@ -32,7 +32,9 @@ def orthogonalised(matrix, iterations):
 
 
 def test_a_stacked_kernel_takes_muons_update():
-    cfg = OptimizerConfig(name="muon", lr=1e-2, warmup_ratio=0.0, weight_decay=0.1, clip_norm=0.0, muon_iterations=4)
+    cfg = OptimizerConfig(
+        name="muon", lr=1e-2, warmup_ratio=0.0, weight_decay=0.1, clip_norm=0.0, muon_iterations=4, muon_rate=2.0
+    )
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal((3, 8, 5))
     params = unflatten({"decoder/layers/up/kernel": jnp.float32(kernel), "decoder/layers/norm/scale": jnp.ones((3, 8))})
@@ -49,7 +51,7 @@ def test_a_stacked_kernel_takes_muons_update():
         momentum = 0.95 * momentum + 0.05 * grads
         ahead = 0.95 * momentum / (1 - 0.95 ** (step + 2)) + 0.05 * grads / (1 - 0.95 ** (step + 1))
         moved = np.stack([orthogonalised(matrix, 4) for matrix in ahead]) * 0.2 * 8**0.5
-        kernel = kernel - float(rate(step)) * (moved + 0.1 * kernel)
+        kernel = kernel - 2 * float(rate(step)) * (moved + 0.1 * kernel)
         np.testing.assert_allclose(params["decoder"]["layers"]["up"]["kernel"], kernel, rtol=2e-5, atol=2e-6)
     # AdamW moves all of what is no matrix by the rate while the gradient is the same, and does not decay it.
     moved = 1 - sum(float(rate(step)) for step in range(3))
@@ -127,7 +129,7 @@ def test_the_first_moment_of_both_halves_has_its_dtype():
 
 def test_configs_from_before_there_was_a_choice_are_adamw():
     values = to_dict(tiny.get_config())
-    for key in ("name", "muon_momentum", "muon_iterations"):
+    for key in ("name", "muon_rate", "muon_momentum", "muon_iterations"):
         del values["optimizer"][key]
     assert from_dict(Config, values).optimizer.name == "adamw"
 
