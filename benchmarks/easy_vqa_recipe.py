@@ -1,6 +1,6 @@
 """What configs/easy_vqa.py is worth: five seeds of it, and what each of its choices does.
 
-    python benchmarks/easy_vqa_recipe.py                      # five seeds, with both controls; a finished run is kept
+    python benchmarks/easy_vqa_recipe.py                      # five seeds with both controls, and what chance gives
     python benchmarks/easy_vqa_recipe.py --trials adamw,rate_1   # short runs with one choice changed; see TRIALS
 
 A run is train.py and eval.py as a user starts them; its result is one file in benchmarks/results/easy_vqa_recipe/, so
@@ -16,10 +16,12 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
 from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # instead of this folder, whose easy_vqa.py hides the package of that name
 RESULTS = ROOT / "benchmarks" / "results" / "easy_vqa_recipe"
 SEEDS = (0, 1, 2, 3, 4)
 FEW = {"training.steps": 300, "training.eval_every": 0}  # enough to tell most choices apart
@@ -88,6 +90,28 @@ def measure(*arguments: str) -> dict:
     }
 
 
+def chance() -> dict:
+    """What is right on the test without its images, in all and by type: the most frequent answer to the same question
+    in the training set; and, on average, the right answer for another image's picture."""
+    from deltallava_jax.data import easy_vqa
+
+    train, test = easy_vqa.questions("train"), easy_vqa.questions("test")
+    seen, every = defaultdict(Counter), defaultdict(Counter)
+    for question in train:
+        seen[question.question][question.answer] += 1
+    for question in train + test:
+        every[question.question][question.answer] += 1
+    alone, other = defaultdict(list), defaultdict(list)
+    for question in test:
+        alone[question.type].append(seen[question.question].most_common(1)[0][0] == question.answer)
+        answers = every[question.question]
+        share = {"color": 1 / 8, "shape": 1 / 3, "yes/no": answers[question.answer] / answers.total()}
+        other[question.type].append(share[question.type])
+    mean = lambda values: round(sum(values) / len(values), 4)
+    table = lambda by: {"all": mean(sum(by.values(), [])), **{kind: mean(values) for kind, values in by.items()}}
+    return {"question_alone": table(alone), "another_picture": table(other)}
+
+
 def summary() -> None:
     """The seeds that are there as rows of a table: least to greatest."""
     runs = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("seed-*.json"))]
@@ -96,6 +120,7 @@ def summary() -> None:
         scores = [run["accuracy"][images] for run in runs]
         columns = [between([score[kind] for score in scores], 3) for kind in ("all", "color", "shape", "yes/no")]
         print(f"| {images} | {' | '.join(columns)} |")
+    (RESULTS / "chance.json").write_text(json.dumps(chance(), indent=2) + "\n")
     for key in ("train_seconds", "train_cpu_seconds", "eval_seconds", "train_peak_gib") if runs else ():
         print(f"{key}: {between([run[key] for run in runs], 2)} in {len(runs)} runs")
 
