@@ -103,7 +103,7 @@ class Rows:
             try:
                 self.read(index, room[index])
             except BadSample as error:
-                found[index] = error
+                found[index] = BadSample(str(error), error.kind)  # without the frames that it was raised in
         return found
 
     def name(self, index: int) -> str:
