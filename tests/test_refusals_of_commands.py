@@ -179,7 +179,7 @@ REFUSED = {
     "plan --target cpu:8 --mesh data=few --config config.py": "--mesh data=few",
     "plan --target cpu:8 --mesh data=3 --config config.py": "data=3",
     "plan --target cpu:8 --config config.py --config.nowhere=1": "nowhere",
-    **{f"{command} {model}": model for command in ("chat", "serve") for model in MODEL},
+    **{f"{command} {model}": model for command in ("chat", "serve") for model in ("nowhere", "text", "no_checkpoint")},
     "chat first --image nowhere.png": "nowhere.png",
     "chat first --image text": "text",
     "chat first --image folder": "folder",
