@@ -191,9 +191,10 @@ def call(*arguments) -> None:
 
 def accuracies(workdir: Path, overrides: dict) -> dict[str, dict]:
     """{tokens: accuracy in all and by type} of the evaluations just made."""
+    from deltallava_jax.workdir import Workdir
+
     found = {}
-    for file in (workdir / "eval").glob("easy_vqa_*.json"):
-        report = json.loads(file.read_text())
+    for report in Workdir(workdir).reports():
         if report["overrides"] == {key: str(value) for key, value in overrides.items()} and report["images"] == "real":
             by_type = {kind: round(score["accuracy"], 4) for kind, score in report["by_type"].items()}
             tokens = overrides.get("model.fastv.keep", report["budget"])

@@ -167,8 +167,9 @@ def test_several_processes_share_the_questions_and_one_tells(undisturbed):
     for file in results:
         file.unlink()
     (told, _), (silent, _) = [finish(process) for process in evaluate_several(2, undisturbed, "--limit", 51)]
-    without_seconds = lambda text: [re.sub(r"\d+\.\d  ", "", line) for line in text.splitlines()]
-    assert silent == "" and without_seconds(told) == without_seconds(alone)
+    ours = lambda text: [line for line in text.splitlines() if not line.startswith("[Gloo]")]  # jax's library tells
+    without_seconds = lambda text: [re.sub(r"\d+\.\d  ", "", line) for line in ours(text)]
+    assert ours(silent) == [] and without_seconds(told) == without_seconds(alone)
     for file, report in results.items():
         assert json.loads(file.read_text()) | {"seconds": 0} == report | {"seconds": 0}
 
