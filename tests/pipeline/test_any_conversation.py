@@ -1,4 +1,4 @@
-"""Any conversation, through reading, training rows, lengths and prompts: refused by name, or right in all of them."""
+"""Any conversation, through check, training rows, lengths and prompts: refused by name, or right in all of them."""
 
 import dataclasses
 import re
@@ -14,6 +14,7 @@ from PIL import Image
 
 from deltallava_jax.config import DataConfig, ModelConfig, VisionConfig
 from deltallava_jax.data import tokens
+from deltallava_jax.data.check import examine
 from deltallava_jax.data.conversation import IMAGE, NOTES, TEMPLATES, Conversation, read_turns, text_pieces, tokenize
 from deltallava_jax.data.pipeline import Rows
 from deltallava_jax.data.records import Record
@@ -23,6 +24,7 @@ from deltallava_jax.inference.model import Model
 SPECIAL = r"</?s>|<pad>|<unk>|<\|\w+\|>"
 WORDS = ["what?", "a blue shape ", "ünï 🟦", "\ud83d", "USER: ", "ASSISTANT:", "{}", "<s", "/s>", " ", "\n"]
 NAMES = ["<s>", "</s>", "<pad>", "<unk>", "<|im_end|>", "<|im_start|>assistant\n", "<|eot_id|>"]
+ROOM = 4096
 PICTURE = BytesIO()
 Image.new("RGB", (8, 8), (200, 30, 60)).save(PICTURE, "PNG")
 rarely = st.integers(0, 19).map(lambda number: number == 7)
@@ -81,24 +83,26 @@ def special_ids(text: str, tokenizer) -> list[int]:
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(record=records())
-def test_what_is_read_is_right_in_rows_lengths_and_prompts(name, tokenizer, record):
+def test_what_is_read_is_right_in_check_rows_lengths_and_prompts(name, tokenizer, record):
     conversation = read(record)
     rows = Rows(One(record), tokenizer, DataConfig(template=name), VisionConfig(image_size=14))
-    measured, whole = rows.lengths(), 10**6
-    found = (measured.tokens[0], measured.images[0])
-    if conversation is None or all(round.answer is None for round in conversation.rounds):
-        with pytest.raises(BadSample):
-            rows.read(0, whole)
-        with pytest.raises(TooManyFaults):  # what training says before step 1, and data check
+    found = rows.lengths()
+    if conversation is None or conversation.rounds[0].answer is None:
+        for door in (lambda: rows.read(0, ROOM), lambda: examine(One(record), 0)):
+            with pytest.raises(BadSample, match="record: "):
+                door()
+        with pytest.raises(TooManyFaults):  # what training says before its first step
             rows.plan((4,), 0)
-        assert found == (0, 0)
+        assert (found.tokens[0], found.images[0]) == (0, 0)
         return
-    _, tokenized = rows.read(0, whole)
+    examine(One(record), 0)
+    _, tokenized = rows.read(0, ROOM)
     assert_right(conversation, tokenized, TEMPLATES[name], tokenizer, len(record.images))
-    assert found == (len(tokenized.ids), len(record.images))
+    assert (found.tokens[0], found.images[0]) == (len(tokenized.ids), len(record.images))
     batch, faults = rows.build([[0]], len(tokenized.ids), len(record.images))
-    assert not faults
+    assert faults == ()
     np.testing.assert_array_equal(batch.tokens[0], tokenized.ids)
+    np.testing.assert_array_equal(batch.loss_mask[0], tokenized.loss_mask)
     np.testing.assert_array_equal(batch.image_positions[0], tokenized.image_positions)
 
     last = conversation.rounds[-1]
