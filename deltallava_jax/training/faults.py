@@ -24,7 +24,8 @@ def judge(plan: Plan, limit: float, workdir: Path) -> list[str]:
     """What is to be said before step 1 of the records that the plan leaves out; the workdir of a run that begins lists
     them. Raises TooManyFaults if they are more than ``limit`` of all records."""
     file = Workdir(workdir).faults()
-    if hosts.leads() and Checkpoints(workdir).latest() is None:
+    begins = Checkpoints(workdir).latest() is None  # asked by all processes, which wait for each other here
+    if begins and hosts.leads():
         file.unlink(missing_ok=True)
         if plan.faults:
             file.write_text("".join(f"{plan.faults[index]}\n" for index in sorted(plan.faults)))

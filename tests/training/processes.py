@@ -13,6 +13,9 @@ import tiny
 ROOT = tiny.FILE.parent.parent
 GUARD = 1200  # seconds: against hanging, not a measurement
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell; the processes would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def environment(devices=1):
     """Fake devices; the programs that are compiled stay for the next process."""
@@ -35,7 +38,6 @@ def _run(*command, devices=1, variables={}):
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment(devices) | variables,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,  # a process group of its own, for signals
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's "&" would have it ignore
     )  # fmt: skip
 
 

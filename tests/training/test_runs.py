@@ -92,10 +92,8 @@ with _stopping() as stop:
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(600)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=GUARD)
     assert done.returncode == -signal.SIGINT
     assert done.stderr.splitlines()[-1] == "Ctrl-C: saving after this step; once more ends at once"
 
