@@ -4,7 +4,7 @@ config.json        the configuration that the run began with
 tokenizer.json     its tokenizer, with tokenizer_config.json
 checkpoints/       training/checkpoints.py
 source/            of a converted model: the files that stood beside the original weights (convert/workdir.py)
-metrics.jsonl, tensorboard/, profile/, faults.txt     what the training tells
+parameters.txt, metrics.jsonl, tensorboard/, profile/, faults.txt     what the training tells
 eval/              results of evaluations, a JSON file each
 """
 
@@ -216,6 +216,11 @@ class Workdir:
         ]
 
     # ------------------------------------------------------------------ what training and evaluation tell
+
+    @property
+    def parameters(self) -> Path:
+        """The table of the model's parameters."""
+        return self.path / "parameters.txt"
 
     @property
     def metrics(self) -> Path:

@@ -167,8 +167,7 @@ def exact(cfg: ModelConfig, text: int, new: int) -> dict[str, int]:
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
     made = jax.ShapeDtypeStruct((1, V, cfg.decoder.width), cfg.dtype)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    flags, pixels = jax.ShapeDtypeStruct((1, text + 1), jnp.bool_), jax.ShapeDtypeStruct((1, 1, 0, 0, 3), jnp.uint8)
-    prompt = Batch(ints(1, text + 1), flags, ints(1, text + 1), ints(1, 1), pixels, ints(1, 1, 2))
+    prompt = Batch.shapes(1, text + 1, 1, question=projectors.question_length(cfg.projector))
 
     def see(params, images):
         prune = projectors.pruning(params["projector"], cfg.projector)

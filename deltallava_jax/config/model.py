@@ -110,7 +110,7 @@ class ProjectorConfig:
     fuse: bool = True  # evit: the dropped patches become one token
     reproduce_duplicates: bool = False  # prumerge_plus: the original's doubled and lost positions
     text_width: int = 0  # quecc: width of the question's hidden state; 0: out_width
-    question_length: int = 64  # quecc: tokens of a question that are read, at most
+    question_length: int = 64  # quecc: tokens of a question that are read, BOS first; a longer one is cut, and said
     depth: int = 0  # honeybee: blocks or layers; 0: as published, 3 and 6
     closing: bool = False  # resampler: Qwen-VL's LayerNorm and output matrix behind it
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
+import difflib
 import importlib.util
 import inspect
 import json
 import math
+import sys
+import traceback
 import types
 import typing
 from pathlib import Path
@@ -16,7 +20,7 @@ from deltallava_jax.config.checks import nearest, require
 from deltallava_jax.config.model import ProjectorConfig, published
 from deltallava_jax.config.presets import preset
 from deltallava_jax.config.run import Config
-from deltallava_jax.errors import ConfigError
+from deltallava_jax.errors import ConfigError, UserError
 
 
 def to_dict(config) -> dict:
@@ -105,34 +109,72 @@ def read_json(path: Path) -> dict:
     return value
 
 
+# The configurations of the repository: inside the package where it is installed, beside it in a copy of the repository.
+_PACKAGE = Path(__file__).parents[1]
+CONFIGS = folder if (folder := _PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+
+
 def load_config(path: str | Path) -> Config:
-    """The Config that get_config() of a Python file returns; of "FILE:ARGUMENT" what get_config(ARGUMENT) returns."""
+    """The Config that get_config() of a Python file returns; of "FILE:ARGUMENT" what get_config(ARGUMENT) returns.
+
+    Where there is no such file, one of the repository's by its name: "easy_vqa", "llava_systems/mqt:pretrain"."""
     path, arguments = Path(path), []
     if not path.is_file() and ":" in path.name:
         name, argument = path.name.rsplit(":", 1)
         path, arguments = path.with_name(name), [argument]
     if not path.is_file():
-        raise ConfigError(f"config file {str(path)!r} does not exist")
+        path = _shipped(path)
+    _find_bases(path)
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None:
         raise ConfigError(f"config file {str(path)!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _in_file(path):
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise ConfigError(f"config file {str(path)!r}: {error}") from error
     if not hasattr(module, "get_config"):
         raise ConfigError(f"config file {str(path)!r} has no get_config()")
     try:
         inspect.signature(module.get_config).bind(*arguments)
     except TypeError as error:
         raise ConfigError(f"config file {str(path)!r}: get_config({', '.join(arguments)}): {error}") from error
-    config = module.get_config(*arguments)
+    with _in_file(path):
+        config = module.get_config(*arguments)
     require(isinstance(config, Config), f"config file {str(path)!r}: get_config() did not return a Config")
     return config
 
 
 _LARGEST = 2**63 - 1
+
+
+@contextlib.contextmanager
+def _in_file(path: Path):
+    """ConfigError, with the line, for whatever the user's own code raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        where = f", line {last.lineno}" if last.filename == str(path) else ""
+        raise ConfigError(f"config file {str(path)!r}{where}: {type(error).__name__}: {error}") from error
+
+
+def _shipped(path: Path) -> Path:
+    """The repository's configuration of that name. Raises ConfigError with the nearest."""
+    name = path.with_suffix("").as_posix().removeprefix("configs/")
+    known = {file.relative_to(CONFIGS).with_suffix("").as_posix(): file for file in sorted(CONFIGS.rglob("*.py"))}
+    if name not in known or path.suffix not in ("", ".py"):
+        hint = nearest(name, known) if difflib.get_close_matches(name, known, cutoff=0.5) else ""
+        raise ConfigError(f"config file {str(path)!r} does not exist{hint}")
+    return known[name]
+
+
+def _find_bases(path: Path) -> None:
+    """Lets a configuration import its bases as ``configs.NAME``: from the folder ``configs`` that it lies in, else the
+    repository's."""
+    own = [str(folder) for folder in path.resolve().parents if folder.name == "configs"]
+    configs = sys.modules.setdefault("configs", types.ModuleType("configs"))
+    configs.__path__ = list(dict.fromkeys([*own, *getattr(configs, "__path__", []), str(CONFIGS)]))
 
 
 def _dataclass_in(hint) -> type | None:

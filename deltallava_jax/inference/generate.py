@@ -38,16 +38,8 @@ def prompt_batch(prompts: Sequence[Tokenized], length: int) -> Batch:
     """Prompts, one a row, padded on the right to ``length`` text tokens; images are given encoded.
 
     Raises ValueError for a prompt that is longer or empty."""
-    rows = len(prompts)
     images = max(len(prompt.image_positions) for prompt in prompts)
-    batch = Batch(
-        tokens=np.zeros((rows, length), np.int32),
-        loss_mask=np.zeros((rows, length), bool),
-        segments=np.zeros((rows, length), np.int32),
-        image_positions=np.full((rows, images), length, np.int32),
-        images=np.zeros((rows, images, 0, 0, 3), np.uint8),
-        questions=np.zeros((rows, images, 2), np.int32),
-    )
+    batch = Batch.empty(len(prompts), length, images, question=prompts[0].questions.shape[1])
     for row, prompt in enumerate(prompts):
         count = len(prompt.ids)
         if not 0 < count <= length:
@@ -55,7 +47,8 @@ def prompt_batch(prompts: Sequence[Tokenized], length: int) -> Batch:
         batch.tokens[row, :count] = prompt.ids
         batch.segments[row, :count] = 1
         batch.image_positions[row, : len(prompt.image_positions)] = prompt.image_positions
-        batch.questions[row, : len(prompt.questions)] = prompt.questions
+        if batch.questions is not None:
+            batch.questions[row, : len(prompt.questions)] = prompt.questions
     return batch
 
 

@@ -161,7 +161,10 @@ class Model:
         if conversation.images and not self.cfg.whole:
             raise ConfigError("the model has no vision tower, so it cannot read images")
         if self.template is not None:
-            tokenized = tokenize(conversation, TEMPLATES[self.template], self.tokenizer, continues=continues)
+            length, template = projectors.question_length(self.cfg.projector), TEMPLATES[self.template]
+            tokenized = tokenize(
+                conversation, template, self.tokenizer, continues=continues, question_length=length
+            )  # fmt: skip
         elif len(conversation.rounds) > 1 or conversation.system:
             raise ConfigError(
                 "a decoder alone continues one text; for earlier turns or a system text it needs a template "
@@ -255,7 +258,7 @@ class Chat:
             np.concatenate([nothing > 0, prompted.loss_mask]),
             prompted.image_positions + len(front),
             np.concatenate([nothing, prompted.rounds]),
-            prompted.questions + len(front),
+            prompted.questions,
         )
         return prompt_batch([whole], bucket(len(whole.ids)))
 
@@ -267,7 +270,7 @@ def plain_prompt(prompt: str, tokenizer: Tokenizer, *, continues: bool = False) 
     ids += tokenizer.encode(tokenizer.named(prompt))[0]
     nothing = np.zeros(len(ids), np.int32)
     return Tokenized(
-        np.array(ids, np.int32), nothing.astype(bool), np.zeros(0, np.int32), nothing, np.zeros((0, 2), np.int32)
+        np.array(ids, np.int32), nothing.astype(bool), np.zeros(0, np.int32), nothing, np.zeros((0, 0), np.int32)
     )
 
 

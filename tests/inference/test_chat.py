@@ -227,7 +227,7 @@ def fresh(ids, places):
     from deltallava_jax.data.conversation import Tokenized
 
     nothing = np.zeros(len(ids), np.int32)
-    questions = np.zeros((len(places), 2), np.int32)
+    questions = np.zeros((len(places), 0), np.int32)
     return Tokenized(np.array(ids, np.int32), nothing > 0, np.array(places, np.int32), nothing, questions)
 
 

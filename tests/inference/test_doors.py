@@ -16,7 +16,7 @@ from deltallava_jax.config import DataConfig
 from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import IMAGE, TEMPLATES
 from deltallava_jax.data.pipeline import Rows
-from deltallava_jax.data.sources import Record
+from deltallava_jax.data.records import Record
 from deltallava_jax.errors import BadSample
 from deltallava_jax.inference.generate import Answer, Text
 from deltallava_jax.inference.model import Chat, Model

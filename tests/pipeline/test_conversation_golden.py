@@ -101,4 +101,10 @@ def test_prompts(name, llama):
 def test_the_image_is_after_35_tokens(llama):
     found = tokenize(asked([("what?", "a")], 1), TEMPLATES["vicuna_v1"], llama)
     assert found.image_positions.tolist() == [35]
-    assert llama.decode(found.ids[slice(*found.questions[0])]) == "what?"
+
+
+def test_queccs_question_is_the_originals(llama):
+    """llava_arch.py tokenizes the question's text by itself (locuslab/llava-token-compression)."""
+    prompt = asked([("<image>\nWhat is it?", None)], 1)
+    found = tokenize(prompt, TEMPLATES["vicuna_v1"], llama, question_length=8)
+    assert found.questions.tolist() == [[1, 1724, 338, 372, 29973, -1, -1, -1]]

@@ -56,7 +56,7 @@ def pairs_of(record: Record) -> list[tuple[str, str]]:
 def read_back(ids, loss_mask, tokenizer) -> list[tuple[str, str]]:
     """(question, answer) pairs of one conversation's tokens in the brief template."""
     edges = np.flatnonzero(np.diff(loss_mask.astype(int), prepend=0, append=0))
-    starts = [0, *edges[1::2]]
+    starts = [0, *edges[1::2]][: len(edges) // 2]
     return [
         (tokenizer.decode(ids[start:begin]), tokenizer.decode(ids[begin:end]))
         for start, begin, end in zip(starts, edges[::2], edges[1::2], strict=False)
@@ -118,13 +118,14 @@ def rows(few, tokenizer) -> Rows:
 
 
 def make_plan(rows: Rows, budgets=(16,), count=4, row_length=512) -> PackPlan:
-    return PackPlan(*rows.lengths(), budgets=budgets, rows=count, row_length=row_length)
+    lengths = rows.lengths()
+    return PackPlan(lengths.tokens, lengths.images, budgets=budgets, rows=count, row_length=row_length)
 
 
 def test_lengths_are_those_of_the_tokens(rows, few):
-    lengths, images = rows.lengths()
-    assert lengths.shape == images.shape == (60,) and (images == 1).all()
-    assert [len(rows.tokenize(few[i]).ids) for i in (0, 31, 59)] == lengths[[0, 31, 59]].tolist()
+    lengths = rows.lengths()
+    assert lengths.tokens.shape == lengths.images.shape == (60,) and (lengths.images == 1).all()
+    assert [len(rows.read(i, 512)[1].ids) for i in (0, 31, 59)] == lengths.tokens[[0, 31, 59]].tolist()
 
 
 def test_a_batch_holds_its_records_one_after_the_other(rows, few, tokenizer):
@@ -149,7 +150,7 @@ def test_a_batch_holds_its_records_one_after_the_other(rows, few, tokenizer):
             assert ids[0] == tokenizer.bos and segments[positions[number - 1]] == number
             assert read_back(ids, mask, tokenizer) == pairs_of(few[index])
             np.testing.assert_array_equal(batch.images[row, number - 1], pixels_of(few[index].images[0]))
-            np.testing.assert_array_equal(batch.branches[row, inside], rows.tokenize(few[index]).rounds)
+            np.testing.assert_array_equal(batch.branches[row, inside], rows.read(index, text)[1].rounds)
         assert not batch.branches[row, live:].any()
 
 
@@ -162,7 +163,7 @@ def test_rounds_that_see_each_other_have_no_branches(few, tokenizer, rows):
 
 
 def test_a_conversation_longer_than_the_row_is_cut(rows, few):
-    whole = rows.tokenize(few[0])
+    _, whole = rows.read(0, 20)
     batch, faults = rows.build([[0]], 20, 1)
     assert faults == () and len(whole.ids) > 20
     np.testing.assert_array_equal(batch.tokens[0], whole.ids[:20])
@@ -212,6 +213,12 @@ def test_elements_are_the_plans_steps(rows, plan, stream):
         assert element.budget == step.budget
         assert element.batch.tokens.shape == (4, text) and element.batch.image_positions.shape == (4, images)
         assert element.batch.segments.max(axis=1).tolist() == [len(row) for row in step.rows]
+
+
+def test_steps_are_fractions_of_their_epochs(plan):
+    assert [plan.epochs_at(plan.steps_for(epochs)) for epochs in (1, 2, 3)] == [1, 2, 3]
+    assert plan.epochs_at(1) == 1 / plan.steps_for(1)
+    assert plan.epochs_at(plan.steps_for(1) + 1) == 1 + 1 / (plan.steps_for(2) - plan.steps_for(1))
 
 
 def test_an_epoch_asks_every_question_once(few, plan, stream, tokenizer):
@@ -316,9 +323,10 @@ def test_markers_and_images_must_agree(folder, tokenizer, markers, images):
     spoil(folder, 0, images=folder[0].images * images, conversation=as_turns(f"{IMAGE * markers} which?", "one"))
     rows = Rows(folder, tokenizer, BRIEF, TOWER)
     with pytest.raises(BadSample, match=f"{markers} <image> markers, but {images} images"):
-        rows.tokenize(folder[0])
-    lengths, counts = rows.lengths()
-    assert (lengths[0], counts[0]) == (0, 0) and (lengths[1:] > 0).all() and (counts[1:] == 1).all()
+        rows.read(0, 60)
+    found = rows.lengths()
+    assert (found.tokens[0], found.images[0]) == (0, 0)
+    assert (found.tokens[1:] > 0).all() and (found.images[1:] == 1).all()
 
 
 def test_an_image_beyond_the_cut_is_a_hole(folder, tokenizer):

@@ -108,6 +108,11 @@ def reads_question(cfg: ProjectorConfig) -> bool:
     return getattr(system(cfg), "reads_question", False)
 
 
+def question_length(cfg: ProjectorConfig | None) -> int:
+    """Tokens of a question that are read at most; 0 for a projector that reads none, and for a model without one."""
+    return cfg.question_length if cfg and reads_question(cfg) else 0
+
+
 def project(
     params: layers.Params,
     cfg: ProjectorConfig,
