@@ -4,17 +4,24 @@ config.json        the configuration that the run began with
 tokenizer.json     its tokenizer, with tokenizer_config.json
 checkpoints/       training/checkpoints.py
 source/            of a converted model: the files that stood beside the original weights (convert/workdir.py)
-metrics.jsonl, tensorboard/, profile/, faults.txt     what the training tells
+parameters.txt, metrics.jsonl, tensorboard/, profile/, faults.txt     what the training tells
 eval/              results of evaluations, a JSON file each
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from deltallava_jax.config import Config, read_json, to_dict, workdir_config
+import jax
+import numpy as np
+
+from deltallava_jax import cli
+from deltallava_jax.config import Config, ModelConfig, read_json, to_dict, workdir_config
 from deltallava_jax.data import tokens
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import CheckpointError, ConfigError
@@ -23,7 +30,14 @@ from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.parallel import hosts
 from deltallava_jax.training.checkpoints import Checkpoints, Place, as_saved
 
-FREE = ("dtype", "remat", "loss_chunk", "tower_images")  # of the model: how it is computed, not what
+# Settings of the model that may change when a run goes on: how it is computed, not what.
+FREE = ("dtype", "remat", "loss_chunk", "tower_images")
+# And those that may differ from the model that a new run begins with: how it is trained, and the number of tokens.
+FREE_AT_BEGIN = FREE + (
+    "decoder.initializer_range", "projector.initializer_range", "projector.drop_path",
+    "projector.scale_factor", "projector.tokens", "projector.keep_ratio",
+)  # fmt: skip
+COMPARED = 2**20  # frozen parameters that are compared with those of a source
 
 
 class Workdir:
@@ -71,10 +85,20 @@ class Workdir:
 
     @property
     def began(self) -> Workdir | None:
-        """The workdir whose parameters this one's training began with, where that is still there."""
-        init_from = self.config.init_from
-        found = Workdir(init_from)
-        return found if init_from and found.exists else None
+        """The workdir whose parameters this one's training began with, where it is still to be found: by its path, as
+        seen from here or from a folder above, or beside this one, where both were moved."""
+        init_from, here = self.config.init_from, self.path.resolve()
+        if not init_from:
+            return None
+        folders = [Path(init_from), *(folder / init_from for folder in (here, *here.parents))]
+        folders.append(here.parent / Path(init_from).name)
+        return next((Workdir(one) for one in folders if Workdir(one).exists and one.resolve() != here), None)
+
+    @property
+    def lost(self) -> str:
+        """What init_from names, here or in a workdir before this one, where that is not to be found; else nothing."""
+        *_, first = self._chain()
+        return first.config.init_from
 
     @property
     def source(self) -> Path | None:
@@ -90,32 +114,67 @@ class Workdir:
             home = home.began
 
     def params(self, place: Place = as_saved) -> Params:
-        """The newest parameters. What training kept frozen comes from the workdir it began with, where that is still
-        there, and so has every bit of the original. place: as in ``Checkpoints.restore_params``."""
+        """The newest parameters. What training kept frozen comes from the workdir it began with and so has every bit
+        of the original; where that is gone or holds other parameters now it is said, and the copies that training held
+        are taken. place: as in ``Checkpoints.restore_params``."""
         cfg, checkpoints = self.config, self.checkpoints
         step, frozen = checkpoints.latest(), {}
-        if cfg.optimizer.frozen and (began := self.began):
-            kept = set(checkpoints.frozen_paths(step))
-            frozen = flatten(began.params(lambda path, saved: place(path, saved) if path in kept else None))
+        if cfg.init_from and cfg.optimizer.frozen and (kept := checkpoints.frozen(step)):
+            began, why = self.began, "is not there any more"
+            if began is not None and not self._has_the_same(began, kept):
+                began, why = None, "holds other parameters now"
+            if began is None:
+                cli.say(
+                    f"note: {self} began with {cfg.init_from}, which {why}: what training kept frozen "
+                    f"({', '.join(sorted({path.split('/')[0] for path in kept}))}) is read in the bfloat16 of training"
+                )
+            else:
+                frozen = flatten(began.params(lambda path, saved: place(path, saved) if path in kept else None))
         trained = checkpoints.restore_params(
             step, cfg.model, lambda path, saved: None if path in frozen else place(path, saved)
         )
         return unflatten(flatten(trained) | frozen)
 
+    def _has_the_same(self, began: Workdir, kept: dict[str, jax.ShapeDtypeStruct]) -> bool:
+        """Whether what was kept frozen is what ``began`` holds, as far as the smallest arrays tell."""
+        few, total = [], 0
+        for path in sorted(kept, key=lambda path: math.prod(kept[path].shape)):
+            total += math.prod(kept[path].shape)
+            if few and total > COMPARED:
+                break
+            few.append(path)
+        read = lambda home: flatten(
+            home.checkpoints.restore_params(
+                home.latest, home.config.model, lambda path, saved: as_saved(path, saved) if path in few else None
+            )
+        )
+        ours, theirs = read(self), read(began)
+        same = lambda path: np.array_equal(np.asarray(theirs[path]).astype(ours[path].dtype), np.asarray(ours[path]))
+        return ours.keys() == theirs.keys() and all(map(same, few))
+
     # ------------------------------------------------------------------ a run
 
+    def model_for(self, init_from: str) -> ModelConfig:
+        """The model of a run whose configuration names none: that of the run that goes on here, else that of the
+        workdir it begins with, else the default."""
+        home = self if self.exists else Workdir(init_from) if init_from else None
+        return home.config.model if home else ModelConfig()
+
     def begin(self, cfg: Config, texts: Callable[[], Iterable[str]]) -> list[str]:
-        """Makes the folder of a new run, with config.json and the tokenizer of ``init_from``, or one trained on
-        ``texts()``; of a run that goes on it compares the configuration. Every process calls it, one writes.
+        """Makes the folder of a new run, with config.json, and of ``init_from`` the tokenizer and source/, or a
+        tokenizer that is trained on ``texts()``; of a run that goes on it compares the configuration. Every process
+        calls it, one writes.
 
         Returns lines about settings that differ from those the run began with. Raises ConfigError for another model, a
         source that is none, a tokenizer with more tokens than the decoder, TokenizerError, CheckpointError."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        notes = []
-        if Checkpoints(self.path).latest() is not None:
+        notes, going_on = [], Checkpoints(self.path).latest() is not None
+        if going_on:
             notes = self.same_model(cfg)
-        elif hosts.leads():  # the others read what it writes
-            self.write(cfg, self._first_tokenizer(cfg, texts))
+        elif cfg.init_from:
+            _check_source(cfg)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not going_on and hosts.leads():  # the others read what it writes
+            self.write(_found_from_anywhere(cfg), self._first_tokenizer(cfg, texts))
         hosts.wait("workdir")
         if not (hosts.leads() or self._tokenizer_file.exists()):
             raise ConfigError(
@@ -127,13 +186,12 @@ class Workdir:
             )
         return notes
 
-    @staticmethod
-    def _first_tokenizer(cfg: Config, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    def _first_tokenizer(self, cfg: Config, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         if not cfg.init_from:
             return tokens.train(texts(), cfg.model.decoder.vocab_size)
         source = Workdir(cfg.init_from)
-        if not source.exists:
-            raise ConfigError(f"config.init_from={cfg.init_from} holds no checkpoints; convert makes such a folder")
+        if source.source:  # carried along, so that exports need no other folder for it
+            shutil.copytree(source.source, self.path / "source", dirs_exist_ok=True)
         return source.tokenizer
 
     def write(self, cfg: Config, tokenizer: Tokenizer | None) -> None:
@@ -144,18 +202,25 @@ class Workdir:
 
     def same_model(self, cfg: Config) -> list[str]:
         """ConfigError if the workdir holds another model than ``cfg`` has; lines about other settings that differ."""
-        notes = []
-        for key, now, before in differences(to_dict(cfg), to_dict(self.config)):
-            changed = f"{key} is {now!r} now; the workdir was begun with {before!r}"
-            if key.startswith("model.") and key.split(".")[1] not in FREE:
+        now, before = (to_dict(_found_from_anywhere(one)) for one in (cfg, self.config))
+        for key, new, old in differences(now["model"], before["model"]):
+            if key not in FREE:
                 raise ConfigError(
-                    f"{self} holds another model: {changed}. Use its settings, or another --workdir; with "
-                    f"--config.init_from={self} that begins with these weights, where they fit"
+                    f"{self} holds another model: model.{key} is {new!r} now; the workdir was begun with {old!r}. Use "
+                    f"its settings, or another --workdir; with --config.init_from={self} that begins with these "
+                    "weights, where they fit"
                 )
-            notes.append(f"note: {changed}")
-        return notes
+        return [
+            f"note: {key} is {new!r} now; the workdir was begun with {old!r}"
+            for key, new, old in differences(now, before)
+        ]
 
     # ------------------------------------------------------------------ what training and evaluation tell
+
+    @property
+    def parameters(self) -> Path:
+        """The table of the model's parameters."""
+        return self.path / "parameters.txt"
 
     @property
     def metrics(self) -> Path:
@@ -205,3 +270,27 @@ def differences(now: dict, before: dict, where: str = "") -> Iterator[tuple[str,
             yield from differences(one, other, f"{where}{key}.")
         elif one != other:
             yield f"{where}{key}", one, other
+
+
+def _check_source(cfg: Config) -> None:
+    """Raises ConfigError or CheckpointError unless init_from holds the model of ``cfg``, to train."""
+    source = Workdir(cfg.init_from)
+    if not source.exists:
+        raise ConfigError(f"config.init_from={source} holds no checkpoints; convert makes such a folder")
+    theirs = source.config.model
+    theirs.require_whole(f"config.init_from={source}: training")
+    for key, new, old in differences(to_dict(cfg.model), to_dict(theirs)):
+        if key not in FREE_AT_BEGIN:
+            raise ConfigError(
+                f"config.init_from={source} holds another model: model.{key} is {new!r} now, and {old!r} there. Use "
+                "its settings; a configuration that names no model has them all"
+            )
+    try:
+        source.checkpoints.close()
+    except CheckpointError as error:
+        raise CheckpointError(f"config.init_from: {error}") from error
+
+
+def _found_from_anywhere(cfg: Config) -> Config:
+    """The configuration with the path of init_from from the root on."""
+    return dataclasses.replace(cfg, init_from=str(Path(cfg.init_from).absolute())) if cfg.init_from else cfg

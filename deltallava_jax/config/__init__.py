@@ -33,6 +33,7 @@ from deltallava_jax.config.values import (
     override,
     parse_value,
     read_json,
+    renamed,
     to_dict,
     workdir_config,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "parse_value",
     "preset",
     "read_json",
+    "renamed",
     "to_dict",
     "workdir_config",
 ]

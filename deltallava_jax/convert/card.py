@@ -45,10 +45,11 @@ def write_card(model: Pretrained, folder: Path, name: str, source: Path | None) 
     if cfg.whole:
         lines += ["```python", _code(model, folder, name), "```", "", _prompts(model.template), ""]
     results = Workdir(source).reports() if source else []
+    shown = lambda r: r.get("images") or ("noise" if r["blind"] else "real")  # "blind": of earlier versions
     if results:
         lines += ["## Results", "", "| Task | Tokens an image | Images | Accuracy | n |", "|---|---|---|---|---|"]
         lines += [
-            f"| {r['task']} | {r['budget']} | {'noise' if r['blind'] else 'real'} | {r['accuracy']:.4f} | {r['n']} |"
+            f"| {r['task']} | {r['budget']} | {shown(r)} | {r['accuracy']:.4f} | {r['n']} |"
             for r in results if "accuracy" in r
         ] + [""]  # fmt: skip
     if source is not None and Workdir(source).exists:

@@ -12,9 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
-from tqdm import tqdm
 
-from deltallava_jax.config import ASPECTS, ModelConfig, ProjectorConfig, VisionConfig, from_dict, preset, to_dict
+from deltallava_jax.config import ASPECTS, ModelConfig, ProjectorConfig, VisionConfig, from_dict, preset, renamed
 from deltallava_jax.convert.arrays import load_array, unstacked_arrays
 from deltallava_jax.convert.chat_template import FALLBACK, template_of
 from deltallava_jax.convert.families import DECODERS, PAIRS, TOWERS, decoder_family, refuse, tower_family
@@ -24,6 +23,7 @@ from deltallava_jax.models import projectors, vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import Entry, check, flatten, linear, prefixed, unflatten
 from deltallava_jax.models.vision import check_needs
+from deltallava_jax.progress import progress_bar
 
 # Names of towers in the original layout's config.json whose shapes we know without a folder.
 KNOWN_TOWERS = {
@@ -94,7 +94,7 @@ class Pretrained:
         """The same weights with other settings of the projector, such as scale_factor. Raises ConfigError."""
         if self.cfg.projector is None:
             raise ConfigError(f"the model has no projector to give {', '.join(settings)}")
-        projector = from_dict(ProjectorConfig, to_dict(self.cfg.projector) | settings, "projector.")
+        projector = renamed(self.cfg.projector, settings)
         fits(projector, self.params["projector"])
         cfg = dataclasses.replace(self.cfg, projector=projector)
         check_tower(cfg)
@@ -363,8 +363,7 @@ def _load(cfg, layout, tensors, dtype, shard, progress, unstacked=False) -> tupl
         tensors = {name: t for name, t in tensors.items() if not name.endswith("lm_head.weight")}
     check(table, {name: tensor.shape for name, tensor in tensors.items()}, shapes, is_extra)
     flat = {}
-    bar = tqdm(table, "reading", unit="array", disable=None if progress else True, leave=False)
-    for entry in bar:
+    for entry in progress_bar(table, "reading", unit="arrays", shown=progress):
         parts = [tensors[name] for name in entry.torch_names(shapes[entry.path])]
         place = shard(entry.path, shapes[entry.path]) if shard else SingleDeviceSharding(jax.local_devices()[0])
         if unstacked and entry.path.startswith("decoder/"):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 
+from deltallava_jax import cli
 from deltallava_jax.config import Config, DataConfig, ModelConfig, ProjectorConfig, dtype_name, from_dict, to_dict
 from deltallava_jax.convert.read import Layout, Pretrained, check_tower, fits, read, read_json, read_projector
 from deltallava_jax.convert.shards import write_extra
@@ -44,6 +45,8 @@ def read_workdir(path: Path) -> Pretrained:
     layout = origin = None
     hf, extra, origin_aspect = {}, {}, "square"
     kept = [path / name for name in ("tokenizer.json", "tokenizer_config.json") if (path / name).is_file()]
+    if source is None and home.lost:
+        cli.say(f"note: {home.lost}, with which {path} began, is not there any more, nor the files it was made of")
     if source is not None:
         about = read_json(source / "origin.json")
         layout = Layout(**about["layout"]) if about["layout"] else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ IMAGE, VIDEO = "<image>", "<video>"
 NOTES = {
     "greeting": "answers before any question, left out",
     "silent": "rounds in which a turn is empty, left out; their images go to the next question",
+    "literal": "records without an image whose questions hold <image>, which is text",
     "unmarked": "records that mark no place for their images, which go before the first question",
 }
 
@@ -92,6 +94,8 @@ def read_turns(turns: list[dict], images: int) -> Conversation:
             notes.append("unmarked")
         elif markers != images:
             raise BadSample(f"{markers} {IMAGE} markers, but {images} images", "markers")
+    elif any(IMAGE in question for question in questions):
+        notes.append("literal")
     rounds, silent = _rounds(questions, answers, bool(images))
     if not rounds:
         empty = next(index for index in range(first, len(turns)) if not values[index].strip())
@@ -247,7 +251,7 @@ def end_id(template: Template, tokenizer: Tokenizer) -> int:
 class Tokenized:
     """ids [T] with id 0 at each image's placeholder; loss_mask [T]; image_positions [images]; rounds [T]; questions.
 
-    questions: [images, 2], start and end in ids of the question of each image's round, from after its newline.
+    questions: [images, Q], the ids of the question of each image's round as ``question_ids`` makes them.
     rounds: 0 for the system text and the images at the front, then 1, 2, ... for the question and answer pairs."""
 
     ids: np.ndarray
@@ -260,12 +264,12 @@ class Tokenized:
 @dataclass
 class _Text:
     """pieces: the whole text, parted at its images. The rest is in characters, an image counting as one: spans of the
-    answers, where each round starts, the span of the question that belongs to each image."""
+    answers, where each round starts. asked: the question that belongs to each image."""
 
     pieces: list[str]
     answers: list[tuple[int, int]]
     starts: list[int]
-    asked: list[tuple[int, int]]
+    asked: list[str]
 
 
 def text_pieces(conversation: Conversation, template: Template, tokenizer: Tokenizer) -> list[str]:
@@ -290,7 +294,7 @@ def _assemble(conversation: Conversation, template: Template, continues: bool) -
         shared = own if (front or images) and not text.starts and not template.caption else 0
         text.starts.append(length + shared)
         end = len(before) + sum(map(len, parts)) + images
-        text.asked += [(0, 0) if template.caption else (length + own, length + end)] * images
+        text.asked += ["" if template.caption else parts[-1]] * images
         text.pieces[-1] += before + parts[0]
         text.pieces += parts[1:]
         text.pieces[-1] += behind + template.assistant
@@ -304,14 +308,35 @@ def _assemble(conversation: Conversation, template: Template, continues: bool) -
     return text
 
 
+def question_ids(question: str, tokenizer: Tokenizer, length: int) -> np.ndarray:
+    """int32 [length]: the ids of a question's text by itself, BOS first, -1 behind them; all -1 where it says nothing.
+
+    Of a longer one the first ``length`` are taken, which is warned of."""
+    ids = tokenizer.encode(question.strip())[0]
+    ids = ids if not ids or tokenizer.bos is None else [tokenizer.bos, *ids]
+    if len(ids) > length:
+        warnings.warn(
+            f"a question is longer than the {length} tokens that the projector reads of it "
+            "(projector.question_length); the rest is cut off",
+            stacklevel=2,
+        )
+    return np.array([*ids[:length], *[-1] * (length - len(ids))], np.int32)
+
+
 def tokenize(
-    conversation: Conversation, template: Template, tokenizer: Tokenizer, *, continues: bool = False
+    conversation: Conversation,
+    template: Template,
+    tokenizer: Tokenizer,
+    *,
+    continues: bool = False,
+    question_length: int = 0,
 ) -> Tokenized:
     """Token ids of a whole conversation, BOS first; each answer and its ``end`` are supervised.
 
     Only the template's own special tokens are such tokens; their names in a turn are text. An open last round leaves
     the prompt open for generation. continues: the rounds follow the end of an answer, so what stands between rounds
-    takes the place of BOS and the system text."""
+    takes the place of BOS and the system text. question_length: Q of ``Tokenized.questions``, for systems that read the
+    question."""
     text = _assemble(conversation, template.named(tokenizer), continues)
     ids = [] if tokenizer.bos is None or continues else [tokenizer.bos]
     places, positions, start = [(-1, -1)] * len(ids), [], 0  # places: characters of each id
@@ -330,8 +355,7 @@ def tokenize(
     for begin, end in text.answers:
         mask |= (begins < end) & (ends > begin)
     of_round = np.searchsorted(text.starts, begins, side="right").astype(np.int32)
-    questions = np.zeros((len(text.asked), 2), np.int32)
-    for image, span in enumerate(text.asked):
-        inside = np.flatnonzero((begins < span[1]) & (ends > span[0]))
-        questions[image] = (inside[0], inside[-1] + 1) if len(inside) else 0
+    questions = np.full((len(text.asked), question_length), -1, np.int32)
+    for image, question in enumerate(text.asked if question_length else ()):
+        questions[image] = question_ids(question, tokenizer, question_length)
     return Tokenized(np.array(ids, np.int32), mask, np.array(positions, np.int32), of_round, questions)

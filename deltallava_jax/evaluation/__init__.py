@@ -1,4 +1,4 @@
-"""Benchmarks by name. A task is evaluate(params, cfg, tokenizer, *, budget, blind, limit, progress) -> report."""
+"""Benchmarks by name. A task is evaluate(params, cfg, tokenizer, *, budget, control, limit, progress) -> report."""
 
 from deltallava_jax.evaluation import easy_vqa
 

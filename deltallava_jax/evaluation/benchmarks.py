@@ -69,7 +69,8 @@ def run(
         for task, report in scored.items() if hosts.leads() else ():
             workdir.write_report({"task": task} | report | common)
             metrics = ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items())
-            cli.say(f"{task} at {budget} tokens, {report['n']} documents: {metrics}")
+            unread = f" ({len(report['unread'])} with an image that cannot be read)" if report["unread"] else ""
+            cli.say(f"{task} at {budget} tokens, {report['n']} documents{unread}: {metrics}")
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, UInt8
 
 from deltallava_jax.config import ModelConfig
@@ -66,23 +67,17 @@ def in_passes(encode, images: UInt8[Array, "n H W 3"], passes: int):
 
 
 def question_states(params: Params, cfg: ModelConfig, batch: Batch) -> Float[Array, "n d"]:
-    """The last hidden state of each image place's question, read by the decoder on its own, without gradient.
-
-    Of a question longer than ``question_length`` the end is read; zeros where there is none."""
-    weights, Q = jax.lax.stop_gradient(params["decoder"]), cfg.projector.question_length
-    start, end = batch.questions.reshape(-1, 2).T
-    start = jnp.maximum(start, end - Q)
-    places = start[:, None] + jnp.arange(Q)
-    live = places < end[:, None]
-    tokens = jnp.repeat(batch.tokens, batch.questions.shape[1], axis=0)
-    tokens = jnp.take_along_axis(tokens, jnp.minimum(places, tokens.shape[1] - 1), axis=1)
-    rows = text_layout(jnp.broadcast_to(jnp.arange(Q), places.shape), live.astype(jnp.int32))
+    """The last hidden state of each image place's question, read by the decoder on its own, without gradient; zeros
+    where there is none."""
+    weights, asked = jax.lax.stop_gradient(params["decoder"]), rearrange(batch.questions, "b i q -> (b i) q")
+    live = asked >= 0
+    count, places = live.sum(1), jnp.broadcast_to(jnp.arange(asked.shape[1]), asked.shape)
     with jax.named_scope("question"):
-        hidden = decoder.embed(weights, cfg.decoder, tokens, cfg.dtype)
-        hidden, _ = decoder.run(weights, cfg.decoder, hidden, rows)
-        last = jnp.take_along_axis(hidden, jnp.maximum(end - start - 1, 0)[:, None, None], axis=1)[:, 0]
+        hidden = decoder.embed(weights, cfg.decoder, jnp.maximum(asked, 0), cfg.dtype)
+        hidden, _ = decoder.run(weights, cfg.decoder, hidden, text_layout(places, live.astype(jnp.int32)))
+        last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         states = decoder.finish(weights, cfg.decoder, last)
-    return jax.lax.stop_gradient(jnp.where((end > start)[:, None], states, 0))
+    return jax.lax.stop_gradient(jnp.where((count > 0)[:, None], states, 0))
 
 
 def merge(

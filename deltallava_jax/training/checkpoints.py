@@ -131,9 +131,9 @@ class Checkpoints:
             raise self._damaged(step, _brief(error)) from error
         return join(params.get("trained", {}), params.get("frozen", {}))
 
-    def frozen_paths(self, step: int) -> list[str]:
-        """Names of the parameters that the training of this checkpoint keeps as they are."""
-        return list(flatten(self._saved_params(step)["frozen"]))
+    def frozen(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The parameters that the training of this checkpoint keeps as they are: path -> shape and dtype."""
+        return flatten(self._saved_params(step)["frozen"])
 
     def _restore(self, step: int, **items):
         try:

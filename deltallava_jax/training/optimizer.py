@@ -1,17 +1,21 @@
-"""AdamW with warmup and cosine decay, and the division of the parameters into trained and frozen."""
+"""AdamW or Muon with warmup and cosine decay, and the division of the parameters into trained and frozen."""
 
 from __future__ import annotations
 
 import difflib
 import re
 
+import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from deltallava_jax.config import OptimizerConfig
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten, unflatten
+
+MUON_RMS = 0.2
 
 
 def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -27,15 +31,48 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, AdamW with weight decay on matrices alone, the schedule."""
+    """Clipping by the global norm, AdamW or Muon with weight decay on matrices alone, the schedule."""
+    rate = schedule(cfg, steps)
     decay = lambda params: unflatten({path: _decays(path) for path in flatten(params)})
+    adamw = optax.adamw(
+        rate, cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype, weight_decay=cfg.weight_decay, mask=decay
+    )  # fmt: skip
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        optax.adamw(
-            schedule(cfg, steps), cfg.b1, cfg.b2, cfg.eps,
-            mu_dtype=cfg.mu_dtype, weight_decay=cfg.weight_decay, mask=decay,
+        adamw
+        if cfg.name == "adamw"
+        else optax.partition({"muon": _muon(cfg, lambda step: cfg.muon_rate * rate(step)), "adamw": adamw}, kinds),
+    )
+
+
+def _muon(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) on matrices [..., in, out]; the axes before them hold as many matrices.
+
+    An orthogonal r x c matrix has a root mean square of max(r, c)**-0.5. It is brought to 0.2, about that of AdamW's
+    updates, so that rate and weight decay mean the same for both (Liu et al. 2025, arXiv:2502.16982)."""
+    matrix = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    every = lambda updates: jax.tree.map(lambda _: matrix, updates)
+    scale = lambda update: MUON_RMS * max(update.shape[-2:]) ** 0.5 * update
+    return optax.chain(
+        scale_by_muon(
+            ns_steps=cfg.muon_iterations,
+            beta=cfg.muon_momentum,
+            eps=cfg.eps,
+            mu_dtype=cfg.mu_dtype,
+            weight_dimension_numbers=every,
         ),
-    )  # fmt: skip
+        optax.stateless(lambda updates, _: jax.tree.map(scale, updates)),
+        optax.add_decayed_weights(cfg.weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def kinds(params: Params) -> Params:
+    """ "muon" for the matrices inside the layers and the projector, "adamw" for the rest: embeddings, heads, norms,
+    biases, convolutions, the narrow factors of a low-rank update."""
+    inside = lambda path: re.search(r"(^projector|/layers)/.*(kernel|base)$", path)
+    kind = lambda path, leaf: "muon" if inside(path) and leaf.ndim in (2, 3) else "adamw"  # 3: stacked layers
+    return unflatten({path: kind(path, leaf) for path, leaf in flatten(params).items()})
 
 
 def _decays(path: str) -> bool:

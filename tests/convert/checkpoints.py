@@ -251,7 +251,7 @@ def rows_of(images: list[int], lengths: list[int], vocab: int = FULL, seed: int 
         places = np.arange(1, 1 + 2 * count, 2, dtype=np.int32)
         ids[places] = 0
         nothing = np.zeros(length, np.int32)
-        rows.append(Tokenized(ids, nothing.astype(bool), places, nothing, np.zeros((count, 2), np.int32)))
+        rows.append(Tokenized(ids, nothing.astype(bool), places, nothing, np.zeros((count, 0), np.int32)))
     return rows
 
 
@@ -277,7 +277,7 @@ def torch_rows(rows: list[Tokenized], opened: int = 1, left: bool = False, image
 
 def torch_questions(rows: list[Tokenized]) -> dict:
     """question_ids and question_mask of every image's question, padded on the right."""
-    found = [row.ids[start:end].tolist() for row in rows for start, end in row.questions]
+    found = [ids[ids >= 0].tolist() for row in rows for ids in row.questions]
     length = max(map(len, found))
     return {
         "question_ids": torch.tensor([ids + [0] * (length - len(ids)) for ids in found]),

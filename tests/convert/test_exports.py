@@ -325,9 +325,10 @@ def system(request, composed, tmp_path_factory):
 
 
 def asked(rows, *questions):
-    """The rows with a question for each image."""
-    as_array = lambda spans: np.array(spans, np.int32).reshape(-1, 2)
-    return [dataclasses.replace(row, questions=as_array(spans)) for row, spans in zip(rows, questions, strict=True)]
+    """The rows with a question of so many tokens for each image, of at most four."""
+    one = lambda count: [5 + place if place < count else -1 for place in range(4)]
+    ids = lambda counts: np.array([one(count) for count in counts], np.int32).reshape(-1, 4)
+    return [dataclasses.replace(row, questions=ids(counts)) for row, counts in zip(rows, questions, strict=True)]
 
 
 def torch_inputs(model, theirs, rows, images, left: bool = False) -> dict:
@@ -341,7 +342,7 @@ def torch_inputs(model, theirs, rows, images, left: bool = False) -> dict:
 def test_logits_of_other_systems(system):
     """Every budget, rows with one image, two and none; a long question, a short one and an empty one."""
     model, theirs = system
-    rows = asked(rows_of([1, 2, 0], [12, 9, 20]), [(2, 11)], [(4, 7), (0, 0)], [])
+    rows = asked(rows_of([1, 2, 0], [12, 9, 20]), [4], [3, 0], [])
     images, cfg = pixels(3), model.cfg.projector
     inputs = torch_inputs(model, theirs, rows, images)
     of_images = {name: value for name, value in inputs.items() if name.startswith(("pixel", "question"))}
@@ -361,7 +362,7 @@ def test_logits_of_other_systems(system):
 def test_greedy_tokens_of_other_systems(system):
     """After prompts of unequal length, padded on the left."""
     model, theirs = system
-    rows, images = asked(rows_of([1, 1], [12, 6]), [(3, 10)], [(2, 5)]), pixels(2)
+    rows, images = asked(rows_of([1, 1], [12, 6]), [4], [3]), pixels(2)
     inputs = torch_inputs(model, theirs, rows, images, left=True)
     settings = dict(do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=None)
     for budget in projectors.budgets(model.cfg.projector):
@@ -372,7 +373,7 @@ def test_greedy_tokens_of_other_systems(system):
 @pytest.mark.parametrize("system", ["quecc"], indirect=True)
 def test_a_question_is_asked_for_where_it_is_read(system):
     model, theirs = system
-    rows, images = asked(rows_of([1, 1], [12, 6]), [(3, 10)], [(2, 5)]), pixels(2)
+    rows, images = asked(rows_of([1, 1], [12, 6]), [4], [3]), pixels(2)
     inputs = torch_inputs(model, theirs, rows, images)
     for given, words in ((None, "2 images, but none in question_ids"), (inputs["question_ids"][:1], "but 1 in")):
         with pytest.raises(ValueError, match=f"reads each image's question: .*{words}"):
@@ -383,7 +384,7 @@ def test_a_question_is_asked_for_where_it_is_read(system):
 def test_the_question_gets_no_gradient(system):
     """Of the visual tokens the decoder has none; the projector's part that takes the question has."""
     model, theirs = system
-    rows = asked(rows_of([1], [12]), [(3, 10)])
+    rows = asked(rows_of([1], [12]), [4])
     tokens, _ = theirs.get_image_features(torch_pixels(pixels(1)), **torch_questions(rows))
     tokens.square().sum().backward()
     assert all(parameter.grad is None for parameter in theirs.language_model.parameters())
@@ -563,7 +564,7 @@ def test_text_for_pictures_in_a_padded_batch(delta_folder, saved, pictures):
 
 @pytest.fixture(scope="module")
 def quecc_folder(composed, tmp_path_factory):
-    """(our model, its export) of a system that reads the question, of which it reads the last tokens."""
+    """(our model, its export) of a system that reads the question, of which it reads the first tokens."""
     settings = dict(scale_factor=(2,), head_dim=16, question_length=12)
     model = composed("clip", "llama_grouped", "quecc", **settings)
     return model, exported(model, tmp_path_factory.mktemp("text") / "quecc_text")
@@ -606,13 +607,14 @@ def test_questions_of_a_long_conversation(decoder, composed, saved, tmp_path):
     rounds = [template.user.format(question) + template.assistant for question, _ in CONVERSATION]
     answers = [f" {answer}{template.end}" for _, answer in CONVERSATION[:-1]] + [""]
     text = template.system + "".join(part for pair in zip(rounds, answers, strict=True) for part in pair)
-    mine = tokenize(conversation.asked(CONVERSATION, 5), template, tokens.load(saved(decoder)))
+    tokenizer = tokens.load(saved(decoder))
+    mine = tokenize(conversation.asked(CONVERSATION, 5), template, tokenizer, question_length=24)
     inputs = processor(text=text)
     found = [
         [token for token, live in zip(ids, mask, strict=True) if live]
         for ids, mask in zip(inputs["question_ids"], inputs["question_mask"], strict=True)
     ]
-    assert found == [mine.ids[start:end].tolist() for start, end in mine.questions]
+    assert found == [ids[ids >= 0].tolist() for ids in mine.questions]
     assert [len(ids) > 0 for ids in found] == [True, True, True, False, True]
 
 

@@ -2,13 +2,24 @@
 
 import itertools
 import re
+import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, Conversation, Round, asked, end_ids, read_turns, tokenize
+from deltallava_jax.data.conversation import (
+    IMAGE,
+    TEMPLATES,
+    Conversation,
+    Round,
+    asked,
+    end_ids,
+    question_ids,
+    read_turns,
+    tokenize,
+)
 from deltallava_jax.errors import BadSample, ConfigError
 
 PAIRS = [
@@ -208,7 +219,7 @@ def test_a_place_before_any_question_is_a_fault_too():
 def test_the_marker_is_text_in_a_record_without_images(tokenizer):
     values = f"What does {IMAGE} do in an RSS feed? ", f"{IMAGE} holds the channel's picture."
     conversation = read_turns(turns(*values), 0)
-    assert conversation == Conversation((Round(values[:1], values[1]),))
+    assert conversation == Conversation((Round(values[:1], values[1]),), notes=("literal",))
     tokenized = tokenize(conversation, TEMPLATES["vicuna_v1"], tokenizer)
     assert not len(tokenized.image_positions) and (tokenized.ids > 0).all()
     assert tokenizer.decode(tokenized.ids[tokenized.loss_mask]) == values[1]
@@ -327,7 +338,20 @@ def test_an_answer_of_the_history_is_text():
 @each_template
 def test_each_image_knows_its_question(template, tokenizer):
     pairs = [(f"{IMAGE}\n{IMAGE}\nwhat color is the shape?", "blue"), (f"is there {IMAGE} a triangle?", "no")]
-    tokenized = tokenize(talk(pairs), template, tokenizer)
-    asked = [tokenizer.decode(tokenized.ids[start:end]) for start, end in tokenized.questions]
-    assert asked == ["what color is the shape?"] * 2 + ["a triangle?"]
-    assert tokenize(talk([("no image", "yes")]), template, tokenizer).questions.shape == (0, 2)
+    tokenized = tokenize(talk(pairs), template, tokenizer, question_length=20)
+    words = ["what color is the shape?"] * 2 + ["a triangle?"]
+    assert tokenized.questions.shape == (3, 20) and (tokenized.questions[:, 0] == tokenizer.bos).all()
+    for ids, text in zip(tokenized.questions, words, strict=True):
+        assert ids[ids >= 0].tolist() == [tokenizer.bos, *tokenizer.encode(text)[0]]  # as a text by itself
+    nothing = tokenize(talk([("no image", "yes"), (f"{IMAGE}\n", "no")]), template, tokenizer, question_length=3)
+    assert nothing.questions.tolist() == [[-1, -1, -1]]
+    assert tokenize(talk(pairs), template, tokenizer).questions.shape == (3, 0)  # for systems that read none
+
+
+def test_a_question_is_whole_up_to_the_limit_and_it_is_said_where_it_is_cut(tokenizer):
+    ids, text = [tokenizer.bos, *tokenizer.encode("is there a triangle?")[0]], "\nis there a triangle? "
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert question_ids(text, tokenizer, len(ids)).tolist() == ids
+    with pytest.warns(UserWarning, match=r"longer than the 3 tokens .*\(projector.question_length\)"):
+        assert question_ids(text, tokenizer, 3).tolist() == ids[:3]

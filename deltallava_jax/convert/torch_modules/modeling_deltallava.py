@@ -2,6 +2,8 @@
 
 Needs torch and transformers alone. The projector is in projector.py."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -108,10 +110,15 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _question_states(self, ids, mask):
         """[n, d]: the last hidden state of each question, read by the decoder on its own; zeros for an empty one.
 
-        Of a question longer than ``question_length`` the end is read."""
+        Of a question longer than ``question_length`` the beginning is read, which is warned of."""
         longest = self.config.deltallava_projector["question_length"]
         mask = torch.ones_like(ids) if mask is None else mask
-        rows = [row[live.bool()][-longest:] for row, live in zip(ids, mask, strict=True)]
+        rows = [row[live.bool()] for row, live in zip(ids, mask, strict=True)]
+        if any(len(row) > longest for row in rows):
+            warnings.warn(
+                f"a question is longer than the {longest} tokens that are read of it; the rest is cut off", stacklevel=2
+            )
+        rows = [row[:longest] for row in rows]
         lengths = torch.tensor([len(row) for row in rows], device=ids.device)
         # No token sees what follows it, so the padding on the right needs no mask.
         padded = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])

@@ -65,4 +65,4 @@ class Mqt(nnx.Module):
         if not {"query", "proj", "ln_v.weight"} <= set(shapes):
             return None
         queries, width = shapes["query"]
-        return dict(name="mqt", in_width=width, out_width=shapes["proj"][1], queries=queries, head_dim=64)
+        return dict(name="mqt", in_width=width, out_width=shapes["proj"][1], queries=queries)

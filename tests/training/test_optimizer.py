@@ -1,0 +1,138 @@
+"""Muon: its update against a plain numpy one, what takes it, and that it shards and resumes as AdamW does."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tiny
+
+from deltallava_jax.config import MeshConfig, OptimizerConfig, from_dict, override, to_dict
+from deltallava_jax.config.run import Config
+from deltallava_jax.data.pipeline import elements
+from deltallava_jax.models import vlm
+from deltallava_jax.models.names import flatten, unflatten
+from deltallava_jax.parallel.mesh import make_mesh, put_rows
+from deltallava_jax.training.checkpoints import Checkpoints
+from deltallava_jax.training.optimizer import kinds, make_optimizer, schedule
+from deltallava_jax.training.step import TrainStep, init_state
+
+
+def orthogonalised(matrix, iterations):
+    """Newton and Schulz's quintic iteration with Jordan's coefficients."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+    return x
+
+
+def test_a_stacked_kernel_takes_muons_update():
+    cfg = OptimizerConfig(name="muon", lr=1e-2, warmup_ratio=0.0, weight_decay=0.1, clip_norm=0.0, muon_iterations=4)
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((3, 8, 5))
+    params = unflatten({"decoder/layers/up/kernel": jnp.float32(kernel), "decoder/layers/norm/scale": jnp.ones((3, 8))})
+    optimizer = make_optimizer(cfg, 10)
+    state, rate, momentum = optimizer.init(params), schedule(cfg, 10), np.zeros_like(kernel)
+    for step in range(3):
+        grads = rng.standard_normal(kernel.shape)
+        given = unflatten(
+            {"decoder/layers/up/kernel": jnp.float32(grads), "decoder/layers/norm/scale": jnp.ones((3, 8))}
+        )
+        updates, state = jax.jit(optimizer.update)(given, state, params)
+        params = optax.apply_updates(params, updates)
+        # Nesterov's momentum, each part without the zeros that it began with.
+        momentum = 0.95 * momentum + 0.05 * grads
+        ahead = 0.95 * momentum / (1 - 0.95 ** (step + 2)) + 0.05 * grads / (1 - 0.95 ** (step + 1))
+        moved = np.stack([orthogonalised(matrix, 4) for matrix in ahead]) * 0.2 * 8**0.5
+        kernel = kernel - float(rate(step)) * (moved + 0.1 * kernel)
+        np.testing.assert_allclose(params["decoder"]["layers"]["up"]["kernel"], kernel, rtol=2e-5, atol=2e-6)
+    # AdamW moves all of what is no matrix by the rate while the gradient is the same, and does not decay it.
+    moved = 1 - sum(float(rate(step)) for step in range(3))
+    np.testing.assert_allclose(params["decoder"]["layers"]["norm"]["scale"], moved, rtol=1e-5)
+
+
+def test_the_matrices_of_layers_and_projector_take_muon():
+    shapes = jax.eval_shape(lambda: vlm.init_params(tiny.get_config().model, jax.random.key(0)))
+    of = flatten(kinds(shapes))
+    for path in (
+        "vision/layers/q/kernel", "decoder/layers/down/kernel", "projector/up/kernel", "projector/k_proj/base",
+    ):  # fmt: skip
+        assert path not in of or of[path] == "muon", path
+    assert {path for path, kind in of.items() if kind == "muon"} == {
+        path
+        for path, leaf in flatten(shapes).items()
+        if path.endswith(("kernel", "base")) and leaf.ndim < 4 and "embed" not in path and "decoder/head" not in path
+    }
+    adamw = {path for path, kind in of.items() if kind == "adamw"}
+    assert {"decoder/embed/embedding", "decoder/head/out/kernel", "vision/embeddings/patch/kernel"} < adamw
+    assert {"decoder/layers/attention_norm/scale", "vision/layers/up/bias"} < adamw
+
+
+@functools.cache
+def muon_run():
+    """A config with frozen parts and microbatches, and its first batches."""
+    cfg = override(
+        tiny.get_config(),
+        {"optimizer.name": "muon", "optimizer.frozen": "('vision/',)", "optimizer.accumulation": "2",
+         "model.projector.drop_path": "0.0"},
+    )  # fmt: skip
+    rows, plan, _ = tiny.make_run(cfg)
+    return cfg, list(elements(rows, plan, 0, 4, workers=0))
+
+
+def continued(step, state, start):
+    """(losses from a step on, final state)."""
+    values = []
+    for element in muon_run()[1][start:]:
+        state, metrics = step(state, put_rows(element.batch, step.mesh), element.budget)
+        values.append(float(metrics["loss"]))
+    return values, state
+
+
+def test_muon_resumes_to_the_bit_and_shards_over_eight_devices(tmp_path):
+    cfg, batches = muon_run()
+    mesh = make_mesh(cfg, jax.devices()[:1])
+    step, state = TrainStep(cfg, mesh, 4), init_state(cfg, mesh, 4)
+    for element in batches[:2]:
+        state, _ = step(state, put_rows(element.batch, mesh), element.budget)
+    saved = Checkpoints(tmp_path, create=True)
+    saved.save(2, state, {"faults": 0, "records": 0})
+    saved.wait()
+    whole, end = continued(step, state, 2)
+    assert whole[0] != whole[1] and np.isfinite(whole).all()
+
+    again, resumed = continued(step, saved.restore(2, step.shapes)[0], 2)
+    assert again == whole
+    for one, other in zip(jax.tree.leaves(end), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+    sharded = dataclasses.replace(cfg, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    eight = TrainStep(sharded, make_mesh(sharded, jax.devices()), 4)
+    values, end = continued(eight, saved.restore(2, eight.shapes)[0], 2)
+    np.testing.assert_allclose(values, whole, rtol=1e-5)
+    moments = end.optimizer[1].inner_states["muon"].inner_state[0].mu["decoder"]["layers"]
+    for name in ("q", "down"):
+        assert moments[name]["kernel"].sharding == end.trained["decoder"]["layers"][name]["kernel"].sharding
+        assert moments[name]["kernel"].addressable_shards[0].data.size == moments[name]["kernel"].size // 4
+
+
+def test_the_first_moment_of_both_halves_has_its_dtype():
+    params = unflatten({"decoder/layers/q/kernel": jnp.ones((2, 4, 4)), "decoder/embed/embedding": jnp.ones((8, 4))})
+    state = make_optimizer(OptimizerConfig(name="muon", mu_dtype="bfloat16"), 10).init(params)
+    moments = [
+        leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(state) if "mu" in str(path) and leaf.ndim > 1
+    ]
+    halves = state[1].inner_states
+    assert halves["muon"].inner_state[0].mu["decoder"]["layers"]["q"]["kernel"].dtype == jnp.bfloat16
+    assert halves["adamw"].inner_state[0].mu["decoder"]["embed"]["embedding"].dtype == jnp.bfloat16
+    assert len(moments) >= 2
+
+
+def test_configs_from_before_there_was_a_choice_are_adamw():
+    values = to_dict(tiny.get_config())
+    for key in ("name", "muon_momentum", "muon_iterations"):
+        del values["optimizer"][key]
+    assert from_dict(Config, values).optimizer.name == "adamw"
