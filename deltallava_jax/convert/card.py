@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 from deltallava_jax.convert.read import Pretrained, read_json
@@ -13,8 +14,8 @@ from deltallava_jax.workdir import Workdir
 FOR_TRANSFORMERS = """\
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained({name!r}{trust})
-processor = AutoProcessor.from_pretrained({name!r}{trust})
+model = AutoModelForImageTextToText.from_pretrained({name}{trust})
+processor = AutoProcessor.from_pretrained({name}{trust})
 content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
@@ -26,7 +27,7 @@ print(processor.decode(answer, skip_special_tokens=True))"""
 FOR_US = """\
 import deltallava_jax
 
-model = deltallava_jax.load({name!r})
+model = deltallava_jax.load({name})
 print(model.generate("picture.png", "What is this?"))"""
 
 
@@ -59,22 +60,22 @@ def write_card(model: Pretrained, folder: Path, name: str, source: Path | None) 
 def _code(model: Pretrained, folder: Path, name: str) -> str:
     """Python that asks the model in the folder ``name`` about picture.png."""
     if "mm_vision_tower" in read_json(folder / "config.json"):
-        return FOR_US.format(name=name)
+        return FOR_US.format(name=json.dumps(name))
     if not (folder / "modeling_deltallava.py").is_file():
         generate = (
             'answer = model.generate(**inputs, max_new_tokens=32)[0, inputs["input_ids"].shape[1] :]  # the new tokens'
         )
-        return FOR_TRANSFORMERS.format(name=name, trust="", generate=generate)
+        return FOR_TRANSFORMERS.format(name=json.dumps(name), trust="", generate=generate)
     budgets = projectors.budgets(model.cfg.projector)
     generate = f"budget = {budgets[0]}  # visual tokens an image, of {', '.join(map(str, budgets))}\n"
     generate += "answer = model.generate(**inputs, budget=budget, max_new_tokens=32)[0]"
-    return FOR_TRANSFORMERS.format(name=name, trust=", trust_remote_code=True", generate=generate)
+    return FOR_TRANSFORMERS.format(name=json.dumps(name), trust=", trust_remote_code=True", generate=generate)
 
 
 def _prompts(name: str) -> str:
     template = TEMPLATES[name]
-    said = f"the system text {template.system_text!r}" if template.system_text else "no system text"
-    return f"Prompts follow the template {name}, which chat_template.jinja writes, with {said}."
+    said = f"System text: {json.dumps(template.system_text)}" if template.system_text else "It has no system text."
+    return f"Prompts follow the template {name} (chat_template.jinja). {said}"
 
 
 def describe(part) -> str:

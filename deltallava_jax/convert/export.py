@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from deltallava_jax.config import DecoderConfig, ModelConfig, VisionConfig, preset, to_dict
 from deltallava_jax.convert.families import decoder_family, tower_family
 from deltallava_jax.convert.folder import write_json
-from deltallava_jax.convert.processor import with_image_token, write_chat_template, write_processor, write_prompting
+from deltallava_jax.convert.processor import (
+    with_image_token,
+    write_chat_template,
+    write_padding_side,
+    write_processor,
+    write_prompting,
+)
 from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, Layout, Pretrained, read_json
 from deltallava_jax.convert.shards import SHARD_BYTES, write_weights
 from deltallava_jax.errors import ConversionError
@@ -75,6 +81,7 @@ def _write_whole_hf(model: Pretrained, folder: Path, shard_bytes: int) -> None:
         write_processor(model, folder, plain)
         write_chat_template(model, folder)
     write_prompting(model, folder)
+    write_padding_side(folder)
     if not plain:
         for file in (*TORCH_MODULES.glob("*_deltallava.py"), TORCH_MODULES / "projector_parts.py"):
             shutil.copy(file, folder)

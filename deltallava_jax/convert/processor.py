@@ -61,16 +61,19 @@ def write_processor(model: Pretrained, folder: Path, plain: bool) -> None:
 
 
 def write_prompting(model: Pretrained, folder: Path) -> None:
-    """Of a whole model's folder: the chat template, the tokens that end an answer, and the side of the padding, so
-    that each row of a batch is answered as it is alone. What says the same already stays as it is."""
+    """Of a whole model's folder: the chat template and the tokens that end an answer. What says the same stays."""
     jinja = chat_template.found_in(folder)
     if jinja is None or (chat_template.recognised(jinja) or chat_template.FALLBACK) != model.template:
         write_chat_template(model, folder)
+    if any((folder / name).is_file() for name in tokens.FILES):
+        _write_ends(folder, end_id(TEMPLATES[model.template], tokens.load(folder)))
+
+
+def write_padding_side(folder: Path) -> None:
+    """Left, so that each row of a batch is answered as it is alone."""
     file = folder / "tokenizer_config.json"
     if file.is_file() and (config := read_json(file)).get("padding_side") != "left":
         write_json(file, config | {"padding_side": "left"})
-    if any((folder / name).is_file() for name in tokens.FILES):
-        _write_ends(folder, end_id(TEMPLATES[model.template], tokens.load(folder)))
 
 
 def write_chat_template(model: Pretrained, folder: Path) -> None:

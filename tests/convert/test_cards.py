@@ -12,7 +12,6 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 
 from checkpoints import convert  # noqa: E402
-from test_prompting import decoder, model  # noqa: E402, F401  fixtures
 
 import deltallava_jax  # noqa: E402
 from deltallava_jax.convert.workdir import write_workdir  # noqa: E402
@@ -21,7 +20,7 @@ from deltallava_jax.workdir import Workdir  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def workdir(model, tmp_path_factory):  # noqa: F811
+def workdir(chat_model, tmp_path_factory):
     """workdir(projector, template): a workdir of a model of those."""
     root = tmp_path_factory.mktemp("workdirs")
 
@@ -29,7 +28,7 @@ def workdir(model, tmp_path_factory):  # noqa: F811
         folder = root / f"{projector}_{template}"
         if not folder.exists():
             folder.mkdir()
-            write_workdir(dataclasses.replace(model(projector), template=template), folder, folder.name)
+            write_workdir(dataclasses.replace(chat_model(projector), template=template), folder, folder.name)
         return folder
 
     return workdir
@@ -64,7 +63,7 @@ def test_the_code_of_a_card_runs_and_answers_as_we_do(projector, template, to, w
     count = 32 if to == "hf" else 128
     ours = deltallava_jax.load(source).generate("picture.png", "What is this?", max_new_tokens=count)
     assert printed.getvalue().strip() == ours
-    assert f"template {template}," in card and TEMPLATES[template].system_text in card
+    assert f"template {template} " in card and TEMPLATES[template].system_text in card
 
 
 def test_results_are_on_the_card_once_and_those_of_a_part_are_not(workdir, here):

@@ -14,69 +14,25 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
-import checkpoints  # noqa: E402
-from rows import random_params  # noqa: E402
-from tokenizers import AddedToken, Tokenizer  # noqa: E402
+from checkpoints import TEXTS_END  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor  # noqa: E402
 
 import deltallava_jax  # noqa: E402
-from deltallava_jax.config import Config, DataConfig, ProjectorConfig, to_dict  # noqa: E402
+from deltallava_jax.config import Config, DataConfig, to_dict  # noqa: E402
 from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
 from deltallava_jax.convert.read import read  # noqa: E402
-from deltallava_jax.convert.workdir import compose, open_model, write_workdir  # noqa: E402
+from deltallava_jax.convert.workdir import open_model, write_workdir  # noqa: E402
 from deltallava_jax.data import tokens  # noqa: E402
 from deltallava_jax.data.conversation import TEMPLATES, asked, end_id, tokenize  # noqa: E402
 from deltallava_jax.inference.model import Model  # noqa: E402
-from deltallava_jax.models import projectors  # noqa: E402
 from deltallava_jax.training.checkpoints import Checkpoints  # noqa: E402
 from deltallava_jax.training.step import TrainState  # noqa: E402
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 QUESTION, LONGER = "What is in the picture?", "The shape is green, is it not? What is in the picture, on a blue square?"
-TEXTS_END = "<|endoftext|>"  # of the decoder, in its generation_config.json
 
 
 @pytest.fixture(scope="module")
-def decoder(saved, tmp_path_factory):
-    """decoder(bos): a folder whose tokenizer knows every template's special tokens, and whose texts end otherwise."""
-    root = tmp_path_factory.mktemp("decoders")
-
-    @functools.cache
-    def decoder(bos: str | None):
-        folder = root / str(bos)
-        shutil.copytree(saved("llama_grouped"), folder)
-        backend = Tokenizer.from_file(str(saved("llama_grouped") / "tokenizer.json"))
-        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-        backend.save(str(folder / "tokenizer.json"))
-        checkpoints.publish_tokenizer(folder, bos)
-        end = backend.token_to_id(TEXTS_END)
-        for name in ("config.json", "generation_config.json"):
-            values = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
-            values |= {"eos_token_id": end, "pad_token_id": 0, "bos_token_id": 1, "max_position_embeddings": 640}
-            (folder / name).write_text(json.dumps(values))
-        return folder
-
-    return decoder
-
-
-@pytest.fixture(scope="module")
-def model(saved, decoder):
-    """model(projector, bos): a model of fresh parts, its projector far from its start."""
-
-    @functools.cache
-    def model(projector: str, bos: str | None):
-        made = compose(saved("clip"), decoder(bos), "mlp", {})
-        sizes = {key: getattr(made.cfg.projector, key) for key in ("grid", "in_width", "out_width")}
-        own = dict(scale_factor=(1, 2), head_dim=16, block_head_dim=8, rank=4) if projector == "delta" else {}
-        cfg = dataclasses.replace(made.cfg, projector=ProjectorConfig(name=projector, **sizes, **own))
-        drawn = random_params(projectors.init_params, cfg.projector)
-        return dataclasses.replace(made, cfg=cfg, params=made.params | {"projector": drawn})
-
-    return lambda projector, bos="<s>": model(projector, bos)
-
-
-@pytest.fixture(scope="module")
-def export(model, tmp_path_factory):
+def export(chat_model, tmp_path_factory):
     """export(projector, template, bos, write): the folder of a model that was trained on the template."""
     root = tmp_path_factory.mktemp("exports")
 
@@ -84,7 +40,7 @@ def export(model, tmp_path_factory):
     def made(projector, template, bos, write):
         folder = root / f"{projector}_{template}_{bos}_{write.__name__}".replace("<s>", "s")
         folder.mkdir()
-        write(dataclasses.replace(model(projector, bos), template=template), folder)
+        write(dataclasses.replace(chat_model(projector, bos), template=template), folder)
         return folder
 
     return lambda projector, template, bos="<s>", write=write_hf: made(projector, template, bos, write)
@@ -175,12 +131,12 @@ def test_the_template_travels_through_transformers_and_through_a_workdir(export,
 # ------------------------------------------------------------------ padding and ends
 
 
-def test_prompts_of_unequal_length_are_answered_as_each_alone(model, export, pictures):
+def test_prompts_of_unequal_length_are_answered_as_each_alone(chat_model, export, pictures):
     """Through an MLP export, which is transformers' own LLaVA; the answers are ours."""
     folder = export("mlp", "vicuna_v1")
     processor = AutoProcessor.from_pretrained(folder)
     theirs = AutoModelForImageTextToText.from_pretrained(folder)
-    made = model("mlp")
+    made = chat_model("mlp")
     ours = Model(made.cfg, made.params, tokens.load(folder), "vicuna_v1", made.aspect)
     chats = [[said("user", picture, question)] for picture, question in zip(pictures, (QUESTION, LONGER), strict=True)]
     inputs = prepared(processor, chats, padding=True)
@@ -233,9 +189,9 @@ def assert_ends_at(folder, token: int) -> None:
     assert out.shape[1] - (3 if type(model).__name__ == "LlavaForConditionalGeneration" else 0) == 3
 
 
-def test_what_generation_needs_comes_through_both_stages(model, tmp_path):
+def test_what_generation_needs_comes_through_both_stages(chat_model, tmp_path):
     """start -> pretrain -> finetune -> export: the source's files are those of the folder where it all began."""
-    made, folders = model("mlp"), [tmp_path / name for name in ("start", "pretrain", "finetune")]
+    made, folders = chat_model("mlp"), [tmp_path / name for name in ("start", "pretrain", "finetune")]
     folders[0].mkdir()
     write_workdir(made, folders[0], "start")
     for began, folder in zip(folders, folders[1:], strict=False):
