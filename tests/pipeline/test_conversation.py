@@ -107,7 +107,7 @@ def test_a_prompt_is_the_beginning_of_the_conversation_it_asks_for(template, tur
     [
         ("no image here?", 0),
         (f"{IMAGE}\nwhat is it?", 1),
-        (f"what is it?\n{IMAGE}", 1),
+        (f"what is it?\n{IMAGE}{IMAGE}", 2),
         (f"{IMAGE}{IMAGE} which of the two?", 2),
         (f"is {IMAGE} left of {IMAGE} or of {IMAGE}", 3),
     ],
