@@ -84,10 +84,9 @@ def peer(folder: Path, records: list[int], tokenizer, workers: int) -> dict:
 
 
 def ours(rows, records: list[int], workers: int) -> dict:
-    from deltallava_jax.data.packing import PackPlan
     from deltallava_jax.data.pipeline import elements
 
-    plan = PackPlan(*rows.lengths(), budgets=(BUDGET,), rows=2, row_length=ROW_LENGTH)
+    plan = rows.plan((BUDGET,), 0)
 
     def count(element):
         batch = element.batch
@@ -195,7 +194,7 @@ def main() -> None:
                 sound.append(index)
         except BadSample:
             continue
-    cfg = DataConfig(aspect="pad", template="vicuna_v1")
+    cfg = DataConfig(aspect="pad", template="vicuna_v1", rows=2, row_length=ROW_LENGTH)
     rows = Rows(Chosen(source, sound), tokenizer, cfg, VisionConfig())
     results = {"ours": [], "peer": []}
     for _ in range(2):  # in turns

@@ -29,6 +29,8 @@ sys.path[0] = str(ROOT)  # instead of this folder, in which this file hides the 
 RESULTS = ROOT / "benchmarks" / "results" / "easy_vqa"
 TOWER_RESULTS = RESULTS.with_name("towers")
 GRID = 8  # patches a side
+# What all of these runs were trained with, whatever configs/easy_vqa.py has learned since.
+PROTOCOL = {"optimizer.name": "adamw", "optimizer.lr": 4e-4, "data.rows": 4}
 # The run that tower and decoder come from; it reads the tower's last layer, so that all layers are trained.
 BASE, BASE_SETTINGS = "mlp", {"training.epochs": 6, "training.eval_every": 0, "model.projector.select_layer": -1}
 
@@ -120,7 +122,7 @@ def run(system: str, tokens: int | None, seed: int, epochs: float, runs: Path) -
         start = begin(config, changes, seed, runs / f"{name}-start", runs / "base")
         settings = {"seed": seed, "training.epochs": epochs, "training.eval_every": 0, "init_from": start}
         settings |= changes | {"optimizer.frozen": "('^vision/',)"}
-        call("train.py", "--config", config, "--workdir", workdir, settings)
+        call("train.py", "--config", config, "--workdir", workdir, PROTOCOL | settings)
     call("eval.py", "--workdir", workdir, evaluated)
     result = {"system": system, "seed": seed, "epochs": epochs, "accuracy": accuracies(workdir, evaluated)}
     command = f"--systems {system} --seeds {seed}" + (f" --tokens {tokens}" if tokens else "")
@@ -138,7 +140,8 @@ def run_tower(tower: str, seed: int, runs: Path) -> None:
     changes |= {"vision.norm_eps": 1e-6} if family == "siglip" else {}
     changes = {f"model.{key}": value for key, value in (changes | {"projector.scale_factor": scale}).items()}
     settings = {"seed": seed, "training.epochs": TOWER_EPOCHS, "training.eval_every": 0} | changes
-    call("train.py", "--config", ROOT / "configs" / "systems" / "delta.py", "--workdir", workdir, settings)
+    config = ROOT / "configs" / "systems" / "delta.py"
+    call("train.py", "--config", config, "--workdir", workdir, PROTOCOL | settings)
     call("eval.py", "--workdir", workdir)
     result = {"tower": tower, "family": family, "pixels": pixels, "patches": (pixels // 8) ** 2, "scale_factor": scale}
     result |= {"seed": seed, "epochs": TOWER_EPOCHS, "accuracy": accuracies(workdir, {})}
@@ -164,7 +167,7 @@ def begin(config: Path, changes: dict, seed: int, start: Path, base: Path) -> Pa
     finished = base / "finished"
     if not finished.exists():
         config_of_base = ROOT / "configs" / "systems" / f"{BASE}.py"
-        call("train.py", "--config", config_of_base, "--workdir", base, BASE_SETTINGS)
+        call("train.py", "--config", config_of_base, "--workdir", base, PROTOCOL | BASE_SETTINGS)
         finished.touch()
     if not start.exists():
         projector = "model.projector."
@@ -188,9 +191,10 @@ def call(*arguments) -> None:
 
 def accuracies(workdir: Path, overrides: dict) -> dict[str, dict]:
     """{tokens: accuracy in all and by type} of the evaluations just made."""
+    from deltallava_jax.workdir import Workdir
+
     found = {}
-    for file in (workdir / "eval").glob("easy_vqa_*.json"):
-        report = json.loads(file.read_text())
+    for report in Workdir(workdir).reports():
         if report["overrides"] == {key: str(value) for key, value in overrides.items()} and report["images"] == "real":
             by_type = {kind: round(score["accuracy"], 4) for kind, score in report["by_type"].items()}
             tokens = overrides.get("model.fastv.keep", report["budget"])
@@ -236,7 +240,6 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
 
     from deltallava_jax.config import load_config, override
     from deltallava_jax.data import tokens as tokenizers
-    from deltallava_jax.data.packing import plan_for
     from deltallava_jax.data.pipeline import Rows, elements
     from deltallava_jax.data.sources import training_source
     from deltallava_jax.models import projectors
@@ -244,7 +247,7 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
     from deltallava_jax.training.step import TrainStep, init_state
 
     def prepare(system):
-        changes = TRAINED[system](tokens) if TRAINED[system] else {}
+        changes = PROTOCOL | (TRAINED[system](tokens) if TRAINED[system] else {})
         cfg = override(
             load_config(ROOT / "configs" / "systems" / f"{system}.py"), {k: str(v) for k, v in changes.items()}
         )
@@ -252,7 +255,7 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
         tokenizer = tokenizers.train(source.texts(), cfg.model.decoder.vocab_size)
         rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, projectors.question_length(cfg.model.projector))
         budget = next((b for b in projectors.budgets(cfg.model.projector) if b <= tokens), GRID**2)
-        plan = plan_for(cfg.data, *rows.lengths(), (budget,), cfg.seed)
+        plan = rows.plan((budget,), cfg.seed)
         element = next(elements(rows, plan, 0, 1, workers=0))
         return {
             "step": TrainStep(cfg, mesh, 100),

@@ -193,7 +193,6 @@ class Recipe:
 
         from deltallava_jax import load
         from deltallava_jax.config import workdir_config
-        from deltallava_jax.data.packing import plan_for
         from deltallava_jax.data.pipeline import Rows, elements
         from deltallava_jax.data.sources import training_source
         from deltallava_jax.models import projectors, vlm
@@ -207,7 +206,7 @@ class Recipe:
                 for kind, file in (("pictures", f"loss_{of}"), ("shuffled", f"loss_{of}_shuffled")):
                     data = dataclasses.replace(cfg.data, json=(str(self.file(file)),))
                     rows = Rows(training_source(data), model.tokenizer, data, model.cfg.vision)
-                    plan = plan_for(data, *rows.lengths(), (budget,), 0)
+                    plan = rows.plan((budget,), 0)
                     batches = [each.batch for each in elements(rows, plan, 0, plan.steps_for(1), workers=0)]
                     totals, counts = zip(*(map(float, measure(model.params, batch)) for batch in batches), strict=True)
                     measured[budget][kind] = sum(totals) / sum(counts)

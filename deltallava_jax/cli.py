@@ -14,6 +14,9 @@ from pathlib import Path
 
 from deltallava_jax.errors import ConfigError, SaveFailed, UserError
 
+# What opening or making a file raises where its path is wrong.
+PATHS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
 
 def overrides(rest: list[str], command: str) -> dict[str, str]:
     """{dotted key: text} of --config.KEY=VALUE or --config.KEY VALUE arguments. Raises ConfigError for any other,
@@ -56,8 +59,8 @@ def libtpu_is_idle() -> bool:
 def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     """Runs a command's main with JAX's compiled programs kept between runs.
 
-    A UserError, or a disk that is full, is one line on stderr and exit code 2; Ctrl-C exits with 130; where another
-    process of the run is gone that is said, with exit code 1."""
+    A UserError, a path of the user's that cannot be used, or a disk that is full, is one line on stderr and exit code
+    2; Ctrl-C exits with 130; where another process of the run is gone that is said, with exit code 1."""
     import jax
 
     from deltallava_jax.parallel import hosts
@@ -75,6 +78,8 @@ def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     except KeyboardInterrupt:
         hosts.leave(interrupted, 130)
     except Exception as error:
+        if isinstance(error, PATHS) and _is_the_users(error.filename):
+            hosts.leave(f"error: {error.filename}: {error.strerror}", 2)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             hosts.leave(
                 f"error: {error}. Please make room on that disk and start the same command again", 2, at_once=True
@@ -82,3 +87,8 @@ def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
         if not jax.distributed.is_initialized():
             raise
         hosts.leave(hosts.lost(error) or traceback.format_exc(), 1)
+
+
+def _is_the_users(path) -> bool:
+    """Whether a path is no file of this package, whose absence is our mistake."""
+    return path is not None and not Path(os.fsdecode(path)).resolve().is_relative_to(Path(__file__).parent)

@@ -29,6 +29,7 @@ def load(path: str | Path, *, dtype: str | None = None, tensor: int = 1, templat
     from deltallava_jax.config import DTYPES, dtype_name
     from deltallava_jax.convert.read import read
     from deltallava_jax.data import tokens
+    from deltallava_jax.errors import ConfigError
     from deltallava_jax.inference.model import Model, check_template
     from deltallava_jax.models.decoder import MATRICES, unstacked
     from deltallava_jax.parallel import rules
@@ -38,6 +39,8 @@ def load(path: str | Path, *, dtype: str | None = None, tensor: int = 1, templat
     if template is not None:
         check_template(template)
     path, dtype = Path(path), dtype_name(dtype)
+    if tensor < 1:
+        raise ConfigError(f"tensor={tensor}; expected the number of devices that share every layer, 1 or more")
     mesh = tensor_mesh(tensor) if tensor > 1 else None
     first = SingleDeviceSharding(jax.local_devices()[0])
     shard = lambda name, shape: NamedSharding(mesh, rules.spec_for(name, shape, mesh)) if mesh else first

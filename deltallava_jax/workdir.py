@@ -4,7 +4,7 @@ config.json        the configuration that the run began with
 tokenizer.json     its tokenizer, with tokenizer_config.json
 checkpoints/       training/checkpoints.py
 source/            of a converted model: the files that stood beside the original weights (convert/workdir.py)
-metrics.jsonl, tensorboard/, profile/, faults.txt     what the training tells
+parameters.txt, metrics.jsonl, tensorboard/, profile/, faults.txt     what the training tells
 eval/              results of evaluations, a JSON file each
 """
 
@@ -172,9 +172,13 @@ class Workdir:
             notes = self.same_model(cfg)
         elif cfg.init_from:
             _check_source(cfg)
-        self.path.mkdir(parents=True, exist_ok=True)
         if not going_on and hosts.leads():  # the others read what it writes
-            self.write(_found_from_anywhere(cfg), self._first_tokenizer(cfg, texts))
+            source = Workdir(cfg.init_from) if cfg.init_from else None
+            tokenizer = source.tokenizer if source else tokens.train(texts(), cfg.model.decoder.vocab_size)
+            self.path.mkdir(parents=True, exist_ok=True)
+            if source and source.source:  # carried along, so that exports need no other folder for it
+                shutil.copytree(source.source, self.path / "source", dirs_exist_ok=True)
+            self.write(_found_from_anywhere(cfg), tokenizer)
         hosts.wait("workdir")
         if not (hosts.leads() or self._tokenizer_file.exists()):
             raise ConfigError(
@@ -185,14 +189,6 @@ class Workdir:
                 f"decoder.vocab_size={cfg.model.decoder.vocab_size}, but {self._tokenizer_file} has {size} tokens"
             )
         return notes
-
-    def _first_tokenizer(self, cfg: Config, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-        if not cfg.init_from:
-            return tokens.train(texts(), cfg.model.decoder.vocab_size)
-        source = Workdir(cfg.init_from)
-        if source.source:  # carried along, so that exports need no other folder for it
-            shutil.copytree(source.source, self.path / "source", dirs_exist_ok=True)
-        return source.tokenizer
 
     def write(self, cfg: Config, tokenizer: Tokenizer | None) -> None:
         """Writes config.json and, where there is one, the tokenizer."""
@@ -216,6 +212,11 @@ class Workdir:
         ]
 
     # ------------------------------------------------------------------ what training and evaluation tell
+
+    @property
+    def parameters(self) -> Path:
+        """The table of the model's parameters."""
+        return self.path / "parameters.txt"
 
     @property
     def metrics(self) -> Path:

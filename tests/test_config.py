@@ -241,6 +241,7 @@ def test_overrides_are_checked_together_so_that_presets_can_change_the_widths():
         ("optimizer.b1", "2", ["optimizer.b1=2", "0 to below 1"]),
         ("optimizer.b2", "1", ["optimizer.b2=1", "0 to below 1"]),
         ("optimizer.muon_momentum", "-0.1", ["optimizer.muon_momentum=-0.1", "0 to below 1"]),
+        ("optimizer.muon_rate", "0", ["optimizer.muon_rate=0", "more than 0"]),
         ("optimizer.muon_iterations", "0", ["optimizer.muon_iterations=0", "1 or more"]),
         ("optimizer.warmup_ratio", "-1", ["optimizer.warmup_ratio=-1", "0 to 1"]),
         ("optimizer.final_lr_ratio", "1.5", ["optimizer.final_lr_ratio=1.5", "0 to 1"]),

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from deltallava_jax.config import load_config
+from benchmarks.easy_vqa import PROTOCOL
+from deltallava_jax.config import OptimizerConfig, load_config, override, to_dict
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import projectors
 from deltallava_jax.models.selection import llavolta
@@ -43,3 +44,12 @@ def test_an_unknown_stage_is_refused(stage, words):
 def test_a_stage_of_a_configuration_without_any_is_refused():
     with pytest.raises(ConfigError, match="too many positional arguments"):
         load_config(f"{ROOT / 'easy_vqa.py'}:pretrain")
+
+
+@pytest.mark.parametrize("system, row_length", [("delta", 256), ("mlp", 512), ("m3", 256)])
+def test_the_comparison_of_systems_is_trained_as_its_results_were(system, row_length):
+    cfg = override(load_config(ROOT / "systems" / f"{system}.py"), {k: str(v) for k, v in PROTOCOL.items()})
+    plain = dict(lr=4e-4, final_lr_ratio=0.02, b2=0.99, weight_decay=0.05)
+    used = {key: value for key, value in to_dict(cfg.optimizer).items() if not key.startswith("muon_")}
+    assert used == {k: v for k, v in to_dict(OptimizerConfig(**plain)).items() if not k.startswith("muon_")}
+    assert (cfg.data.rows, cfg.data.row_length, cfg.data.images_per_row) == (4, row_length, 2)

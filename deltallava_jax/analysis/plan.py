@@ -37,21 +37,29 @@ MFU = 0.5  # of the peak: assumed of products of these sizes; MaxText reports 0.
 
 
 def parameter_table(shapes: TrainState) -> str:
-    """Parameters, dtype, shape and sharding of every array, trained and frozen, with sums by part."""
-    rows, parts = [], {}
+    """Parameters, dtype, shape and sharding of every array, trained and frozen, with the sums."""
+    rows = []
     for kind, tree in (("trained", shapes.trained), ("frozen", shapes.frozen)):
         for path, leaf in sorted(flatten(tree).items()):
             shape = "x".join(map(str, leaf.shape))
             rows.append((path, shape, str(leaf.dtype), str(tuple(leaf.sharding.spec)), kind, f"{leaf.size:,}"))
-            part = (path.split("/")[0], kind)
-            parts[part] = parts.get(part, 0) + leaf.size
     header = ("parameter", "shape", "dtype", "mesh axes", "", "count")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [header, *rows]
     ]
-    lines += [f"{name} ({kind}): {size:,}" for (name, kind), size in parts.items()]
+    return "\n".join([*lines, parameter_sums(shapes)])
+
+
+def parameter_sums(shapes: TrainState) -> str:
+    """How many parameters each part of the model has, trained and frozen, and all."""
+    parts: dict[str, int] = {}
+    for kind, tree in (("trained", shapes.trained), ("frozen", shapes.frozen)):
+        for path, leaf in sorted(flatten(tree).items()):
+            part = f"{path.split('/')[0]} ({kind})"
+            parts[part] = parts.get(part, 0) + leaf.size
+    lines = [f"{part}: {size:,}" for part, size in parts.items()]
     return "\n".join([*lines, f"all: {sum(parts.values()):,} parameters"])
 
 

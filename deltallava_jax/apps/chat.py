@@ -76,10 +76,8 @@ class Terminal:
         self.begin(budget)
 
     def begin(self, budget: int | None) -> None:
-        from deltallava_jax.models import projectors
-
         if self.model.cfg.whole:
-            budget = projectors.check_budget(self.model.cfg.projector, budget)
+            budget = self.model.engine.budget(budget)
         self.budget, self.chat = budget, self.model.chat(budget=budget, **self.settings)
 
     @property
@@ -97,7 +95,7 @@ class Terminal:
         if command == "/image":
             self.image(value.strip().strip("'\""))
         elif command == "/budget":
-            if not value.strip().isdigit():
+            if not value.strip().isdecimal():
                 raise ConfigError(f"/budget {value.strip()!r}: expected a number of visual tokens, e.g. /budget 16")
             self.begin(int(value))
             self.images, self.shown = self.images or self.shown, []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import resource
 import sys
 import time
@@ -46,14 +45,14 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     import jax
 
     from deltallava_jax.analysis.flops import StepOperations
-    from deltallava_jax.analysis.plan import memory_table, parameter_table
+    from deltallava_jax.analysis.plan import memory_table, parameter_sums, parameter_table
     from deltallava_jax.analysis.targets import peak_flops
-    from deltallava_jax.data.packing import plan_for
     from deltallava_jax.data.pipeline import Rows
     from deltallava_jax.data.sources import training_source
     from deltallava_jax.evaluation.validation import validation
     from deltallava_jax.models import projectors
     from deltallava_jax.parallel.mesh import make_mesh
+    from deltallava_jax.training import faults
     from deltallava_jax.training.loop import train
     from deltallava_jax.training.profile import parse_steps
     from deltallava_jax.training.step import TrainStep, batch_shapes
@@ -80,20 +79,23 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     tokenizer = workdir.tokenizer
     evaluate = validation(cfg, tokenizer)
     rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, projectors.question_length(cfg.model.projector))
-    lengths, images = rows.lengths()
-    plan = plan_for(cfg.data, lengths, images, budgets[:1] if cfg.training.every_budget else budgets, cfg.seed)
+    plan = rows.plan(budgets[:1] if cfg.training.every_budget else budgets, cfg.seed)
+    for line in faults.judge(plan, cfg.data.max_bad_fraction, workdir.path):
+        say(line)
     steps = cfg.training.steps or plan.steps_for(cfg.training.epochs)
 
     # ---------------------------------------------------------------- model
     step = TrainStep(cfg, mesh, steps)
-    say(parameter_table(step.shapes))
+    if hosts.leads():
+        workdir.parameters.write_text(parameter_table(step.shapes) + "\n")
+    say(parameter_sums(step.shapes))
     say(
-        f"{len(source):,} conversations, {len(source) / plan.steps_for(1):.1f} a step, {steps:,} steps, "
+        f"{len(plan.records):,} conversations, {len(plan.records) / plan.steps_for(1):.1f} a step, {steps:,} steps, "
         f"budgets {budgets}, mesh {dict(mesh.shape)}"
     )
     first = plan.step(0)
-    if cut := int((lengths > first.text).sum()):
-        say(f"{cut:,} conversations are longer than a row's {first.text} text tokens and will be cut")
+    if plan.cut:
+        say(f"{plan.cut:,} conversations are longer than a row's {plan.room.min()} text tokens and will be cut")
     say(memory_table(step.shapes, step.compile(batch_shapes(cfg, mesh, first.text, first.images), first.budget)))
 
     # ---------------------------------------------------------------- training
@@ -101,7 +103,6 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
         cfg, step, rows, plan, workdir.path, steps, evaluate=evaluate, profile=profile,
         operations=StepOperations(step), peak=peak_flops(jax.devices()[0].device_kind),
     )  # fmt: skip
-    gc.collect()  # the last batch, in a cycle, is shared memory that Python would call leaked
     if finished:
         minutes = (time.monotonic() - began) / 60
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
@@ -114,4 +115,4 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
 def run(arguments: list[str]) -> None:
     """The command, in a process of its own."""
     hosts.supervise(arguments)
-    cli.run(lambda: main(*parse(arguments)), "interrupted; the same command resumes from the newest checkpoint")
+    cli.run(lambda: main(*parse(arguments)), "interrupted, and nothing is lost; the same command goes on")

@@ -24,7 +24,7 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # how often each of the files is taken; empty: once
     images: str = ""  # the folder that image paths of the records begin from
     array_record: str = ""  # instead of these: a folder that ``data build`` made
-    aspect: str = "square"  # how images become square: shortest side and crop, padded, or squashed
+    aspect: str = "pad"  # how images become square: padded, shortest side and crop ("square"), or squashed
     template: str = "vicuna_v1"
     turns: int = 0  # easy_vqa: questions a conversation; 0: all of an image's questions
     independent_rounds: bool = False  # a conversation's questions see its image but not each other
@@ -33,7 +33,7 @@ class DataConfig:
     packed: bool = True  # False: LLaVA-1.5's batches, a conversation a row, padded, grouped by modality
     images_per_row: int = 0  # 0: chosen from the data for each budget
     workers: int = 1  # processes that load data; 0: in the training process
-    max_bad_fraction: float = 0.01  # of the samples seen; more than this stops the run
+    max_bad_fraction: float = 0.01  # of the records; more that cannot be used end the run
 
     def __post_init__(self):
         require_at_least(1, "data", self, "rows")
@@ -73,7 +73,7 @@ class OptimizerConfig:
     """AdamW or Muon, with linear warmup and cosine decay to ``final_lr_ratio`` of the peak.
 
     ``name`` muon: the matrices of the layers and of the projector take orthogonalised momentum (Muon), scaled to the
-    root mean square of AdamW's updates; everything else takes AdamW, at the same rate.
+    root mean square of AdamW's updates, at ``muon_rate`` times ``lr``; everything else takes AdamW at ``lr``.
     ``frozen`` holds regular expressions over parameter paths ("vision/", "decoder/embed"); what matches stays as it
     is, in bfloat16 and out of the optimizer. ``accumulation`` splits the batch into that many microbatches.
     """
@@ -87,6 +87,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    muon_rate: float = 1.0
     muon_momentum: float = 0.95
     muon_iterations: int = 5  # of Newton and Schulz; fewer are faster and orthogonalise less exactly
     mu_dtype: str = "float32"  # of the first moment; bfloat16 saves two bytes a trained parameter
@@ -95,7 +96,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         require(self.name in OPTIMIZERS, f"optimizer.name is {self.name!r}; known: {', '.join(OPTIMIZERS)}")
-        for name in ("lr", "eps"):
+        for name in ("lr", "eps", "muon_rate"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"optimizer.{name}={value}; expected more than 0, and finite")
         for name in ("weight_decay", "clip_norm"):

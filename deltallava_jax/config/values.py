@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -10,6 +11,7 @@ import inspect
 import json
 import math
 import sys
+import traceback
 import types
 import typing
 from pathlib import Path
@@ -18,7 +20,7 @@ from deltallava_jax.config.checks import nearest, require
 from deltallava_jax.config.model import ProjectorConfig, published
 from deltallava_jax.config.presets import preset
 from deltallava_jax.config.run import Config
-from deltallava_jax.errors import ConfigError
+from deltallava_jax.errors import ConfigError, UserError
 
 
 def to_dict(config) -> dict:
@@ -127,22 +129,34 @@ def load_config(path: str | Path) -> Config:
     if spec is None:
         raise ConfigError(f"config file {str(path)!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _in_file(path):
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise ConfigError(f"config file {str(path)!r}: {error}") from error
     if not hasattr(module, "get_config"):
         raise ConfigError(f"config file {str(path)!r} has no get_config()")
     try:
         inspect.signature(module.get_config).bind(*arguments)
     except TypeError as error:
         raise ConfigError(f"config file {str(path)!r}: get_config({', '.join(arguments)}): {error}") from error
-    config = module.get_config(*arguments)
+    with _in_file(path):
+        config = module.get_config(*arguments)
     require(isinstance(config, Config), f"config file {str(path)!r}: get_config() did not return a Config")
     return config
 
 
 _LARGEST = 2**63 - 1
+
+
+@contextlib.contextmanager
+def _in_file(path: Path):
+    """ConfigError, with the line, for whatever the user's own code raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        where = f", line {last.lineno}" if last.filename == str(path) else ""
+        raise ConfigError(f"config file {str(path)!r}{where}: {type(error).__name__}: {error}") from error
 
 
 def _shipped(path: Path) -> Path:

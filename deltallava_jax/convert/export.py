@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from deltallava_jax.config import DecoderConfig, ModelConfig, VisionConfig, preset, to_dict
 from deltallava_jax.convert.families import decoder_family, tower_family
 from deltallava_jax.convert.folder import write_json
-from deltallava_jax.convert.processor import with_image_token, write_processor
+from deltallava_jax.convert.processor import (
+    with_image_token,
+    write_chat_template,
+    write_padding_side,
+    write_processor,
+    write_prompting,
+)
 from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, Layout, Pretrained, read_json
 from deltallava_jax.convert.shards import SHARD_BYTES, write_weights
 from deltallava_jax.errors import ConversionError
@@ -73,6 +79,9 @@ def _write_whole_hf(model: Pretrained, folder: Path, shard_bytes: int) -> None:
         if tokenizer is not None:
             tokenizer.save(str(folder / "tokenizer.json"))
         write_processor(model, folder, plain)
+        write_chat_template(model, folder)
+    write_prompting(model, folder)
+    write_padding_side(folder)
     if not plain:
         for file in (*TORCH_MODULES.glob("*_deltallava.py"), TORCH_MODULES / "projector_parts.py"):
             shutil.copy(file, folder)
@@ -111,27 +120,34 @@ def write_llava(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES)
         if model.layout.vision is not None and not known:
             (folder / name).mkdir(parents=True)
             write_json(folder / name / "config.json", tower_family(cfg.vision).to_hf(cfg.vision))
+        write_prompting(model, folder)
         return
     vision = tower_family(cfg.vision)
     published = next((name for name, key in KNOWN_TOWERS.items() if cfg.vision == preset(VisionConfig, key)), None)
     owner = "openai" if cfg.vision.family == "clip" else "google"
     tower = f"{owner}/{published}" if published else "vision_tower"
     qwen = cfg.decoder.qkv_bias
-    config = decoder_family(cfg.decoder).to_hf(cfg.decoder) | {
-        "model_type": "llava_qwen" if qwen else "llava_llama",
-        "architectures": ["LlavaQwenForCausalLM" if qwen else "LlavaLlamaForCausalLM"],
-        "mm_vision_tower": tower,
-        "mm_hidden_size": cfg.vision.width,
-        "mm_projector_type": "mlp2x_gelu" if cfg.projector.name == "mlp" else cfg.projector.name,
-        "mm_vision_select_layer": cfg.projector.select_layer,
-        "mm_vision_select_feature": "patch",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "image_aspect_ratio": model.aspect,
-        "scale_factor": cfg.projector.scale_factors[0],
-        PROJECTOR_KEY: to_dict(cfg.projector),
-    }
+    config = (
+        decoder_family(cfg.decoder).to_hf(cfg.decoder)
+        | _kept_keys(model.hf)
+        | {
+            "model_type": "llava_qwen" if qwen else "llava_llama",
+            "architectures": ["LlavaQwenForCausalLM" if qwen else "LlavaLlamaForCausalLM"],
+            "mm_vision_tower": tower,
+            "mm_hidden_size": cfg.vision.width,
+            "mm_projector_type": "mlp2x_gelu" if cfg.projector.name == "mlp" else cfg.projector.name,
+            "mm_vision_select_layer": cfg.projector.select_layer,
+            "mm_vision_select_feature": "patch",
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False,
+            "image_aspect_ratio": model.aspect,
+            "scale_factor": cfg.projector.scale_factors[0],
+            PROJECTOR_KEY: to_dict(cfg.projector),
+        }
+    )
     _write(model, folder, LLAVA, config, shard_bytes)
+    write_chat_template(model, folder)
+    write_prompting(model, folder)
     if published is None:
         (folder / tower).mkdir()
         write_json(folder / tower / "config.json", vision.to_hf(cfg.vision))
@@ -154,8 +170,8 @@ def unchanged(model: Pretrained) -> bool:
 
 
 def _llava_config(model: Pretrained, image_token: int, plain: bool) -> dict:
-    cfg, hf = model.cfg, model.hf
-    text = decoder_family(cfg.decoder).to_hf(cfg.decoder) | _kept_keys(hf.get("text_config", hf))
+    cfg = model.cfg
+    text = decoder_family(cfg.decoder).to_hf(cfg.decoder) | _kept_keys(model.hf)
     vision = tower_family(cfg.vision).to_hf(cfg.vision)
     if cfg.vision.family == "siglip":
         vision["vision_use_head"] = False
@@ -189,8 +205,9 @@ def _llava_config(model: Pretrained, image_token: int, plain: bool) -> dict:
     }
 
 
-def _kept_keys(text: dict) -> dict:
-    """What of a source's decoder config we do not hold ourselves and generation needs."""
+def _kept_keys(hf: dict) -> dict:
+    """What of the decoder's config in a source's config.json we do not hold ourselves and generation needs."""
+    text = hf.get("text_config", hf)
     return {key: text[key] for key in ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
             if key in text}  # fmt: skip
 

@@ -1,14 +1,15 @@
-"""What stands beside an export's weights for AutoProcessor: tokenizer, image processor, processor."""
+"""What stands beside an export's weights: tokenizer, image processor, processor, chat template, generation's ends."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from deltallava_jax.convert import chat_template
 from deltallava_jax.convert.folder import write_json
 from deltallava_jax.convert.read import Pretrained, read_json
 from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import IMAGE as IMAGE_TOKEN
-from deltallava_jax.data.conversation import TEMPLATES
+from deltallava_jax.data.conversation import TEMPLATES, end_id
 from deltallava_jax.models import projectors
 
 
@@ -57,3 +58,42 @@ def write_processor(model: Pretrained, folder: Path, plain: bool) -> None:
         config |= {"tokenizer_class": config.get("tokenizer_class", "PreTrainedTokenizerFast")}
         config |= {"image_token": IMAGE_TOKEN, "processor_class": processor["processor_class"]}
         write_json(file, config)
+
+
+def write_prompting(model: Pretrained, folder: Path) -> None:
+    """Of a whole model's folder: the chat template and the tokens that end an answer. What says the same stays."""
+    jinja = chat_template.found_in(folder)
+    if jinja is None or (chat_template.recognised(jinja) or chat_template.FALLBACK) != model.template:
+        write_chat_template(model, folder)
+    if any((folder / name).is_file() for name in tokens.FILES):
+        _write_ends(folder, end_id(TEMPLATES[model.template], tokens.load(folder)))
+
+
+def write_padding_side(folder: Path) -> None:
+    """Left, so that each row of a batch is answered as it is alone."""
+    file = folder / "tokenizer_config.json"
+    if file.is_file() and (config := read_json(file)).get("padding_side") != "left":
+        write_json(file, config | {"padding_side": "left"})
+
+
+def write_chat_template(model: Pretrained, folder: Path) -> None:
+    """chat_template.jinja; what the decoder came with, for texts alone, goes."""
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and "chat_template" in (config := read_json(folder / name)):
+            write_json(folder / name, {key: value for key, value in config.items() if key != "chat_template"})
+    (folder / chat_template.FILE).write_text(chat_template.written(TEMPLATES[model.template]))
+
+
+def _write_ends(folder: Path, end: int | None) -> None:
+    """The token among those that end an answer, in generation_config.json and in the decoder's config."""
+    config, file = read_json(folder / "config.json"), folder / "generation_config.json"
+    text = config.get("text_config", config)
+    special = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in text}
+    generation = read_json(file) if file.is_file() else special
+    for path, whole, section in ((folder / "config.json", config, text), (file, generation, generation)):
+        named = section.get("eos_token_id")
+        ends = named if isinstance(named, list) else [] if named is None else [named]
+        if end is not None and end not in ends:
+            section["eos_token_id"] = [*ends, end] if ends else end
+            write_json(path, whole)

@@ -12,10 +12,10 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
-from tqdm import tqdm
 
 from deltallava_jax.config import ASPECTS, ModelConfig, ProjectorConfig, VisionConfig, from_dict, preset, renamed
 from deltallava_jax.convert.arrays import load_array, unstacked_arrays
+from deltallava_jax.convert.chat_template import FALLBACK, template_of
 from deltallava_jax.convert.families import DECODERS, PAIRS, TOWERS, decoder_family, refuse, tower_family
 from deltallava_jax.convert.tensors import Tensor, equal, find
 from deltallava_jax.errors import ConfigError, ConversionError
@@ -23,6 +23,7 @@ from deltallava_jax.models import projectors, vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import Entry, check, flatten, linear, prefixed, unflatten
 from deltallava_jax.models.vision import check_needs
+from deltallava_jax.progress import progress_bar
 
 # Names of towers in the original layout's config.json whose shapes we know without a folder.
 KNOWN_TOWERS = {
@@ -80,7 +81,7 @@ class Pretrained:
     hf: dict = field(default_factory=dict)
     kept: list[Path] = field(default_factory=list)
     extra: dict[str, Tensor] = field(default_factory=dict)
-    template: str = "vicuna_v1"
+    template: str = FALLBACK
     aspect: str = "square"
     origin_aspect: str = "square"
 
@@ -155,7 +156,8 @@ def read(
     if tower is not None:
         params = {"vision": tower.params["vision"], **params}
     kept = sorted(file for file in folder.iterdir() if _is_kept(file)) if path.is_dir() else []
-    return Pretrained(cfg, params, layout, cfg, hf, kept, extra, aspect=aspect, origin_aspect=aspect)
+    template = template_of(folder) if cfg.whole else FALLBACK
+    return Pretrained(cfg, params, layout, cfg, hf, kept, extra, template, aspect, aspect)
 
 
 def read_projector(path: Path, dtype: str | None = None) -> Pretrained:
@@ -361,8 +363,7 @@ def _load(cfg, layout, tensors, dtype, shard, progress, unstacked=False) -> tupl
         tensors = {name: t for name, t in tensors.items() if not name.endswith("lm_head.weight")}
     check(table, {name: tensor.shape for name, tensor in tensors.items()}, shapes, is_extra)
     flat = {}
-    bar = tqdm(table, "reading", unit="array", disable=None if progress else True, leave=False)
-    for entry in bar:
+    for entry in progress_bar(table, "reading", unit="arrays", shown=progress):
         parts = [tensors[name] for name in entry.torch_names(shapes[entry.path])]
         place = shard(entry.path, shapes[entry.path]) if shard else SingleDeviceSharding(jax.local_devices()[0])
         if unstacked and entry.path.startswith("decoder/"):

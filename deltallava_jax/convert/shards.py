@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from deltallava_jax.convert.folder import write_json
 from deltallava_jax.convert.read import Layout, Pretrained
 from deltallava_jax.convert.tensors import DTYPES, Tensor
 from deltallava_jax.models.names import TRANSFORMS, Entry, flatten
+from deltallava_jax.progress import progress_bar
 
 SHARD_BYTES = 5 * 10**9
 
@@ -67,7 +67,7 @@ def write_weights(model: Pretrained, folder: Path, layout: Layout, shard_bytes: 
         part = whole if out.layer is None else whole[out.layer]
         return TRANSFORMS[out.entry.kind][1](part)
 
-    bar = tqdm(total=sum(o.bytes for o in outs), desc="writing", unit="B", unit_scale=True, disable=None, leave=False)
+    bar = progress_bar(what="writing", total=sum(o.bytes for o in outs), unit="B")
     for name, shard in zip(names, shards, strict=True):
         _write_safetensors(folder / name, shard, value, bar)
     bar.close()
@@ -92,5 +92,5 @@ def _write_safetensors(path: Path, outs: list[_Out], value, bar) -> None:
 def write_extra(path: Path, extra: dict[str, Tensor]) -> None:
     """Tensors as they are, in one safetensors file."""
     outs = [_Out(name, tensor.shape, tensor.dtype) for name, tensor in extra.items()]
-    with tqdm(disable=True) as bar:
+    with progress_bar(unit="B", shown=False) as bar:
         _write_safetensors(path, outs, lambda out: extra[out.name].read(), bar)

@@ -56,12 +56,7 @@ def load_image(
     (kind "missing"), no image, damaged or cut short, or beyond MAX_PIXELS, MAX_SIDE or MAX_RATIO ("unreadable")."""
     if aspect not in ASPECTS:
         raise ConfigError(f"aspect is {aspect!r}; known: {', '.join(ASPECTS)}")
-    try:
-        with _open(source) as image:
-            image = _upright_rgb(image)
-    except Exception as error:  # on broken data Pillow's decoders raise nearly any type
-        kind = "missing" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else "unreadable"
-        raise BadSample(f"image {_name(source)}: {_reason(error)}", kind) from error
+    image = _read(source)
     if aspect == "square":
         image = _cropped(image, size)
     elif aspect == "pad":
@@ -71,7 +66,22 @@ def load_image(
     return np.asarray(image)
 
 
+def size_of(source: str | Path | bytes | np.ndarray | Image.Image) -> tuple[int, int]:
+    """(width, height) of an image that ``load_image`` can read, upright. Raises BadSample as it does."""
+    return _read(source).size
+
+
 # ------------------------------------------------------------------ reading
+
+
+def _read(source) -> Image.Image:
+    """In RGB and upright."""
+    try:
+        with _open(source) as image:
+            return _upright_rgb(image)
+    except Exception as error:  # on broken data Pillow's decoders raise nearly any type
+        kind = "missing" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else "unreadable"
+        raise BadSample(f"image {_name(source)}: {_reason(error)}", kind) from error
 
 
 def _open(source):

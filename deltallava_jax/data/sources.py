@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from deltallava_jax.config import DataConfig
 from deltallava_jax.data.array_record import ArrayRecords
 from deltallava_jax.data.easy_vqa import EasyVqa
@@ -17,6 +19,8 @@ def training_source(cfg: DataConfig) -> Source:
     if cfg.dataset == "llava":
         if cfg.array_record:
             return ArrayRecords(cfg.array_record)
+        if "://" not in cfg.images and not Path(cfg.images).is_dir():
+            raise ConfigError(f"data.images: the image folder {cfg.images} does not exist")
         sources = [LlavaJson(file, cfg.images) for file in cfg.json]
         weights = cfg.weights or (1.0,) * len(sources)
         return sources[0] if weights == (1.0,) else Mixture(sources, weights)

@@ -51,13 +51,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """(ids, character span of each id); no special token is added."""
-        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON may hold, becomes "?"
-        encoding = self._private[0].encode(text, add_special_tokens=False)
+        encoding = self._private[0].encode(_whole(text), add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def lengths(self, texts: list[str]) -> list[int]:
         """Number of ids of each text, on all cores."""
-        texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        texts = [_whole(text) for text in texts]
         return [len(found) for found in self._private[0].encode_batch_fast(texts, add_special_tokens=False)]
 
     @property
@@ -81,15 +80,24 @@ class Tokenizer:
         return _received, (self._backend.to_str(), *self._names)
 
 
-def _renamed(text: str, names: tuple[str | None, ...]):
-    """(the ``tokenizers`` tokenizer of a JSON with its special tokens, and those of ``names``, renamed; the new names).
+def _whole(text: str) -> str:
+    """The text with "?" for half a surrogate pair, which JSON may hold."""
+    return text.encode("utf-8", "replace").decode()
 
-    The ids stay. The old names leave the model's vocabulary too, or a Unigram model, or BPE merges that end in one,
+
+def _renamed(text: str, names: tuple[str | None, ...]):
+    """(the ``tokenizers`` tokenizer of a JSON with its special tokens renamed, the new names).
+
+    Special are those that say so, those of ``names``, and what is written <|...|>, which some files do not mark. The
+    ids stay. The old names leave the model's vocabulary too, or a Unigram model, or BPE merges that end in one,
     would still make the token of a text that holds its name."""
     from tokenizers import Tokenizer as Backend
 
     content = json.loads(text)
-    special = [token for token in content["added_tokens"] if token["special"] or token["content"] in names]
+    is_special = lambda token: (
+        token["special"] or token["content"] in names or re.fullmatch(r"<\|.+\|>", token["content"])
+    )
+    special = [token for token in content["added_tokens"] if is_special(token)]
     secret = secrets.token_hex(8)
     # The longest first, for the pattern of ``named``; hexadecimal digits survive any normalizer.
     ordered = sorted((token["content"] for token in special), key=len, reverse=True)
@@ -133,9 +141,13 @@ def load(path: str | Path) -> Tokenizer:
     if not file.is_file() and path.is_dir() and any((path / name).is_file() for name in FILES):
         return _convert(path)
     if not file.is_file():
-        raise TokenizerError(
-            f"tokenizer file {file} is missing; the checkpoints beside it were trained with it: restore it from a copy"
-        )
+        if (folder / "checkpoints").is_dir():
+            expected = "the checkpoints beside it were trained with it: restore it from a copy"
+        else:
+            expected = (
+                f"expected a tokenizer.json, or a Hugging Face folder with {', '.join(FILES[:-1])} or {FILES[-1]}"
+            )
+        raise TokenizerError(f"tokenizer file {file} is missing; {expected}")
     try:
         config = folder / "tokenizer_config.json"
         names = json.loads(config.read_text()) if config.is_file() else {}
@@ -190,5 +202,5 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(map(_whole, texts), trainer)
     return Tokenizer(backend)

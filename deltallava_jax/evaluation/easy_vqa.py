@@ -7,7 +7,6 @@ import time
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from deltallava_jax.config import Config
 from deltallava_jax.data import easy_vqa
@@ -20,6 +19,7 @@ from deltallava_jax.inference.sampling import Sampling
 from deltallava_jax.models import projectors
 from deltallava_jax.models.layers import Params
 from deltallava_jax.parallel import hosts
+from deltallava_jax.progress import progress_bar
 
 IMAGE_BATCH = 64
 CONTROLS = ("shuffled", "noise")
@@ -63,7 +63,7 @@ def evaluate(
     length = max(len(prompt.ids) for prompt in prompts)
     size = min(cfg.evaluation.batch_size, len(questions))
     answers = []
-    for start in tqdm(range(0, len(questions), size), "answering", unit="batch", disable=not progress, leave=False):
+    for start in progress_bar(range(0, len(questions), size), "answering", unit="batches", shown=progress):
         # The last batch is filled up by repeating its last question: one shape, one compile.
         chosen = [min(start + i, len(questions) - 1) for i in range(size)]
         batch, shown = prompt_batch([prompts[i] for i in chosen], length), [place[questions[i].image] for i in chosen]

@@ -19,7 +19,6 @@ from pathlib import Path
 import jax
 from lmms_eval.api.model import lmms
 from PIL import Image
-from tqdm import tqdm
 
 from deltallava_jax import cli
 from deltallava_jax.errors import BadSample, ConfigError
@@ -27,6 +26,7 @@ from deltallava_jax.evaluation.answers import ROWS, Answerer, Kept, Question
 from deltallava_jax.evaluation.tasks import DATA, not_fetched, official_name
 from deltallava_jax.inference.model import Model
 from deltallava_jax.parallel import hosts
+from deltallava_jax.progress import progress_bar
 
 MAX_NEW_TOKENS = 1024  # lmms-eval's LLaVA model, where a task does not say
 
@@ -84,7 +84,9 @@ class DeltaLlava(lmms):
         # Short prompts together; every process takes each n-th question, so that all have as much to do.
         open_.sort(key=lambda place: (_most(requests[place]), len(requests[place].args[0]), place))
         mine, new, unread = open_[jax.process_index() :: jax.process_count()], {}, {}
-        bar = tqdm(total=len(mine), desc="answering", unit="question", disable=jax.process_index() > 0 or not mine)
+        bar = progress_bar(
+            what="answering", total=len(mine), unit="questions", shown=hosts.leads() and bool(mine), keep=True
+        )
         while mine:
             most = _most(requests[mine[0]])
             chosen = [place for place in mine[: self.batch_size] if _most(requests[place]) == most]

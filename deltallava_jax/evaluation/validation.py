@@ -30,7 +30,7 @@ def validation(cfg: Config, tokenizer: Tokenizer) -> Callable[[Params, Metrics, 
             )
             by_type = ", ".join(f"{kind} {score['accuracy']:.4f}" for kind, score in report["by_type"].items())
             metrics.say(f"step {step}: {report['task']} {report['accuracy']:.4f} at {budget} tokens ({by_type})")
-            metrics.scalars(step, {f"{report['task']}_{budget}": report["accuracy"]}, "eval")
+            metrics.evaluated(step, {f"{report['task']}_{budget}": report["accuracy"]})
             accuracies.append(report["accuracy"])
         return sum(accuracies) / len(accuracies)
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
@@ -229,11 +230,9 @@ class Clock:
         self._began, _programs.spans = time.perf_counter(), []
 
     def __exit__(self, *_):
-        end, compiling = time.perf_counter(), 0.0
-        reached = self._began
-        for begin, until in sorted(
-            _programs.__dict__.pop("spans")
-        ):  # a function's tracing holds that of the functions in it
+        end, compiling, reached = time.perf_counter(), 0.0, self._began
+        spans = _programs.__dict__.pop("spans")
+        for begin, until in sorted(spans):  # tracing a function holds tracing those in it: each second counts once
             compiling += max(until - max(begin, reached), 0)
             reached = max(until, reached)
         self.seconds += end - self._began - compiling
@@ -245,8 +244,6 @@ _programs = threading.local()  # spans: when this thread has traced and compiled
 
 @functools.cache
 def _listen() -> None:
-    import jax
-
     def note(event: str, seconds: float, **_) -> None:
         if event.startswith("/jax/core/compile/") and hasattr(_programs, "spans"):
             now = time.perf_counter()

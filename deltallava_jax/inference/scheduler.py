@@ -42,11 +42,15 @@ class Request:
 
 
 class Scheduler:
-    """rows: requests answered at a time. context: cache slots of each. waiting: requests that may wait.
+    """rows: requests answered at a time. context: cache slots of each. waiting: requests that may wait. Raises
+    ConfigError for less than one of the first two.
 
     counts: of requests, tokens and seconds to the first token, for whoever watches."""
 
     def __init__(self, model: Model, *, rows: int = 8, context: int = 1024, waiting: int = 256):
+        for name, value in (("slots", rows), ("context", context)):
+            if value < 1:
+                raise ConfigError(f"--{name} {value}: expected 1 or more")
         self.model, self.rows, self.context = model, rows, context
         self.counts = {"requests": 0, "errors": 0, "cancelled": 0, "tokens": 0, "first_token_seconds": 0.0}
         self._queue: queue.Queue[Request | None] = queue.Queue(waiting)

@@ -39,7 +39,9 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
     )  # fmt: skip
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        adamw if cfg.name == "adamw" else optax.partition({"muon": _muon(cfg, rate), "adamw": adamw}, kinds),
+        adamw
+        if cfg.name == "adamw"
+        else optax.partition({"muon": _muon(cfg, lambda step: cfg.muon_rate * rate(step)), "adamw": adamw}, kinds),
     )
 
 

@@ -31,7 +31,7 @@ def image(tmp_path_factory):
 
 def test_a_conversation(workdir, image):
     lines = [f"/image '{image}'", QUESTION, "is it red?", "/budget 4", QUESTION, "/budget 4", QUESTION, "/budget 3",
-             "/budget x", "/image", "/image none.png", "/nothing", "/reset", "/help"]  # fmt: skip
+             "/budget \u00b2", "/image", "/image none.png", "/nothing", "/reset", "/help"]  # fmt: skip
     done = subprocess.run([*DOOR, workdir, "--max-new-tokens=8"], input="\n".join(lines), cwd=ROOT,
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -78,6 +78,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(workdir):
         (["chat", "--image=nothere.png"], "error: image nothere.png: "),
         (["gradcam", "--image=nothere.png", "--prompt=what?"], "error: image nothere.png: "),
         (["chat", "--template=chatm"], "error: template is 'chatm'; did you mean 'chatml'?"),
+        (["chat", "--dtype=float8"], "error: .*float8"),
         (["serve", "--template=chatm"], "error: template is 'chatm'; did you mean 'chatml'?"),
         (["chat", "--stop="], "error: stop=.*none of them empty"),
     ],

@@ -16,7 +16,7 @@ from deltallava_jax.config import DataConfig
 from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import IMAGE, TEMPLATES
 from deltallava_jax.data.pipeline import Rows
-from deltallava_jax.data.sources import Record
+from deltallava_jax.data.records import Record
 from deltallava_jax.errors import BadSample
 from deltallava_jax.inference.generate import Answer, Text
 from deltallava_jax.inference.model import Chat, Model
@@ -52,7 +52,7 @@ def of_data(tokenizer, template, system, turns, images):
     turns = [{"from": ("human", "gpt")[number % 2], "value": turn} for number, turn in enumerate(turns)]
     turns[0]["value"] = f"{IMAGE}\n" * len(images) + turns[0]["value"]
     record = Record("0", tuple(images), ([{"from": "system", "value": system}] if system else []) + turns)
-    return Rows([record], tokenizer, DataConfig(template=template), model().cfg.vision).tokenize(record)
+    return Rows([record], tokenizer, DataConfig(template=template), model().cfg.vision).read(0, room=10_000)[1]
 
 
 def of_python(one, system, turns, images):

@@ -86,9 +86,17 @@ def test_a_broken_file_is_named(tmp_path, content):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(tokens.TokenizerError, match="missing.*restore") as caught:
+    with pytest.raises(tokens.TokenizerError, match="missing; expected a tokenizer.json, or a Hugging Face") as caught:
         tokens.load(tmp_path / "none.json")
     assert str(tmp_path / "none.json") in str(caught.value)
+    (tmp_path / "checkpoints").mkdir()  # a workdir
+    with pytest.raises(tokens.TokenizerError, match="missing.*restore"):
+        tokens.load(tmp_path)
+
+
+def test_half_a_surrogate_pair_in_a_text_is_no_end():
+    trained = tokens.train(["a \ud83d shape"] * 3, 300)
+    assert trained.decode(trained.encode("a \ud83d shape")[0]) == "a ? shape"
 
 
 def test_a_vocabulary_without_room_for_the_bytes():
@@ -138,12 +146,15 @@ def test_only_special_tokens_are_renamed_and_they_keep_their_ways(small):
     backend = Backend.from_str(small._backend.to_str())
     backend.add_tokens([AddedToken("<table>", normalized=False)])  # a word of the tokenizer's, not a special token
     backend.add_special_tokens([AddedToken("<|end|>", rstrip=True), AddedToken("<|end|>2", lstrip=True)])
+    backend.add_tokens([AddedToken("<|fim|>", normalized=False)])  # one that its file does not mark
     tokenizer = tokens.Tokenizer(backend)
     text = "hello <table> <|end|> \n<table> <|end|>2 world"
     ids, offsets = tokenizer.encode(tokenizer.named(text))
     assert ids == backend.encode(text, add_special_tokens=False).ids
     assert tokenizer.encode("hello <table>")[0] == backend.encode("hello <table>").ids
     assert backend.token_to_id("<|end|>") not in tokenizer.encode(text)[0]
+    assert tokenizer.encode(tokenizer.named("<|fim|>"))[0] == [backend.token_to_id("<|fim|>")]
+    assert len(tokenizer.encode("<|fim|>")[0]) > 1
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.encode(again.named(text))[0] == ids and again is pickle.loads(pickle.dumps(tokenizer))
 

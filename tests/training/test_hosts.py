@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -60,8 +61,8 @@ def assert_told_of(process, other):
 
 
 def test_runs_of_several_processes(alone, tmp_path):
-    """Two processes, one killed; as many again, one of them told to stop; half as many; twice as many, the coordinator
-    killed: in all the same batches, and the losses of one process."""
+    """Two processes, one killed; as many again, told to stop; half as many; twice as many that hold the same rows, the
+    coordinator killed: in all the same batches, and the losses of one process."""
     sharded = (*SETTINGS, "--config.mesh.fsdp=2")
     first, second = start_several(2, tmp_path, *sharded, "--config.training.eval_every=6",
                                   "--config.evaluation.limit=64", devices=2)  # fmt: skip
@@ -75,11 +76,12 @@ def test_runs_of_several_processes(alone, tmp_path):
 
     first, second = start_several(2, tmp_path, *sharded, devices=2)
     wait_for(tmp_path, len(lines(tmp_path)) + 3, first, second)
+    os.killpg(first.pid, signal.SIGINT)  # Ctrl-C in its terminal; and the other one is told by its cluster
     second.send_signal(signal.SIGTERM)
-    (_, told), (_, silent) = finish(first), finish(second)
+    (_, told), (_, silent) = finish(first, code=130), finish(second)
     stopped = len(lines(tmp_path))
-    assert "resuming from step 5 of 60" in told and f"SIGTERM: saving step {stopped};" in told and stopped < 40
-    assert "decoder/embed" in told and not {"decoder/embed", "resuming", "SIGTERM:"} & set(silent.split())  # one logs
+    assert "resuming from step 5 of 60" in told and f"Ctrl-C: saving step {stopped};" in told and stopped < 40
+    assert "decoder (trained)" in told and not {"(trained):", "resuming", "saving"} & set(silent.split())  # one logs
     assert Checkpoints(tmp_path).latest() == stopped
 
     half = start(tmp_path, *SETTINGS)
@@ -87,7 +89,7 @@ def test_runs_of_several_processes(alone, tmp_path):
     half.kill()
     half.communicate()
 
-    coordinator, other = start_as_slurm(2, tmp_path, *sharded)
+    coordinator, other = start_as_slurm(2, tmp_path, *SETTINGS, "--config.mesh.tensor=2")
     wait_for(tmp_path, len(lines(tmp_path)) + 3, coordinator, other)
     coordinator.kill()
     assert_told_of(other, "process 0, the coordinator,")
@@ -160,6 +162,12 @@ SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID":
         ({}, False),
         (SRUN | {"SLURM_NTASKS": "2"}, True),
         (SRUN | {"SLURM_NTASKS": "1"}, False),
+        (SRUN | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, False),  # srun --pty in an allocation of four
+        (SRUN | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        (SRUN | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": ""}, True),
+        (SRUN | {"SLURM_NTASKS": ""}, False),
+        (SRUN, False),
+        ({"SLURM_NTASKS": "", "MEGASCALE_NUM_SLICES": ""}, False),
         ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, False),  # in a batch script, without srun
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
@@ -167,12 +175,19 @@ SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID":
     ],
 )
 def test_where_several_processes_are_recognised(monkeypatch, variables, expected):
-    for name in (*SRUN, "SLURM_NTASKS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
+    for name in (*SRUN, "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hosts, "glob", lambda pattern: [])  # no TPU here
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert hosts.several(options()) == expected
+
+
+def test_a_number_of_tasks_that_is_none_is_refused(monkeypatch):
+    for name, value in (SRUN | {"SLURM_STEP_NUM_TASKS": "2(x3)"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"SLURM_STEP_NUM_TASKS is '2\(x3\)', expected a number"):
+        hosts.several(options())
 
 
 def options(*arguments):

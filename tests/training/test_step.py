@@ -11,7 +11,6 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from deltallava_jax.config import MeshConfig, override
-from deltallava_jax.data.packing import PackPlan
 from deltallava_jax.data.pipeline import elements
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import vlm
@@ -191,8 +190,7 @@ def test_the_schedule_warms_up_and_decays():
 def test_every_budget_is_the_mean_over_the_budgets():
     cfg = config(**{"model.projector.scale_factor": "(4,8)", "model.projector.drop_path": "0.0"})
     rows, _, _ = run_of(cfg)
-    plan = PackPlan(*rows.lengths(), budgets=(4,), rows=8, row_length=cfg.data.row_length)
-    batch = next(elements(rows, plan, 0, 1, workers=0)).batch
+    batch = next(elements(rows, rows.plan((4,), 0), 0, 1, workers=0)).batch
     params, _ = split(vlm.init_params(cfg.model, jax.random.key(1)), ())
     both = override(cfg, {"training.every_budget": "True"})
     mean = lambda cfg, budget: gradients(cfg, params, {}, batch, jax.random.key(0), budget)[0]

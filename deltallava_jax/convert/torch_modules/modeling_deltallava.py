@@ -23,6 +23,7 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer", "LlamaDecoderLayer", "Qwen2DecoderLayer"]
 
     def __init__(self, config):
@@ -37,6 +38,18 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def set_output_embeddings(self, value):
+        self.language_model.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """The decoder's embedding and head, and every config that names their size."""
+        embeddings = self.language_model.resize_token_embeddings(*args, **kwargs)
+        self.config.text_config.vocab_size = self.language_model.config.vocab_size
+        return embeddings
 
     def get_image_features(self, pixel_values, budget=None, question_ids=None, question_mask=None):
         """[n, 3, H, W] normalised pixels -> [n, budget, d] visual tokens, and which of them are there: [n, budget] or,
@@ -172,18 +185,21 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        input_ids=None,
+        inputs=None,
         pixel_values=None,
         attention_mask=None,
         budget=None,
         question_ids=None,
         question_mask=None,
+        input_ids=None,
+        inputs_embeds=None,
         **kwargs,
     ):
-        """The new tokens alone; keyword arguments as of transformers' generate."""
-        embeddings, mask, _ = self._open(
-            input_ids, pixel_values, attention_mask, None, left=True,
-            budget=budget, question_ids=question_ids, question_mask=question_mask,
-        )  # fmt: skip
+        """The new tokens alone; inputs: another name of input_ids; keyword arguments as of transformers' generate."""
+        if inputs_embeds is None:
+            inputs_embeds, attention_mask, _ = self._open(
+                inputs if input_ids is None else input_ids, pixel_values, attention_mask, None, left=True,
+                budget=budget, question_ids=question_ids, question_mask=question_mask,
+            )  # fmt: skip
         kwargs.setdefault("generation_config", self.generation_config)
-        return self.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, **kwargs)
+        return self.language_model.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)

@@ -18,8 +18,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
 
-    def __init__(self, image_processor=None, tokenizer=None, question_end=None, **kwargs):
-        super().__init__(image_processor, tokenizer, **kwargs)
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, question_end=None, **kwargs):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.question_end = question_end
 
     def __call__(self, images=None, text=None, **kwargs):
@@ -29,6 +29,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
         inputs = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else text
+            if kwargs.get("add_special_tokens", True) and self.tokenizer.bos_token:
+                texts = [each.removeprefix(self.tokenizer.bos_token) for each in texts]  # the tokenizer puts it there
             inputs.update(self.tokenizer(texts, return_tensors=tensors, **kwargs))
             inputs.pop("token_type_ids", None)
             if self.question_end is not None:
