@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Bool, Int, UInt8
+
+from deltallava_jax.arrays import Array
 
 
 @jax.tree_util.register_dataclass

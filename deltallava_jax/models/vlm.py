@@ -7,8 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.config import ModelConfig
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import decoder, projectors, vision

@@ -115,9 +115,8 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         mask = torch.ones_like(ids) if mask is None else mask
         rows = [row[live.bool()] for row, live in zip(ids, mask, strict=True)]
         if any(len(row) > longest for row in rows):
-            warnings.warn(
-                f"a question is longer than the {longest} tokens that are read of it; the rest is cut off", stacklevel=2
-            )
+            cut = f"a question is longer than the {longest} tokens that are read of it; the rest is cut off"
+            warnings.warn(cut, stacklevel=2)
         rows = [row[:longest] for row in rows]
         lengths = torch.tensor([len(row) for row in rows], device=ids.device)
         # No token sees what follows it, so the padding on the right needs no mask.

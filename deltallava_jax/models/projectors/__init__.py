@@ -21,8 +21,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.config import ProjectorConfig
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import layers, names
@@ -117,7 +118,7 @@ def project(
     params: layers.Params,
     cfg: ProjectorConfig,
     features: VisionFeatures,
-    text: Float[Array, "n d"] | None = None,
+    text: Float[Array, "n t"] | None = None,
     *,
     budget: int | None = None,
     key: Array | None = None,
@@ -134,7 +135,7 @@ def project_valid(
     params: layers.Params,
     cfg: ProjectorConfig,
     features: VisionFeatures,
-    text: Float[Array, "n d"] | None = None,
+    text: Float[Array, "n t"] | None = None,
     *,
     budget: int | None = None,
     key: Array | None = None,
