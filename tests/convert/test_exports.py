@@ -37,6 +37,7 @@ from transformers import (  # noqa: E402
     LlavaForConditionalGeneration,
 )
 
+import deltallava_jax  # noqa: E402
 from deltallava_jax.config import ASPECTS, Config, FastVConfig, OptimizerConfig, ProjectorConfig, to_dict  # noqa: E402
 from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
 from deltallava_jax.convert.read import Pretrained, read  # noqa: E402
