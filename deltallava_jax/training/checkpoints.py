@@ -195,8 +195,8 @@ class Checkpoints:
 
 
 def has_finished(workdir: str | Path) -> bool:
-    """Whether a workdir holds a finished checkpoint. By its folders alone, without JAX's devices: these must not be asked
-    for before several processes are connected."""
+    """Whether a workdir holds a finished checkpoint. By its folders alone, without JAX's devices, which must not be
+    asked for before several processes are connected."""
     folder = Path(workdir).absolute() / "checkpoints"
     return folder.is_dir() and ocp.utils.any_checkpoint_step(folder) is not None
 
