@@ -71,7 +71,7 @@ def test_few_broken_records_of_many_end_nothing(tmp_path, tokenizer, seed, packe
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_countedwith_more_images_than_a_row_holds_is_left_out_alone(tmp_path, tokenizer, packed):
+def test_a_record_with_more_images_than_a_row_holds_is_left_out_alone(tmp_path, tokenizer, packed):
     records = [record(number) for number in range(301)]
     records[7] = record(7, images=40)
     rows = rows_of(tmp_path, records, tokenizer, packed=packed)
