@@ -146,6 +146,19 @@ def test_what_other_code_has_counted_is_counted_again(tmp_path, tokenizer, cache
     assert len(LlavaJson(tmp_path / "data.json", tmp_path)) == 2
 
 
+def test_processes_that_write_one_file_at_the_same_time_leave_it_whole(cache):
+    """Those of several hosts may have the same number."""
+    file = cache / "lengths" / "x.npz"
+    with kept.writing(file) as one, kept.writing(file) as other:
+        one.write_text("of one")
+        other.write_text("of other")
+    assert file.read_text() == "of one" and list(file.parent.iterdir()) == [file]
+    with pytest.raises(KeyError), kept.writing(file) as cut:
+        cut.write_text("of o")
+        raise KeyError
+    assert file.read_text() == "of one" and list(file.parent.iterdir()) == [file]
+
+
 def test_the_version_is_of_the_code_itself(tmp_path):
     for name, code in (("one", "count = len"), ("other", "count = len  # ids")):
         (tmp_path / name).mkdir()
