@@ -96,7 +96,7 @@ class Checkpoints:
         self._compare(step, saved, params)
         optimizer = {"step": shapes.step, "moments": shapes.optimizer}
         arrays = lambda tree: sorted(leaf.shape for leaf in jax.tree.leaves(tree))
-        if (kept := arrays(self._saved(step, "optimizer"))) and kept != arrays(optimizer):
+        if (kept := arrays(self._saved_optimizer(step))) and kept != arrays(optimizer):
             raise CheckpointError(
                 f"checkpoint {self.path / str(step)} holds the state of another optimizer; go on with the "
                 f"optimizer.name of {self.path.parent / 'config.json'}, or train in another --workdir with "
@@ -150,13 +150,16 @@ class Checkpoints:
         except Exception as error:  # tensorstore raises bare Exception where the file of an array is missing
             raise self._damaged(step, _brief(error)) from error
 
-    def _saved(self, step: int, item: str) -> dict | None:
-        """Shapes and dtypes of what is saved, None where nothing says."""
-        return self._manager.item_metadata(step)[item]
+    def _saved_optimizer(self, step: int):
+        """Shapes of the optimizer's state; None where they cannot be read, and ``_restore`` will say why."""
+        try:
+            return self._manager.item_metadata(step)["optimizer"]
+        except (ValueError, KeyError, OSError, TypeError):
+            return None
 
     def _saved_params(self, step: int) -> dict:
         try:
-            metadata = self._saved(step, "params")
+            metadata = self._manager.item_metadata(step)["params"]
             return {"trained": metadata["trained"], "frozen": metadata.get("frozen", {})}
         except (ValueError, KeyError, OSError, TypeError) as error:
             raise self._damaged(step, "the names of its parameters cannot be read") from error
