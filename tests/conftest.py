@@ -20,8 +20,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 # Shapes and dtypes that functions of these packages state are checked at every call, before any of them is imported.
 CHECKED = ["deltallava_jax.sequence", "deltallava_jax.models", "deltallava_jax.kernels"]
-if not os.environ.get("UNCHECKED_SHAPES"):
-    install_import_hook(CHECKED, "beartype.beartype")
+install_import_hook(CHECKED, "beartype.beartype")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -146,8 +146,8 @@ def _parts(question: str) -> tuple[str, ...]:
 def asked(pairs: Sequence[tuple[str, str | None]], images: int, system: str | None = None) -> Conversation:
     """The conversation of (question, answer) pairs about so many images, as a prompt gives them.
 
-    ``<image>`` in a question is a place for an image, the one of a question before its text, as in training; without any
-    the images go before the last question, each on a line of its own. An answer is text, whatever it holds. Raises
+    ``<image>`` in a question is a place for an image, a lone one before the question's text, as in training; without
+    any the images go before the last question, each on a line of its own. An answer is text, whatever it holds. Raises
     ConfigError for more or fewer places than images."""
     markers = sum(question.count(IMAGE) for question, _ in pairs)
     if markers not in (0, images):
