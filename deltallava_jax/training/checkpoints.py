@@ -87,11 +87,7 @@ class Checkpoints:
         Raises CheckpointError if the checkpoint holds other parameters, no or another optimizer, or cannot be read."""
         params = {"trained": shapes.trained, "frozen": shapes.frozen}
         saved = self._saved_params(step)
-        if not (self.path / str(step) / "optimizer").is_dir():
-            raise CheckpointError(
-                f"checkpoint {self.path / str(step)} holds parameters alone; train in another --workdir with "
-                f"--config.init_from={self.path.parent}"
-            )
+        self.require_optimizer(step)
         self._compare(step, saved, params)
         optimizer = {"step": shapes.step, "moments": shapes.optimizer}
         arrays = lambda tree: sorted(leaf.shape for leaf in jax.tree.leaves(tree))
@@ -112,6 +108,14 @@ class Checkpoints:
             TrainState(optimizer["step"], params["trained"], params["frozen"], optimizer["moments"]),
             items["record"],
         )
+
+    def require_optimizer(self, step: int) -> None:
+        """CheckpointError for a checkpoint to begin from, not to go on with."""
+        if not (self.path / str(step) / "optimizer").is_dir():
+            raise CheckpointError(
+                f"checkpoint {self.path / str(step)} holds parameters alone; train in another --workdir with "
+                f"--config.init_from={self.path.parent}"
+            )
 
     def restore_params(self, step: int, cfg: ModelConfig, place: Place | None = None) -> Params:
         """The parameters of a step alone; by default in the saved dtypes, whole on this process's first device.
