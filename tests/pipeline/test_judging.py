@@ -104,7 +104,7 @@ def test_what_a_row_is_too_short_for_is_the_same_fault_before_training_and_in_a_
         with pytest.raises(BadSample, match=f"data.json#{index} ") as caught:
             rows.read(index, plan.room[index])
         assert caught.value.kind == kinds[index]
-        assert rows.build([[index]], plan.room[index], 2)[1] == (str(caught.value),)
+        assert rows.build([[index]], int(plan.room[index]), 2)[1] == (str(caught.value),)
     stream = list(elements(rows, plan, 0, plan.steps_for(1), workers=0))
     assert not any(element.faults for element in stream)
     found = check(rows.source, plan, 1)["faults"]
