@@ -45,13 +45,15 @@ class Padded:
         import torch
         from PIL import Image
 
-        from deltallava_jax.data.conversation import TEMPLATES, rounds, tokenize
+        from deltallava_jax.data.conversation import TEMPLATES, read_turns, tokenize
 
         entry = self.entries[self.records[place]]
-        tokenized = tokenize(rounds(entry["conversations"]), TEMPLATES["vicuna_v1"], self.tokenizer)
         images = entry.get("image", [])
+        images = [images] if isinstance(images, str) else images
+        conversation = read_turns(entry["conversations"], len(images))
+        tokenized = tokenize(conversation, TEMPLATES["vicuna_v1"], self.tokenizer)
         pixels = []
-        for name in [images] if isinstance(images, str) else images:
+        for name in images:
             image = Image.open(self.folder / name).convert("RGB")
             side = max(image.size)
             square = Image.new("RGB", (side, side), (122, 116, 104))
@@ -82,10 +84,9 @@ def peer(folder: Path, records: list[int], tokenizer, workers: int) -> dict:
 
 
 def ours(rows, records: list[int], workers: int) -> dict:
-    from deltallava_jax.data.packing import PackPlan
     from deltallava_jax.data.pipeline import elements
 
-    plan = PackPlan(*rows.lengths(), budgets=(BUDGET,), rows=2, row_length=ROW_LENGTH)
+    plan = rows.plan((BUDGET,), 0)
 
     def count(element):
         batch = element.batch
@@ -193,7 +194,7 @@ def main() -> None:
                 sound.append(index)
         except BadSample:
             continue
-    cfg = DataConfig(aspect="pad", template="vicuna_v1")
+    cfg = DataConfig(aspect="pad", template="vicuna_v1", rows=2, row_length=ROW_LENGTH)
     rows = Rows(Chosen(source, sound), tokenizer, cfg, VisionConfig())
     results = {"ours": [], "peer": []}
     for _ in range(2):  # in turns

@@ -191,9 +191,10 @@ def call(*arguments) -> None:
 
 def accuracies(workdir: Path, overrides: dict) -> dict[str, dict]:
     """{tokens: accuracy in all and by type} of the evaluations just made."""
+    from deltallava_jax.workdir import Workdir
+
     found = {}
-    for file in (workdir / "eval").glob("easy_vqa_*.json"):
-        report = json.loads(file.read_text())
+    for report in Workdir(workdir).reports():
         if report["overrides"] == {key: str(value) for key, value in overrides.items()} and report["images"] == "real":
             by_type = {kind: round(score["accuracy"], 4) for kind, score in report["by_type"].items()}
             tokens = overrides.get("model.fastv.keep", report["budget"])
@@ -239,7 +240,6 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
 
     from deltallava_jax.config import load_config, override
     from deltallava_jax.data import tokens as tokenizers
-    from deltallava_jax.data.packing import plan_for
     from deltallava_jax.data.pipeline import Rows, elements
     from deltallava_jax.data.sources import training_source
     from deltallava_jax.models import projectors
@@ -253,9 +253,9 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
         )
         mesh, source = make_mesh(cfg, jax.devices()[:1]), training_source(cfg.data)
         tokenizer = tokenizers.train(source.texts(), cfg.model.decoder.vocab_size)
-        rows = Rows(source, tokenizer, cfg.data, cfg.model.vision)
+        rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, projectors.question_length(cfg.model.projector))
         budget = next((b for b in projectors.budgets(cfg.model.projector) if b <= tokens), GRID**2)
-        plan = plan_for(cfg.data, *rows.lengths(), (budget,), cfg.seed)
+        plan = rows.plan((budget,), cfg.seed)
         element = next(elements(rows, plan, 0, 1, workers=0))
         return {
             "step": TrainStep(cfg, mesh, 100),

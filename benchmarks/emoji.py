@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+
+from deltallava_jax.progress import progress_bar
 
 STYLES = ("google", "twitter", "facebook")
 VERSION = "16.0.0"
@@ -67,7 +68,7 @@ def draw(style: str, archive: Path, wanted: list[dict], folder: Path) -> None:
     if not missing:
         return
     with tarfile.open(archive) as tar:
-        for member in tqdm(tar, style, unit="file", leave=False):
+        for member in progress_bar(tar, style, unit="files"):
             if member.name not in missing:
                 continue
             image = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGBA")

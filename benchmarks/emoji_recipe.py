@@ -191,14 +191,13 @@ class Recipe:
         picture's own names and those of another's have the same text."""
         import jax
 
+        from deltallava_jax import load
         from deltallava_jax.config import workdir_config
-        from deltallava_jax.convert.workdir import load_model
-        from deltallava_jax.data.packing import plan_for
         from deltallava_jax.data.pipeline import Rows, elements
         from deltallava_jax.data.sources import training_source
         from deltallava_jax.models import projectors, vlm
 
-        cfg, model = workdir_config(workdir), load_model(workdir)
+        cfg, model = workdir_config(workdir), load(workdir)
         found = {"train": {}, "held_out": {}}
         for budget in projectors.budgets(model.cfg.projector):
             measure = jax.jit(lambda p, batch, b=budget: vlm.loss_sum(p, model.cfg, batch, None, train=False, budget=b))
@@ -207,7 +206,7 @@ class Recipe:
                 for kind, file in (("pictures", f"loss_{of}"), ("shuffled", f"loss_{of}_shuffled")):
                     data = dataclasses.replace(cfg.data, json=(str(self.file(file)),))
                     rows = Rows(training_source(data), model.tokenizer, data, model.cfg.vision)
-                    plan = plan_for(data, *rows.lengths(), (budget,), 0)
+                    plan = rows.plan((budget,), 0)
                     batches = [each.batch for each in elements(rows, plan, 0, plan.steps_for(1), workers=0)]
                     totals, counts = zip(*(map(float, measure(model.params, batch)) for batch in batches), strict=True)
                     measured[budget][kind] = sum(totals) / sum(counts)
@@ -219,13 +218,13 @@ class Recipe:
 
         changes: settings of the model, for methods without training."""
         from benchmarks.emoji import NAME
+        from deltallava_jax import load
         from deltallava_jax.config import override, workdir_config
-        from deltallava_jax.convert.workdir import load_model
         from deltallava_jax.evaluation.answers import Answerer
         from deltallava_jax.models import projectors
 
         cfg = override(workdir_config(workdir), changes or {}).model
-        model = dataclasses.replace(load_model(workdir), cfg=cfg)
+        model = dataclasses.replace(load(workdir), cfg=cfg)
         held = self.read("test")
         seen = [dict(each, image=each["image"].replace(HELD_OUT, SEEN, 1)) for each in held[::2]]
         found = {"held_out": {}, "train": {}}

@@ -150,7 +150,7 @@ def by_budget(options: argparse.Namespace) -> list[dict]:
         ids = rng.integers(3, min(cfg.decoder.vocab_size, 300), TEXT + 1).astype(np.int32)
         ids[1] = 0  # the image
         nothing = np.zeros(len(ids), np.int32)
-        one = Tokenized(ids, nothing > 0, np.ones(1, np.int32), nothing, np.zeros((1, 2), np.int32))
+        one = Tokenized(ids, nothing > 0, np.ones(1, np.int32), nothing, np.zeros((1, 0), np.int32))
         batch, side = prompt_batch([one] * rows, bucket(len(ids))), cfg.vision.image_size
         pixels = rng.integers(0, 256, (rows, side, side, 3)).astype(np.uint8)
         known = projectors.budgets(cfg.projector)
@@ -235,7 +235,7 @@ def compile_for(options: argparse.Namespace) -> list[dict]:
 
     params = there(jax.eval_shape(serving))
     nothing = np.zeros(TEXT + 1, np.int32)
-    one = Tokenized(nothing, nothing > 0, np.ones(1, np.int32), nothing, np.zeros((1, 2), np.int32))
+    one = Tokenized(nothing, nothing > 0, np.ones(1, np.int32), nothing, np.zeros((1, 0), np.int32))
     side, length = cfg.vision.image_size, bucket(len(nothing))
     for rows, budget in itertools.product(map(int, options.batches.split(",")), projectors.budgets(cfg.projector)):
         batch, said = prompt_batch([one] * rows, length), controls([Sampling(max_new_tokens=options.new)] * rows, -1)

@@ -38,8 +38,8 @@ def make(folder: Path, layers: int, shards: int) -> int:
     from safetensors.numpy import save_file
 
     from deltallava_jax.config import DecoderConfig, preset
+    from deltallava_jax.convert.export import HF_DECODER
     from deltallava_jax.convert.families import Llama
-    from deltallava_jax.convert.write import HF_DECODER
 
     cfg = preset(DecoderConfig, "vicuna_7b", layers=layers)
     (folder / "config.json").write_text(json.dumps(Llama.to_hf(cfg)))
@@ -79,7 +79,7 @@ def compile_for(target: Path, layers: int) -> None:
 
     from deltallava_jax.config import DecoderConfig, ModelConfig, preset
     from deltallava_jax.convert.arrays import inserter, to_ours
-    from deltallava_jax.convert.write import HF_DECODER
+    from deltallava_jax.convert.export import HF_DECODER
     from deltallava_jax.models import vlm
     from deltallava_jax.models.names import flatten
 

@@ -74,7 +74,8 @@ def _entry(folder: Path, number: int, kind: str, rng) -> dict:
     first = turns[0]
     first["value"] = f"{first['value']}\n<image>" if kind == "marker_last" else markers + first["value"]
     if kind == "empty_turn":
-        turns[1]["value"] = " "
+        for turn in turns[1::2]:
+            turn["value"] = " "
     if kind == "gpt_first":
         turns.insert(0, {"from": "gpt", "value": "Hello!"})
     if kind == "missing":

@@ -32,7 +32,7 @@ def torch_projector(cfg, state):
 
     import torch
 
-    from deltallava_jax.convert.write import TORCH_MODULES
+    from deltallava_jax.convert.export import TORCH_MODULES
 
     package = types.ModuleType("exported")
     package.__path__ = [str(TORCH_MODULES)]

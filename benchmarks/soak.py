@@ -40,9 +40,10 @@ def start(workdir: Path, options: argparse.Namespace, every: int | None = None) 
 
 
 def records(workdir: Path) -> list[dict]:
-    """metrics.jsonl; the last line may still be written."""
+    """The steps of metrics.jsonl; the last line may still be written."""
     path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [record for record in map(json.loads, lines) if "loss" in record]
 
 
 def killed(workdir: Path, options: argparse.Namespace) -> list[int]:

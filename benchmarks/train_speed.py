@@ -125,23 +125,23 @@ class Load:
 
     def batch(self):
         """Random tokens and pixels, images where conversations begin, their second halves supervised."""
+        from deltallava_jax.models import projectors
         from deltallava_jax.sequence import Batch
 
         cfg, plan, rng, side = self.cfg, self.plan, np.random.default_rng(0), self.cfg.model.vision.image_size
         B, T, I = len(self.first.rows), self.text, self.images
-        tokens = rng.integers(3, cfg.model.decoder.vocab_size, (B, T), np.int32)
-        loss_mask, segments = np.zeros((B, T), bool), np.zeros((B, T), np.int32)
-        positions = np.full((B, I), T, np.int32)
+        batch = Batch.empty(B, T, I, side, question=projectors.question_length(cfg.model.projector))
+        batch.tokens[:] = rng.integers(3, cfg.model.decoder.vocab_size, (B, T), np.int32)
         for row, records in enumerate(self.first.rows):
             start = placed = 0
             for segment, record in enumerate(records, 1):
                 end = min(start + int(plan.lengths[record]), T)
-                segments[row, start:end], loss_mask[row, (start + end) // 2 : end] = segment, True
+                batch.segments[row, start:end], batch.loss_mask[row, (start + end) // 2 : end] = segment, True
                 if plan.images[record]:
-                    positions[row, placed], tokens[row, start], placed = start, 0, placed + 1
+                    batch.image_positions[row, placed], batch.tokens[row, start], placed = start, 0, placed + 1
                 start = end
-        images = rng.integers(0, 256, (B, I, side, side, 3), np.uint8)
-        return Batch(tokens, loss_mask, segments, positions, images, np.zeros((B, I, 2), np.int32))
+        batch.images[:] = rng.integers(0, 256, batch.images.shape, np.uint8)
+        return batch
 
 
 def gib(memory) -> tuple[float, float]:

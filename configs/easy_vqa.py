@@ -25,7 +25,13 @@ def base(name: str, projector: dict, *, data: dict = {}, training: dict = {}) ->
         ),
         data=c.DataConfig(
             **dict(
-                dataset="easy_vqa", template="brief", independent_rounds=True, rows=8, row_length=256, images_per_row=2
+                dataset="easy_vqa",
+                aspect="square",
+                template="brief",
+                independent_rounds=True,
+                rows=8,
+                row_length=256,
+                images_per_row=2,
             )
             | data,
         ),  # fmt: skip

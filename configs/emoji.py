@@ -39,6 +39,7 @@ def get_config(which: str = "pretrain") -> c.Config:
             dataset="llava",
             json=(f"data/emoji/{stage}.json",),
             images="data/emoji/images",
+            aspect="square",
             template="plain" if pretrain else "chatml",
             rows=1,
             row_length=128,

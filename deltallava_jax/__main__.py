@@ -1,6 +1,6 @@
-"""The command line: python -m deltallava_jax COMMAND --help
+"""The command line: deltallava COMMAND --help, or python -m deltallava_jax COMMAND --help
 
-Training and evaluation are train.py and eval.py."""
+From a copy of the repository train and eval are also train.py and eval.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from deltallava_jax import cli
 
 # command -> (module with add_arguments(parser) and main(options), one line of help)
 COMMANDS = {
+    "train": ("deltallava_jax.apps.train", "trains a model"),
+    "eval": ("deltallava_jax.apps.eval", "evaluates a workdir's newest checkpoint"),
     "data": ("deltallava_jax.data.command", "LLaVA data sets: check them, build them into ArrayRecord"),
     "convert": ("deltallava_jax.convert.command", "checkpoints of Hugging Face, LLaVA and ours, into each other"),
     "plan": ("deltallava_jax.analysis.plan_command", "memory, operations and collectives of a run on a machine"),
@@ -21,6 +23,8 @@ COMMANDS = {
     "flops": ("deltallava_jax.analysis.efficiency_command", "operations and cache of an answer by system and tokens"),
     "gradcam": ("deltallava_jax.analysis.gradcam_command", "where in an image an answer comes from, as a picture"),
 }
+
+PROCESSES = ("train", "eval")  # may be one of several processes, and have a run(arguments) of their own for that
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -51,6 +55,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-if __name__ == "__main__":
-    options = parse(sys.argv[1:])
+def main(arguments: list[str] | None = None) -> None:
+    """The command of a command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in PROCESSES:
+        return importlib.import_module(COMMANDS[arguments[0]][0]).run(arguments[1:])
+    options = parse(arguments)
     cli.run(lambda: options.main(options))
+
+
+if __name__ == "__main__":
+    main()

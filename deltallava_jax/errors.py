@@ -3,6 +3,9 @@ expected, and what to do. The command line prints it as one line and exits with 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """What every error below is."""
@@ -55,6 +58,11 @@ FAULTS = {
     "beyond": "records with an image beyond the length limit, or more images than a row holds",
     "unsupervised": "records without a supervised token in the length limit",
 }
+
+
+def count_faults(kinds: Iterable[str]) -> str:
+    """How often each kind of fault came, in words."""
+    return ", ".join(f"{count:,} {FAULTS[kind]}" for kind, count in Counter(kinds).items())
 
 
 class BadSample(UserError, ValueError):

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
+
+from deltallava_jax.arrays import Array
 
 
 @jax.tree_util.register_dataclass
@@ -24,8 +26,9 @@ class Batch:
     loss_mask: True at tokens that are to be predicted.
     segments: 1, 2, ... for the conversations of a row, each a contiguous block; 0 is padding.
     image_positions: index into tokens of each image's placeholder, ascending; T where the place is unused.
-    images: pixels, normalised on the device.
-    questions: [start, end) into tokens of the question that belongs to each image, for systems that read it.
+    images: pixels, normalised on the device; floats are normalised already.
+    questions: token ids of the question that belongs to each image, for systems that read it: its text by itself, BOS
+        first; -1 behind its end.
     branches: within a conversation, 0 for what all its rounds share, 1, 2, ... for rounds that see the shared part but
         not each other, as if each were asked alone; None: rounds see those before them.
     """
@@ -34,9 +37,45 @@ class Batch:
     loss_mask: Bool[Array, "B T"]
     segments: Int[Array, "B T"]
     image_positions: Int[Array, "B I"]
-    images: UInt8[Array, "B I H W 3"]
-    questions: Int[Array, "B I 2"] | None = None
+    images: UInt8[Array, "B I H W 3"] | Float[Array, "B I H W 3"]
+    questions: Int[Array, "B I Q"] | None = None
     branches: Int[Array, "B T"] | None = None
+
+    @classmethod
+    def shapes(
+        cls,
+        rows: int,
+        text: int,
+        images: int,
+        size: int = 0,
+        *,
+        question: int = 0,
+        branches: bool = False,
+        make=jax.ShapeDtypeStruct,
+    ) -> Batch:
+        """The batch of B = rows, T = text, I = images, H = W = size and Q = question with make(shape, dtype) for each
+        array; size 0: images are given encoded; question 0: none are read."""
+        ints = lambda *shape: make((rows, *shape), np.int32)
+        return cls(
+            tokens=ints(text),
+            loss_mask=make((rows, text), np.bool_),
+            segments=ints(text),
+            image_positions=ints(images),
+            images=make((rows, images, size, size, 3), np.uint8),
+            questions=ints(images, question) if question else None,
+            branches=ints(text) if branches else None,
+        )
+
+    @classmethod
+    def empty(
+        cls, rows: int, text: int, images: int, size: int = 0, *, question: int = 0, branches: bool = False
+    ) -> Batch:
+        """A numpy batch of these ``shapes`` to be filled: all is padding, and no image place is used."""
+        batch = cls.shapes(rows, text, images, size, question=question, branches=branches, make=np.zeros)
+        batch.image_positions[:] = text
+        if question:
+            batch.questions[:] = -1
+        return batch
 
 
 @jax.tree_util.register_dataclass

@@ -16,6 +16,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Shapes and dtypes that functions of these packages state are checked at every call, before any of them is imported.
+CHECKED = ["deltallava_jax.sequence", "deltallava_jax.models", "deltallava_jax.kernels"]
+install_import_hook(CHECKED, "beartype.beartype")
 
 
 @pytest.fixture(autouse=True, scope="module")

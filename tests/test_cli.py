@@ -1,5 +1,6 @@
 """The two commands as a user runs them: help, one-line errors, and what importing the package brings in."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,18 @@ def test_train_without_its_config_file(tmp_path):
 def test_eval_of_a_folder_that_train_did_not_make(tmp_path):
     assert_one_line_error(command("eval.py", "--workdir", tmp_path), str(tmp_path), "no config.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_libtpu_beside_no_tpu_is_left_alone(tmp_path):
+    """Started, it says in six lines of errors that it finds none."""
+    (tmp_path / "libtpu.py").write_text("def get_library_path():\n    return ''\n")
+    environment = {key: value for key, value in os.environ.items() if key not in ("JAX_PLATFORMS", "TPU_NAME")}
+    code = "from deltallava_jax import cli; import jax; cli.run(lambda: print(jax.config.jax_platforms))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=environment | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cpu\n", "")
 
 
 @pytest.mark.parametrize("door", ["train.py", "eval.py"])

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from deltallava_jax.config import (
@@ -16,12 +18,15 @@ from deltallava_jax.config import (
     ModelConfig,
     OptimizerConfig,
     ProjectorConfig,
+    TrainingConfig,
     VisionConfig,
     compose,
+    dtype_name,
     from_dict,
     load_config,
     override,
     preset,
+    renamed,
     to_dict,
 )
 from deltallava_jax.errors import ConfigError
@@ -39,7 +44,7 @@ def assert_error(call, *words):
     with pytest.raises(ConfigError) as caught:
         call()
     message = str(caught.value)
-    assert message and "\n" not in message
+    assert message and "\n" not in message and len(message) < 400
     for word in words:
         assert word in message
 
@@ -204,6 +209,12 @@ def test_overrides_are_checked_together_so_that_presets_can_change_the_widths():
         ("data.rows", "2.5", ["data.rows", "int", "2.5"]),
         ("data.rows", "True", ["data.rows", "int", "True"]),
         ("optimizer.lr", "fast", ["optimizer.lr", "float", "'fast'"]),
+        ("optimizer.lr", "9" * 400, ["optimizer.lr", "finite number", "99...99"]),
+        ("optimizer.lr", "9" * 5000, ["optimizer.lr", "float", "99...99"]),
+        ("optimizer.lr", "1e999", ["optimizer.lr", "inf", "finite number"]),
+        ("training.steps", "9" * 400, ["training.steps", "finite number", "99...99"]),
+        ("model.vision.image_std", "(1e999, 1, 1)", ["model.vision.image_std", "inf", "finite number"]),
+        ("model.projector.keep_ratio", "1e999", ["model.projector.keep_ratio", "float", "inf"]),
         ("optimizer.lr", "True", ["optimizer.lr", "float", "True"]),
         ("data.independent_rounds", "1", ["data.independent_rounds", "bool", "1"]),
         ("model.projector.levels", "3", ["model.projector.levels", "tuple[int, ...]", "3"]),
@@ -216,7 +227,7 @@ def test_overrides_are_checked_together_so_that_presets_can_change_the_widths():
         ("model.projector.scale_factor", "(2,3)", ["scale_factor=3", "8x8", "valid values: 1, 2, 4, 8"]),
         ("model.projector.scale_factor", "0", ["scale_factor=0", "valid values: 1, 2, 4, 8"]),
         ("model.projector.scale_factor", "()", ["scale_factor is empty", "valid values: 1, 2, 4, 8"]),
-        ("model.projector.select_layer", "0", ["select_layer=0", "-3 to -1"]),
+        ("model.projector.select_layer", "0", ["select_layer=0", "-1, the last"]),
         ("model.projector.select_layer", "-4", ["select_layer=-4", "-3 to -1"]),
         ("model.dtype", "float16", ["model.dtype", "'float16'", "bfloat16, float32"]),
         ("model.remat", "some", ["model.remat", "'some'", "none, dots, full"]),
@@ -226,8 +237,6 @@ def test_overrides_are_checked_together_so_that_presets_can_change_the_widths():
         ("optimizer.lr", "0", ["optimizer.lr=0", "more than 0"]),
         ("optimizer.accumulation", "0", ["optimizer.accumulation=0", "1 or more"]),
         ("optimizer.name", "adam", ["optimizer.name", "'adam'", "adamw, muon"]),
-        ("optimizer.lr", "1e999", ["optimizer.lr=inf", "finite"]),
-        ("optimizer.lr", "9" * 400, ["optimizer.lr", "400 digits", "too large"]),
         ("optimizer.eps", "0", ["optimizer.eps=0", "more than 0"]),
         ("optimizer.b1", "2", ["optimizer.b1=2", "0 to below 1"]),
         ("optimizer.b2", "1", ["optimizer.b2=1", "0 to below 1"]),
@@ -237,7 +246,7 @@ def test_overrides_are_checked_together_so_that_presets_can_change_the_widths():
         ("optimizer.warmup_ratio", "-1", ["optimizer.warmup_ratio=-1", "0 to 1"]),
         ("optimizer.final_lr_ratio", "1.5", ["optimizer.final_lr_ratio=1.5", "0 to 1"]),
         ("optimizer.weight_decay", "-1", ["optimizer.weight_decay=-1", "0 or more"]),
-        ("optimizer.clip_norm", "1e999", ["optimizer.clip_norm=inf", "finite"]),
+        ("optimizer.clip_norm", "1e999", ["optimizer.clip_norm", "inf", "finite"]),
     ],
 )
 def test_a_bad_override_is_one_clear_line(path, text, words):
@@ -270,6 +279,21 @@ DELTA = dict(grid=8, in_width=128, out_width=64, head_dim=32, scale_factor=2)
         (VisionConfig, dict(family="vit"), ["vision.family", "'vit'", "clip, siglip"]),
         (VisionConfig, dict(heads=7), ["vision.heads=7", "vision.width=1024"]),
         (VisionConfig, dict(image_size=8), ["vision.image_size=8", "vision.patch_size=14"]),
+        (VisionConfig, dict(norm_eps=0.0), ["vision.norm_eps=0.0", "more than 0"]),
+        (VisionConfig, dict(image_std=(0.5, 0.0, 0.5)), ["vision.image_std=(0.5, 0.0, 0.5)", "more than 0"]),
+        (VisionConfig, dict(image_mean=(0.5, 0.5)), ["vision.image_mean=(0.5, 0.5)", "a channel"]),
+        (DecoderConfig, dict(initializer_range=0.0), ["decoder.initializer_range=0.0", "more than 0"]),
+        (DecoderConfig, dict(norm_eps=-1e-5), ["decoder.norm_eps=-1e-05", "more than 0"]),
+        (DecoderConfig, dict(rope_base=float("nan")), ["decoder.rope_base=nan", "more than 0"]),
+        (ProjectorConfig, dict(initializer_range=0.0), ["projector.initializer_range=0.0", "more than 0"]),
+        (ProjectorConfig, dict(embed_width=-128), ["projector.embed_width=-128", "0 or more"]),
+        (ProjectorConfig, dict(select_layer=0), ["projector.select_layer=0", "-1, the last"]),
+        (ProjectorConfig, dict(levels=(-1, 1, 2, 3)), ["projector.levels=(-1, 1, 2, 3)", "0 or more"]),
+        (ProjectorConfig, dict(prune_layers=(-1, 2)), ["projector.prune_layers=(-1, 2)", "0 or more"]),
+        (ProjectorConfig, dict(tokens=(4, 0)), ["projector.tokens=(4, 0)", "1 or more"]),
+        (TrainingConfig, dict(epochs=-1.0, steps=5), ["training.epochs=-1.0", "0 or more"]),
+        (TrainingConfig, dict(llavolta=((8, -2),)), ["training.llavolta", "(8, -2)"]),
+        (Config, dict(seed=2**32), ["config.seed=4294967296", "less than 2**32"]),
         (DecoderConfig, dict(heads=5), ["decoder.heads=5", "decoder.width=4096"]),
         (DecoderConfig, dict(kv_heads=5), ["decoder.kv_heads=5", "decoder.heads=32"]),
         (DecoderConfig, dict(width=96), ["head width 3", "even"]),
@@ -325,6 +349,55 @@ def test_an_unknown_projector_names_the_nearest():
     cfg = ProjectorConfig(name="delt")
     assert_error(lambda: projectors.system(cfg), "projector.name", "'delt'", "did you mean 'delta'")
     assert_error(lambda: projectors.system(dataclasses.replace(cfg, name="xyz")), "'xyz'", "known: delta, mlp")
+
+
+# ------------------------------------------------------------------ published settings
+
+
+PUBLISHED = {  # read off each public release; a width of 1024 in heads of 128 has 8 heads, of 64 it has 16
+    "delta": dict(head_dim=128, select_layer=-2, scale_factor=2, mlp_width=4096),
+    "mlp": dict(select_layer=-2),
+    "token_packer": dict(head_dim=128, select_layer=-2, scale_factor=2),
+    "m3": dict(select_layer=-2, scale_factor=(1, 2, 4, 8, 24)),
+    "mqt": dict(head_dim=64, select_layer=-2, queries=256),
+    "quecc": dict(head_dim=128, select_layer=-2, scale_factor=4),
+    "resampler": dict(head_dim=128, queries=256),
+    "honeybee_c": dict(select_layer=-1, scale_factor=2),
+    "honeybee_d": dict(select_layer=-1, scale_factor=2, head_dim=128, mlp_width=1024),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_system_named_alone_has_its_published_settings(name):
+    alone, before = ProjectorConfig(name=name), dataclasses.replace(Config(), name="x")
+    named = override(before, {"model.projector.name": name}).model.projector
+    for cfg in (alone, named, from_dict(ProjectorConfig, {"name": name}), renamed(ProjectorConfig(), {"name": name})):
+        assert {field: getattr(cfg, field) for field in PUBLISHED[name]} == PUBLISHED[name]
+        assert from_dict(ProjectorConfig, json.loads(json.dumps(to_dict(cfg)))) == cfg
+
+
+def test_a_setting_beside_the_name_is_kept():
+    assert ProjectorConfig(name="mqt", head_dim=128).head_dim == 128
+    assert dataclasses.replace(ProjectorConfig(name="mqt", head_dim=128), queries=64).head_dim == 128
+    for settings in ({"head_dim": "128", "name": "mqt"}, {"name": "mqt", "head_dim": "128"}):
+        cfg = override(Config(), {f"model.projector.{key}": text for key, text in settings.items()})
+        assert cfg.model.projector.head_dim == 128
+    small = override(EASY, {"model.projector.name": "honeybee_d"}).model.projector
+    own = EASY.model.projector  # what fits a small tower is no system's published setting
+    assert (small.head_dim, small.mlp_width, small.select_layer) == (own.head_dim, own.mlp_width, own.select_layer)
+
+
+def test_of_the_published_scale_factors_those_that_divide_the_grid_are_taken():
+    assert projectors.budgets(ProjectorConfig(name="m3", grid=8)) == (64, 16, 4, 1)
+    assert projectors.budgets(ProjectorConfig(name="m3")) == (576, 144, 36, 9, 1)
+
+
+def test_a_system_without_weights_takes_the_place_of_the_one_that_was_trained():
+    """As eval.py does on an MLP's workdir, whose config.json holds every field."""
+    trained = from_dict(Config, json.loads(json.dumps(to_dict(override(EASY, {"model.projector.name": "mlp"})))))
+    for name in ("fastervlm", "prumerge"):
+        cfg = override(trained, {"model.projector.name": name}).model.projector
+        assert cfg == dataclasses.replace(trained.model.projector, name=name)
 
 
 # ------------------------------------------------------------------ devices
@@ -416,3 +489,22 @@ def test_an_error_inside_get_config_is_the_users_line(tmp_path):
         "from deltallava_jax import config as c\ndef get_config(): return c.Config(data=c.DataConfig(rows=0))"
     )
     assert_error(lambda: load_config(tmp_path / "odd.py"), "data.rows=0")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("BF16", "bfloat16"), ("torch.bfloat16", "bfloat16"),
+        ("fp16", "float16"), ("half", "float16"), ("float16", "float16"),
+        ("fp32", "float32"), ("float", "float32"), ("float32", "float32"), (np.float32, "float32"),
+        (jnp.bfloat16, "bfloat16"), (np.dtype("float16"), "float16"), (None, None),
+    ],
+)  # fmt: skip
+def test_dtypes_have_the_names_that_are_in_use(said, meant):
+    assert dtype_name(said) == meant
+
+
+@pytest.mark.parametrize("said", ["int8", "float8", "float8_e4m3fn", "float64", "", "nothing", 16, np.int32])
+def test_another_dtype_is_refused_with_the_list(said):
+    with pytest.raises(ConfigError, match="float32.*bfloat16.*float16"):
+        dtype_name(said)

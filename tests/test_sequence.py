@@ -250,3 +250,17 @@ def test_branches_go_on_from_the_shared_part():
     # 8 opens branch 2 and is supervised, but the slot before it belongs to branch 1: nobody predicts it.
     np.testing.assert_array_equal(row.loss_mask, [[0, 0, 0, 0, 1, 0, 1, 0, 1, 0]])
     np.testing.assert_array_equal(row.targets, [[0, 0, 0, 0, 7, 0, 9, 0, 4, 0]])
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_an_empty_batch_is_padding_and_its_shapes_are_those_of_shapes(branches):
+    batch = Batch.empty(3, 7, 2, 4, branches=branches)
+    filled = [name for name, values in vars(batch).items() if values is not None and values.any()]
+    assert filled == ["image_positions"]
+    assert (batch.image_positions == 7).all()  # no place is used
+    assert not layout(batch, None, 5).segments.any()
+    about = lambda made: [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(made)]
+    assert about(Batch.shapes(3, 7, 2, 4, branches=branches)) == about(batch)
+    assert batch.images.shape == (3, 2, 4, 4, 3) and (batch.branches is not None) == branches
+    assert Batch.shapes(3, 7, 0).images.shape == (3, 0, 0, 0, 3)
+    assert batch.questions is None and (Batch.empty(3, 7, 2, question=5).questions == np.full((3, 2, 5), -1)).all()

@@ -40,18 +40,14 @@ def random_params(cfg: c.ModelConfig, seed: int = 0, scale: float = 0.2) -> dict
 def make_run(cfg: c.Config, source=None):
     """(rows, plan, tokenizer) of a config, over easy-VQA or another source."""
     from deltallava_jax.data import tokens
-    from deltallava_jax.data.packing import PackPlan
     from deltallava_jax.data.pipeline import Rows
     from deltallava_jax.data.sources import training_source
     from deltallava_jax.models import projectors
 
     source = source or training_source(cfg.data)
     tokenizer = tokens.train(source.texts(), cfg.model.decoder.vocab_size)
-    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision)
-    lengths, images = rows.lengths()
-    budgets = projectors.budgets(cfg.model.projector)
-    plan = PackPlan(lengths, images, budgets=budgets, rows=cfg.data.rows, row_length=cfg.data.row_length, seed=cfg.seed)
-    return rows, plan, tokenizer
+    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, projectors.question_length(cfg.model.projector))
+    return rows, rows.plan(projectors.budgets(cfg.model.projector), cfg.seed), tokenizer
 
 
 FILE = Path(__file__)

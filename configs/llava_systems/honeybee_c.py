@@ -4,4 +4,4 @@ from configs.llava import base
 
 
 def get_config(stage="finetune"):
-    return base("honeybee_c", stage, dict(name="honeybee_c", scale_factor=2, select_layer=-1), tokens=144)
+    return base("honeybee_c", stage, dict(name="honeybee_c", scale_factor=2), tokens=144)

@@ -4,6 +4,4 @@ from configs.llava import base
 
 
 def get_config(stage="finetune"):
-    return base(
-        "m3", stage, dict(name="m3", scale_factor=(1, 2, 4, 8, 24)), tokens=576, training=dict(every_budget=True)
-    )
+    return base("m3", stage, dict(name="m3"), tokens=576, training=dict(every_budget=True))

@@ -4,4 +4,4 @@ from configs.llava import base
 
 
 def get_config(stage="finetune"):
-    return base("mqt", stage, dict(name="mqt", head_dim=64, tokens=(256,) if stage == "pretrain" else ()), tokens=256)
+    return base("mqt", stage, dict(name="mqt", tokens=(256,) if stage == "pretrain" else ()), tokens=256)

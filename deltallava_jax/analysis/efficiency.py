@@ -37,8 +37,7 @@ PUBLISHED = {
     4: dict(vision=0.382, decode=0.28),
     1: dict(vision=0.382, prefill=0.70, total=1.39),
 }
-# What a system needs beside its name, and the settings that give it a number of tokens.
-PUBLISHED_SETTINGS = {"honeybee_c": dict(select_layer=-1), "honeybee_d": dict(select_layer=-1, mlp_width=1024)}
+# The systems whose number of tokens is set by their scale factor.
 BY_SCALE = ("delta", "token_packer", "m3", "quecc", "honeybee_c", "honeybee_d")
 
 
@@ -99,7 +98,7 @@ def with_system(cfg: ModelConfig, name: str) -> ModelConfig:
     fitted = dict(grid=cfg.vision.grid, in_width=width, out_width=cfg.decoder.width)
     # Heads that divide any width: how wide they are changes no count.
     fitted |= dict(head_dim=math.gcd(128, width), block_head_dim=math.gcd(32, width // 2))
-    projector = ProjectorConfig(name=own, **fitted, scale_factor=1, **PUBLISHED_SETTINGS.get(own, {}))
+    projector = ProjectorConfig(name=own, **fitted, scale_factor=1)
     keep = FastVConfig(keep=min(144, cfg.vision.grid**2)) if name == "fastv" else None
     return dataclasses.replace(cfg, projector=projector, fastv=keep)
 
@@ -168,8 +167,7 @@ def exact(cfg: ModelConfig, text: int, new: int) -> dict[str, int]:
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
     made = jax.ShapeDtypeStruct((1, V, cfg.decoder.width), cfg.dtype)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    flags, pixels = jax.ShapeDtypeStruct((1, text + 1), jnp.bool_), jax.ShapeDtypeStruct((1, 1, 0, 0, 3), jnp.uint8)
-    prompt = Batch(ints(1, text + 1), flags, ints(1, text + 1), ints(1, 1), pixels, ints(1, 1, 2))
+    prompt = Batch.shapes(1, text + 1, 1, question=projectors.question_length(cfg.projector))
 
     def see(params, images):
         prune = projectors.pruning(params["projector"], cfg.projector)

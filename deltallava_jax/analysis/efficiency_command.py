@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 
 from deltallava_jax import cli
+from deltallava_jax.analysis import units
 from deltallava_jax.config import PRESETS, Config, DecoderConfig, VisionConfig, compose, load_config, override, preset
 from deltallava_jax.errors import ConfigError
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plots",
         type=Path,
         metavar="DIR",
-        help="also write DIR/flops.png",
+        help="also write DIR/flops.png (needs matplotlib: the extra plots)",
     )
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
     parser.set_defaults(overrides=[])
@@ -69,7 +70,7 @@ def main(options: argparse.Namespace) -> None:
 def base_model(options: argparse.Namespace):
     """Tower, projector and decoder that were asked for; by default CLIP-L/14-336, Delta and Vicuna-7B."""
     cfg = load_config(options.config) if options.config else Config()
-    cfg = override(cfg, cli.overrides(options.overrides, "-m deltallava_jax flops")).model
+    cfg = override(cfg, cli.overrides(options.overrides, "python -m deltallava_jax flops")).model
     cfg.require_whole("a count of operations")
     if not options.tower and not options.decoder:
         return cfg
@@ -115,14 +116,16 @@ def numbers(text: str) -> list[int]:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows for people: TFLOPs by part, and the cache in MiB."""
-    head = ["system", "tokens", "convention", "vision", "projector", "prefill", "decode", "total", "cache MiB"]
-    lines = [f"TFLOPs for one image, {rows[0]['text_tokens']} tokens of text and {rows[0]['new_tokens']} new ones", ""]
-    lines.append(f"{head[0]:14} {head[1]:>6} {head[2]:>10}" + "".join(f"{name:>11}" for name in head[3:]))
+    """The rows for people: operations by part, and the cache."""
+    head = ["system", "tokens", "convention", "vision", "projector", "prefill", "decode", "total", "cache"]
+    lines = [
+        f"operations for an image, {rows[0]['text_tokens']} tokens of text and {rows[0]['new_tokens']} new ones",
+        "",
+    ]
+    lines.append(f"{head[0]:14} {head[1]:>6} {head[2]:>10}" + "".join(f"{name:>12}" for name in head[3:]))
     for row in rows:
         parts = [row[f"{name}_tflops"] for name in ("vision", "projector", "prefill", "decode", "total")]
-        cells = "".join(f"{value:11.4g}" for value in parts)
-        lines.append(
-            f"{row['system']:14} {row['budget']:6} {row['convention']:>10}{cells}{row['cache_bytes'] / 2**20:11.1f}"
-        )
+        cells = [units.operations(1e12 * value) for value in parts] + [units.size(row["cache_bytes"])]
+        own = f"{row['system']:14} {row['budget']:6} {row['convention']:>10}"
+        lines.append(own + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)

@@ -14,7 +14,7 @@ MOST_STACKED = 2  # systems whose parts are shown; of more the totals alone
 
 def require_matplotlib() -> None:
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("plots need matplotlib, which is not installed: pip install matplotlib")
+        raise ConfigError("plots need matplotlib, which is not installed: pip install '.[plots]', or matplotlib")
 
 
 def plot(rows: list[dict], path: Path) -> None:

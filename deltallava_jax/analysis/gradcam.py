@@ -23,9 +23,10 @@ from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from deltallava_jax.config import ModelConfig, ProjectorConfig
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, Tokenized, tokenize
+from deltallava_jax.data.conversation import TEMPLATES, Tokenized, asked, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.errors import ConfigError
+from deltallava_jax.inference.generate import prompt_batch
 from deltallava_jax.inference.model import Model
 from deltallava_jax.models import decoder, projectors, vision, vlm
 from deltallava_jax.models.layers import Params
@@ -34,6 +35,7 @@ from deltallava_jax.sequence import Batch, layout
 
 ON_A_GRID = ("delta", "mlp", "token_packer", "m3", "quecc", "honeybee_c", "honeybee_d")
 PRUNED = ("evit", "dynamicvit")  # selections on the tower's way
+LEARNED = ("mqt", "resampler")  # queries that read all of the image
 SELECTED = ("fastervlm", "prumerge", "prumerge_plus", *PRUNED)
 LENGTH_STEP = 64  # texts are padded to a multiple, so that few lengths are compiled
 METHODS = ("relevance", "gradcam")
@@ -56,8 +58,10 @@ def check(cfg: ModelConfig) -> None:
     """ConfigError unless every visual token has a place that is known."""
     cfg.require_whole("a heat map")
     name = cfg.projector.name
-    if name not in (*ON_A_GRID, *SELECTED):
+    if name in LEARNED:
         raise ConfigError(f"no heat map: {name}'s tokens are learned queries over the whole image, without a place")
+    if name not in (*ON_A_GRID, *SELECTED):
+        raise ConfigError(f"no heat map: where in the image {name}'s tokens lie is not known here")
     if cfg.fastv:
         raise ConfigError("no heat map: FastV drops visual tokens inside the decoder; ask the model without it")
 
@@ -84,15 +88,18 @@ def heat_maps(
     if model.tokenizer is None:
         raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
     budgets = [projectors.check_budget(model.cfg.projector, budget) for budget in budgets or (None,)]
-    text = prompt if IMAGE in prompt else f"{IMAGE}\n{prompt}"
-    if text.count(IMAGE) != 1:
-        raise ConfigError(f"the prompt holds {text.count(IMAGE)} {IMAGE} markers; a heat map is of one image")
+    asked([(prompt, None)], 1)
     pixels, found = _pixels(model, image)[None], []
     for budget in budgets:
         said = answer
         if said is None:
-            said = model.generate(image, text, budget=budget, max_new_tokens=max_new_tokens)
-        row = _row(tokenize([(text, said)], TEMPLATES[model.template], model.tokenizer))
+            said = model.generate(image, prompt, budget=budget, max_new_tokens=max_new_tokens)
+        row = _row(
+            tokenize(
+                asked([(prompt, said)], 1), TEMPLATES[model.template], model.tokenizer,
+                question_length=projectors.question_length(model.cfg.projector),
+            )
+        )  # fmt: skip
         heat, log_probability = _heat(model.params, model.cfg, pixels, row, budget=budget, method=method)
         places = _places(model.params, model.cfg, pixels, budget)
         found.append(HeatMap(_on_grid(model.cfg.projector, heat, places), budget, said, float(log_probability)))
@@ -106,15 +113,9 @@ def _pixels(model: Model, image) -> UInt8[np.ndarray, "H W 3"]:
 def _row(text: Tokenized) -> Batch:
     """One row with the answer's tokens marked, padded to a length of few."""
     T = -(-len(text.ids) // LENGTH_STEP) * LENGTH_STEP
-    padded = lambda values: np.pad(values, (0, T - len(values)))[None]
-    return Batch(
-        tokens=padded(text.ids),
-        loss_mask=padded(text.loss_mask),
-        segments=padded(np.ones_like(text.ids)),
-        image_positions=text.image_positions[None],
-        images=np.zeros((1, 1, 0, 0, 3), np.uint8),
-        questions=text.questions[None],
-    )
+    row = prompt_batch([text], T)
+    row.loss_mask[0, : len(text.ids)] = text.loss_mask
+    return row
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "budget", "method"))

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from deltallava_jax.analysis import flops, targets
+from deltallava_jax.analysis import flops, targets, units
 from deltallava_jax.analysis.collectives import Collective, collectives, received_bytes, summary
 from deltallava_jax.analysis.targets import Target
 from deltallava_jax.cli import say
@@ -30,7 +30,6 @@ from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel.mesh import AXES, compiler_options, make_mesh
 from deltallava_jax.training.step import TrainState, TrainStep, batch_shapes
 
-MIB = 2**20
 STEPS = 1000  # of the run: only constants of the learning rate's schedule depend on it
 TEXTS = {"plain": 40}  # tokens of text an image, about, in LLaVA's two stages: captions, and by default
 CONVERSATION = 300
@@ -38,21 +37,29 @@ MFU = 0.5  # of the peak: assumed of products of these sizes; MaxText reports 0.
 
 
 def parameter_table(shapes: TrainState) -> str:
-    """Parameters, dtype, shape and sharding of every array, trained and frozen, with sums by part."""
-    rows, parts = [], {}
+    """Parameters, dtype, shape and sharding of every array, trained and frozen, with the sums."""
+    rows = []
     for kind, tree in (("trained", shapes.trained), ("frozen", shapes.frozen)):
         for path, leaf in sorted(flatten(tree).items()):
             shape = "x".join(map(str, leaf.shape))
             rows.append((path, shape, str(leaf.dtype), str(tuple(leaf.sharding.spec)), kind, f"{leaf.size:,}"))
-            part = (path.split("/")[0], kind)
-            parts[part] = parts.get(part, 0) + leaf.size
     header = ("parameter", "shape", "dtype", "mesh axes", "", "count")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [header, *rows]
     ]
-    lines += [f"{name} ({kind}): {size:,}" for (name, kind), size in parts.items()]
+    return "\n".join([*lines, parameter_sums(shapes)])
+
+
+def parameter_sums(shapes: TrainState) -> str:
+    """How many parameters each part of the model has, trained and frozen, and all."""
+    parts: dict[str, int] = {}
+    for kind, tree in (("trained", shapes.trained), ("frozen", shapes.frozen)):
+        for path, leaf in sorted(flatten(tree).items()):
+            part = f"{path.split('/')[0]} ({kind})"
+            parts[part] = parts.get(part, 0) + leaf.size
+    lines = [f"{part}: {size:,}" for part, size in parts.items()]
     return "\n".join([*lines, f"all: {sum(parts.values()):,} parameters"])
 
 
@@ -63,7 +70,7 @@ def device_bytes(tree) -> int:
 
 
 def memory_table(shapes: TrainState, program: jax.stages.Compiled) -> str:
-    """Memory of one device in MiB: what the state holds, and what the compiled step needs beside it."""
+    """Memory of one device: what the state holds, and what the compiled step needs beside it."""
     rows = {
         "parameters": device_bytes((shapes.trained, shapes.frozen)),
         "optimizer": device_bytes(shapes.optimizer),
@@ -72,7 +79,7 @@ def memory_table(shapes: TrainState, program: jax.stages.Compiled) -> str:
     if analysis is not None:
         rows["gradients, activations"] = analysis.temp_size_in_bytes
     rows["total"] = sum(rows.values())
-    return "memory of a device: " + ", ".join(f"{name} {size / MIB:,.1f} MiB" for name, size in rows.items())
+    return "memory of a device: " + ", ".join(f"{name} {units.size(count)}" for name, count in rows.items())
 
 
 def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> dict:
@@ -97,7 +104,7 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
         seconds = time.monotonic() - began
     counted = None
     if count:
-        say(f"compiled in {seconds:.0f} s; counting operations")
+        say(f"compiled in {units.seconds(seconds)}; counting operations")
         with compiler_output():
             counted = compiler_flops(cfg, mesh, T, I, budget)
     found = [] if program is None else collectives(program.as_text(), mesh.size)

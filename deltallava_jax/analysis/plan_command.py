@@ -19,6 +19,7 @@ from dataclasses import replace
 
 from deltallava_jax import cli
 from deltallava_jax.analysis.targets import Target, parse_target, prepare
+from deltallava_jax.analysis.units import operations, seconds, size
 from deltallava_jax.config import Config, MeshConfig, load_config, override
 from deltallava_jax.errors import ConfigError
 
@@ -35,9 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> None:
     target = parse_target(options.target)
-    cfg = override(load_config(options.config), cli.overrides(options.overrides, "-m deltallava_jax plan"))
+    cfg = override(load_config(options.config), cli.overrides(options.overrides, "python -m deltallava_jax plan"))
     if options.mesh:
         cfg = replace(cfg, mesh=parse_mesh(options.mesh))
+    if options.text < 0:
+        raise ConfigError(f"--text {options.text}: expected tokens, 0 or more")
     cfg.check_devices(target.count)
     prepare(target)
     from deltallava_jax.analysis.plan import measure
@@ -52,10 +55,10 @@ def parse_mesh(text: str) -> MeshConfig:
     """ "data=1,fsdp=8" -> MeshConfig; axes that are not named keep its defaults."""
     axes = {}
     for part in text.split(","):
-        name, _, size = part.partition("=")
-        if name not in ("data", "fsdp", "tensor") or not re.fullmatch(r"-?\d+", size):
+        name, _, count = part.partition("=")
+        if name not in ("data", "fsdp", "tensor") or not re.fullmatch(r"-?\d+", count):
             raise ConfigError(f"--mesh {text}: expected axes of data, fsdp and tensor with their sizes: data=1,fsdp=8")
-        axes[name] = int(size)
+        axes[name] = int(count)
     return MeshConfig(**axes)
 
 
@@ -97,47 +100,46 @@ def candidates(cfg: Config, target: Target, plan: dict) -> Iterator[tuple[str, C
 
 def report(plan: dict) -> str:
     """The plan for people."""
-    gib = lambda size: f"{size / 2**30:,.2f} GiB"
     memory, batch, mesh = plan["per_device"], plan["batch"], plan["mesh"]
     lines = [
         f"{plan['config']} on {plan['target']}: {plan['devices']} devices, mesh "
-        + ", ".join(f"{axis}={size}" for axis, size in mesh.items()),
+        + ", ".join(f"{axis}={count}" for axis, count in mesh.items()),
         f"batch: {batch['rows']} rows of {batch['row_length']}, {batch['images']} images of {batch['budget']} tokens "
         f"and {batch['text_tokens']} tokens of text a row; about {batch['conversations']} conversations, if an image "
         f"comes with about {batch['text_per_image']} tokens of text (--text)",
         "",
         "memory of a device",
-        f"  parameters   {gib(memory['parameters_bytes']):>14}",
-        f"  optimizer    {gib(memory['optimizer_bytes']):>14}",
-        f"  temporaries  {gib(memory['temporary_bytes']):>14}  (gradients {gib(memory['gradient_bytes'])}, "
-        f"activations {gib(memory['activation_bytes'])})",
-        f"  total        {gib(memory['total_bytes']):>14}  of {gib(memory['capacity_bytes'])}: "
+        f"  parameters   {size(memory['parameters_bytes']):>14}",
+        f"  optimizer    {size(memory['optimizer_bytes']):>14}",
+        f"  temporaries  {size(memory['temporary_bytes']):>14}  (gradients {size(memory['gradient_bytes'])}, "
+        f"activations {size(memory['activation_bytes'])})",
+        f"  total        {size(memory['total_bytes']):>14}  of {size(memory['capacity_bytes'])}: "
         + ("fits" if plan["fits"] else "DOES NOT FIT"),
         "",
-        f"operations of a step: {plan['flops_per_step'] / 1e12:,.1f} TFLOP in matrix products, "
-        f"{plan['model_flops_per_step'] / 1e12:,.1f} without what is recomputed or masked",
+        f"operations of a step: {operations(plan['flops_per_step'])} in matrix products, "
+        f"{operations(plan['model_flops_per_step'])} without what is recomputed or masked",
     ]
     for part, passes in plan["flops_by_part"].items():
-        cells = ", ".join(f"{name} {count / 1e12:,.1f}" for name, count in passes.items() if count)
+        cells = ", ".join(f"{name} {operations(count)}" for name, count in passes.items() if count)
         lines.append(f"  {part:<10} {cells}")
-    lines.append(f"  XLA counts {plan['compiler_flops_per_step'] / 1e12:,.1f}, element-wise work included")
+    lines.append(f"  XLA counts {operations(plan['compiler_flops_per_step'])}, element-wise work included")
     if plan["collectives"] is not None:
         lines += ["", "collectives of a step on a device; bytes of the results, loops multiplied out"]
         for one in plan["collectives"]:
-            lines.append(f"  {one['kind']:<20} {one['count']:>7,} x {gib(one['bytes']):>14}")
-    if seconds := plan["step_seconds"]:
+            lines.append(f"  {one['kind']:<20} {one['count']:>7,} x {size(one['bytes']):>14}")
+    if step := plan["step_seconds"]:
         lines += [
             "",
-            f"a step: about {seconds['estimate']:.2f} s (products {seconds['compute']:.2f} s, collectives "
-            f"{seconds['collectives']:.2f} s), estimated: {seconds['assumption']}",
+            f"a step: about {seconds(step['estimate'])} (products {seconds(step['compute'])}, collectives "
+            f"{seconds(step['collectives'])}), estimated: {step['assumption']}",
         ]
-    lines += ["", f"compiled in {plan['seconds_to_compile']:.0f} s with jax {plan['jax']}"]
+    lines += ["", f"compiled in {seconds(plan['seconds_to_compile'])} with jax {plan['jax']}"]
     if plan["rematerialization_warnings"]:
         lines.append(f"the compiler warns {plan['rematerialization_warnings']} times that it replicates an array whole")
     if not plan["fits"]:
         near = plan["nearest"]
         lines.append(
-            f"nearest setting that fits: {near['change']} ({gib(near['per_device']['total_bytes'])} a device)"
+            f"nearest setting that fits: {near['change']} ({size(near['per_device']['total_bytes'])} a device)"
             if near
             else "none of the settings next to it fits either"
         )

@@ -11,32 +11,30 @@ The model is a workdir of train.py, or a Hugging Face or LLaVA folder. While it 
 from __future__ import annotations
 
 import argparse
-import functools
 import signal
 import sys
-from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
-from deltallava_jax.errors import BadSample, ConfigError
+from deltallava_jax.apps import options as shared
+from deltallava_jax.errors import ConfigError, UserError
 from deltallava_jax.inference.sampling import Sampling
 
 COMMANDS = __doc__.partition("While it runs:\n")[2]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="DIR", help="a workdir, or a Hugging Face or LLaVA folder")
+    shared.add_model(parser)
     parser.add_argument("--image", type=Path, action="append", default=[], help="for the first question; repeatable")
     parser.add_argument("--budget", type=int, help="visual tokens an image; the projector's largest by default")
-    parser.add_argument("--dtype", help="of weights and computing, e.g. bfloat16; the model's own by default")
-    parser.add_argument("--tensor", type=int, default=1, help="devices that share every layer, for a large model")
     parser.add_argument("--stop", action="append", default=[], help="a text that ends an answer; repeatable")
     for field in fields(Sampling):
         if field.name != "stop":
-            kind = type(field.default)
+            kind = int if field.name == "seed" else type(field.default)
+            usual = "another for each answer" if field.name == "seed" else field.default
             name = "--" + field.name.replace("_", "-")
-            parser.add_argument(name, type=kind, default=field.default, help=f"{field.default} by default")
+            parser.add_argument(name, type=kind, default=field.default, help=f"{usual} by default")
 
 
 def sampling(options: argparse.Namespace) -> dict:
@@ -45,18 +43,14 @@ def sampling(options: argparse.Namespace) -> dict:
 
 
 def main(options: argparse.Namespace) -> None:
-    from deltallava_jax import load
-
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  # input() then has the arrow keys and a history
     settings = sampling(options)
     Sampling(**settings)
-    print(f"loading {options.model}", file=sys.stderr)
-    model = load(options.model, dtype=options.dtype, tensor=options.tensor)
-    conversation = Conversation(model, options.budget, settings)
+    terminal = Terminal(shared.load_model(options), options.budget, settings)
     for image in options.image:
-        conversation.image(str(image))
-    print(f"/help for help; the first answer compiles the model\n{conversation.about}")
+        terminal.image(str(image))
+    print(f"/help for help; the first answer compiles the model\n{terminal.about}")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -69,12 +63,12 @@ def main(options: argparse.Namespace) -> None:
         if line == "/quit":
             break
         try:
-            conversation.read(line)
-        except (ConfigError, BadSample) as error:
+            terminal.read(line)
+        except UserError as error:
             print(f"error: {error}")
 
 
-class Conversation:
+class Terminal:
     """What a line of the terminal does."""
 
     def __init__(self, model, budget: int | None, settings: dict):
@@ -82,10 +76,8 @@ class Conversation:
         self.begin(budget)
 
     def begin(self, budget: int | None) -> None:
-        from deltallava_jax.models import projectors
-
         if self.model.cfg.whole:
-            budget = projectors.check_budget(self.model.cfg.projector, budget)
+            budget = self.model.engine.budget(budget)
         self.budget, self.chat = budget, self.model.chat(budget=budget, **self.settings)
 
     @property
@@ -93,17 +85,17 @@ class Conversation:
         from deltallava_jax.models import projectors
 
         if not self.model.cfg.whole:
-            return "a decoder alone: it continues texts, without images"
+            return "a decoder alone, without images" + ("" if self.model.template else ": it continues texts")
         known = ", ".join(map(str, projectors.budgets(self.model.cfg.projector)))
         return f"{self.budget} visual tokens an image (of {known})"
 
     def read(self, line: str) -> None:
-        """Raises ConfigError or BadSample for what cannot be done."""
+        """Raises UserError for what cannot be done."""
         command, _, value = line.partition(" ")
         if command == "/image":
             self.image(value.strip().strip("'\""))
         elif command == "/budget":
-            if not value.strip().isdigit():
+            if not value.strip().isdecimal():
                 raise ConfigError(f"/budget {value.strip()!r}: expected a number of visual tokens, e.g. /budget 16")
             self.begin(int(value))
             self.images, self.shown = self.images or self.shown, []
@@ -131,33 +123,29 @@ class Conversation:
         print(f"the next question is about {', '.join(self.images)}{kept}")
 
     def answer(self, question: str) -> None:
-        answer, before = self.chat.stream(question, self.images), compilations().total()
+        answer = self.chat.stream(question, self.images)
         self.shown, self.images = self.shown + self.images, []
         with interrupts(answer.cancel):
             for piece in answer:
                 print(piece, end="", flush=True)
-        how = ", stopped" if answer.finish == "cancelled" else ""
-        print(f"\n[{speed(answer, compilations().total() > before)}{how}]", flush=True)
+        how = f", seed {answer.seed}" if self.settings["temperature"] else ""
+        how += ", stopped" if answer.finish == "cancelled" else ""
+        print(f"\n[{speed(answer)}{how}]", flush=True)
 
 
-@functools.cache
-def compilations() -> Counter:
-    """How many programs JAX has compiled, or read from its cache, since the first call."""
-    import jax
+def speed(answer) -> str:
+    """A line about an answer's tokens and seconds; those of compiling apart."""
+    line = f"{answer.tokens} tokens, the first after {duration(answer.seconds_to_first)}"
+    if answer.tokens > 1:
+        steady = (answer.tokens - 1) / max(answer.seconds - answer.seconds_to_first, 1e-9)
+        line += f", then {f'{steady:.3g}' if steady < 1000 else f'{steady:,.0f}'} tokens/s"
+    if answer.seconds_compiling:
+        line += f", compiling took {duration(answer.seconds_compiling)} more"
+    return line
 
-    counted = Counter()
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: counted.update([event] if event.endswith("backend_compile_duration") else [])
-    )
-    return counted
 
-
-def speed(answer, compiled: bool) -> str:
-    """A line about an answer's tokens and seconds."""
-    steady = (answer.tokens - 1) / max(answer.seconds - answer.seconds_to_first, 1e-9)
-    then = f", then {steady:.1f} tokens/s" if answer.tokens > 1 else ""
-    including = ", compiling included" if compiled else ""
-    return f"{answer.tokens} tokens, the first after {answer.seconds_to_first:.2f} s{then}{including}"
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 @contextmanager

@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from deltallava_jax.apps.chat import compilations, speed
+from deltallava_jax.apps import options as shared
+from deltallava_jax.apps.chat import speed
 from deltallava_jax.apps.serve import check_pixels
-from deltallava_jax.errors import BadSample, ConfigError
+from deltallava_jax.errors import BadSample, ConfigError, UserError
 from deltallava_jax.inference.sampling import Sampling
 
 EARLIER = 12  # answers that stay on the page
@@ -37,14 +37,12 @@ STYLE = """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="DIR", help="a workdir, or a Hugging Face or LLaVA folder")
+    shared.add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=shared.port, default=7860)
     parser.add_argument("--max-bytes", type=int, default=2**23, help="of an uploaded file")
     parser.add_argument("--max-pixels", type=int, default=2**24, help="of an image")
     parser.add_argument("--max-new-tokens", type=int, default=Sampling().max_new_tokens, help="of an answer")
-    parser.add_argument("--dtype", help="of the weights, e.g. bfloat16; as they are saved by default")
-    parser.add_argument("--tensor", type=int, default=1, help="devices that share every layer, for a large model")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -53,11 +51,8 @@ def main(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="deltallava_demo_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         gradio()
-        from deltallava_jax import load
-
         Sampling(max_new_tokens=options.max_new_tokens)
-        print(f"loading {options.model}", file=sys.stderr)
-        page = make_page(load(options.model, dtype=options.dtype, tensor=options.tensor), options)
+        page = make_page(shared.load_model(options), options)
         _, address, _ = launch(page, options)
         print(f"open {address}  (Ctrl-C ends it; the first answer at each number of tokens compiles)", flush=True)
         page.block_thread()
@@ -105,7 +100,7 @@ def make_page(model, options: argparse.Namespace):
         """What cannot be done is said on the page."""
         try:
             yield
-        except (ConfigError, BadSample) as error:
+        except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
     def read(file: str | None) -> bytes:
@@ -126,13 +121,11 @@ def make_page(model, options: argparse.Namespace):
             image, budget = read(file), budgets[int(place)]
             if not question.strip():
                 raise ConfigError("ask something")
-            before = compilations().total()
-            line = lambda: speed(answer, compilations().total() > before)
             answer = model.stream(image, question, budget=budget, max_new_tokens=options.max_new_tokens)
             yield "", "", None, gr.skip(), gr.skip()
             for _ in answer:
-                yield answer.text, line(), gr.skip(), gr.skip(), gr.skip()
-            pace = line()
+                yield answer.text, speed(answer), gr.skip(), gr.skip(), gr.skip()
+            pace = speed(answer)
             yield answer.text, pace, gr.skip(), gr.skip(), gr.skip()
             if placeless:
                 return

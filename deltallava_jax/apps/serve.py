@@ -6,47 +6,44 @@
         {"type": "text", "text": "what color is the shape?"}]}]}'
 
 Needs requirements-serve.txt. Images come as data URIs (image_url). Beside OpenAI's fields a request may hold budget
-(visual tokens an image), top_k and repetition_penalty; temperature is 0 by default. /health and /metrics (Prometheus)
-watch it; an API key is asked for if --api-key or DELTALLAVA_API_KEY gives one. SIGTERM answers what was asked first."""
+(visual tokens an image), top_k and repetition_penalty; temperature is 0 by default; a field that is not honoured is
+refused (docs/serving.md lists all). /health and /metrics (Prometheus) watch it; an API key is asked for if --api-key or
+DELTALLAVA_API_KEY gives one. SIGTERM answers what was asked first."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
-import binascii
 import hmac
 import itertools
 import json
 import os
-import sys
+import reprlib
 import time
 import uuid
 from contextlib import asynccontextmanager
 from io import BytesIO
-from pathlib import Path
 
-import numpy as np
-
-from deltallava_jax.data.conversation import IMAGE
-from deltallava_jax.errors import BadSample, ConfigError
+from deltallava_jax.apps import options as shared
+from deltallava_jax.apps import protocol
+from deltallava_jax.data.conversation import Conversation, Round
+from deltallava_jax.errors import BadSample, ConfigError, RequestRefused, UserError
 from deltallava_jax.inference.sampling import Sampling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="DIR", help="a workdir, or a Hugging Face or LLaVA folder")
+    shared.add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=shared.port, default=8000)
     parser.add_argument("--name", help="of the model in the protocol; the folder's by default")
     parser.add_argument("--api-key", default=os.environ.get("DELTALLAVA_API_KEY"), help="asked of every request")
+    parser.add_argument("--cors", nargs="+", default=[], metavar="ORIGIN", help="web pages that may ask; * for all")
     parser.add_argument("--slots", type=int, default=8, help="requests answered at a time")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a prompt and its answer, images included")
     parser.add_argument("--waiting", type=int, default=256, help="requests that may wait; further ones get 429")
     parser.add_argument("--max-body", type=int, default=2**24, help="bytes of a request")
     parser.add_argument("--max-pixels", type=int, default=2**24, help="of an image")
     parser.add_argument("--max-images", type=int, default=8, help="of a request")
-    parser.add_argument("--dtype", help="of weights and computing, e.g. bfloat16; the model's own by default")
-    parser.add_argument("--tensor", type=int, default=1, help="devices that share every layer, for a large model")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -54,23 +51,19 @@ def main(options: argparse.Namespace) -> None:
         import uvicorn
     except ImportError as error:
         raise ConfigError(f"{error}; serving needs: pip install -r requirements-serve.txt") from error
-    from deltallava_jax import load
-
-    print(f"loading {options.model}", file=sys.stderr)
-    model = load(options.model, dtype=options.dtype, tensor=options.tensor)
-    app = make_app(model, options)
+    app = make_app(shared.load_model(options), options)
     uvicorn.run(app, host=options.host, port=options.port, timeout_graceful_shutdown=60, log_level="info")
 
 
 def make_app(model, options: argparse.Namespace):
     """The ASGI application; its scheduler lives as long as it does."""
     from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
     from starlette.routing import Route
 
-    from deltallava_jax.errors import Busy
     from deltallava_jax.inference.scheduler import Request, Scheduler
-    from deltallava_jax.models import projectors
 
     name, created = options.name or options.model.resolve().name, int(time.time())
     scheduler = Scheduler(model, rows=options.slots, context=options.context, waiting=options.waiting)
@@ -85,9 +78,10 @@ def make_app(model, options: argparse.Namespace):
                     if not hmac.compare_digest(given.encode(), options.api_key.encode()):
                         raise RequestRefused(401, "wrong or missing API key")
                 return await handler(request)
-            except RequestRefused as error:
-                refused[error.status] = refused.get(error.status, 0) + 1
-                return failure(error.status, str(error))
+            except UserError as error:
+                status = error.status if isinstance(error, RequestRefused) else 400
+                refused[status] = refused.get(status, 0) + 1
+                return failure(status, str(error))
 
         return handle
 
@@ -96,53 +90,63 @@ def make_app(model, options: argparse.Namespace):
         return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
 
     async def completions(http):
-        fields = parsed(await body_of(http, options.max_body))
-        if fields.get("model", name) != name:
-            raise RequestRefused(404, f"model {fields['model']!r} is not served here; {name!r} is")
+        fields = protocol.read(await body_of(http, options.max_body))
+        served(fields.get("model"))
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
         on_piece = lambda text, end: loop.call_soon_threadsafe(pieces.put_nowait, (text, end))
-        try:
-            async with decoding:
-                asked, pixels = await asyncio.to_thread(prompt_of, model, fields, options)
-            request = Request(asked, pixels, integer(fields, "budget"), sampling_of(fields), on_piece)
-            scheduler.submit(request)
-        except (ConfigError, BadSample) as error:
-            raise RequestRefused(400, str(error)) from error
-        except Busy as error:
-            raise RequestRefused(429, str(error)) from error
+        async with decoding:
+            asked, pixels = await asyncio.to_thread(prompt_of, model, fields["messages"], options)
+        budget, room = fields.get("budget"), scheduler.room(asked, fields.get("budget"))
+        limit = fields.get("max_completion_tokens", fields.get("max_tokens", max(room, 1)))
+        request = Request(asked, pixels, budget, sampling_of(fields, limit), on_piece)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-        read = len(asked.ids)
-        if len(pixels):
-            read += len(pixels) * (projectors.check_budget(model.cfg.projector, request.budget) - 1)
+        about["seed"] = request.sampling.seed
+        read = len(asked.ids) + len(pixels) * (model.engine.budget(budget) - 1)
         usage = lambda: {
             "prompt_tokens": read,
             "completion_tokens": request.tokens,
             "total_tokens": read + request.tokens,
         }
         if fields.get("stream"):
-            asks_usage = (fields.get("stream_options") or {}).get("include_usage")
-            events = streamed(request, pieces, about, usage if asks_usage else None)
-            return StreamingResponse(events, media_type="text/event-stream")
-        text = ""
-        while True:
-            try:
-                piece, end = await asyncio.wait_for(pieces.get(), 1.0)
-            except TimeoutError:
-                if await http.is_disconnected():
-                    request.cancelled = True
-                    return failure(499, "the client went away")
-                continue
-            if end == "error":
-                return failure(500, piece)
-            text += piece
-            if end:
-                break
+            asks_usage = fields.get("stream_options", {}).get("include_usage")
+            answer = Events(request, streamed(pieces, about, usage if asks_usage else None))
+            scheduler.submit(request)
+            return answer
+        scheduler.submit(request)
+        try:
+            text, end = await whole(http, pieces)
+        finally:
+            request.cancelled = True  # an answer that nobody waits for any more; no matter to one that has ended
+        if end == "error":
+            return failure(500, text)
+        if end is None:
+            return failure(499, "the client went away")
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": end}
         return JSONResponse({**about, "object": "chat.completion", "choices": [choice], "usage": usage()})
 
-    async def models(_):
-        one = {"id": name, "object": "model", "created": created, "owned_by": "deltallava_jax"}
-        return JSONResponse({"object": "list", "data": [one]})
+    class Events(StreamingResponse):
+        """A stream whose request is cancelled however it ends, before its first event too."""
+
+        def __init__(self, request, events):
+            super().__init__(events, media_type="text/event-stream")
+            self.request = request
+
+        async def __call__(self, *connection) -> None:
+            try:
+                await super().__call__(*connection)
+            finally:
+                self.request.cancelled = True
+
+    def served(asked: str | None) -> dict:
+        """What the protocol says of the model, if it is the one that is asked for."""
+        if asked and asked != name:
+            raise RequestRefused(404, f"model {reprlib.repr(asked)} is not served here; {name!r} is")
+        return {"id": name, "object": "model", "created": created, "owned_by": "deltallava_jax"}
+
+    async def models(http):
+        if "name" in http.path_params:
+            return JSONResponse(served(http.path_params["name"]))
+        return JSONResponse({"object": "list", "data": [served(name)]})
 
     async def health(_):
         return PlainTextResponse("ok" if scheduler.alive else "dead", 200 if scheduler.alive else 503)
@@ -161,37 +165,75 @@ def make_app(model, options: argparse.Namespace):
     routes = [
         Route("/v1/chat/completions", guarded(completions), methods=["POST"]),
         Route("/v1/models", guarded(models)),
+        Route("/v1/models/{name:path}", guarded(models)),
         Route("/health", health),
         Route("/metrics", metrics),
     ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    cors = Middleware(CORSMiddleware, allow_origins=options.cors, allow_methods=["GET", "POST"], allow_headers=["*"])
+    return Starlette(routes=routes, lifespan=lifespan, middleware=[cors] if options.cors else [])
 
 
-async def streamed(request, pieces: asyncio.Queue, about: dict, usage):
-    """Server-sent events of an answer; one that nobody reads any more is cancelled."""
+async def whole(http, pieces: asyncio.Queue) -> tuple[str, str | None]:
+    """(the answer or what went wrong, how it ended), None for a client that has gone away before the end."""
+    text = ""
+    while True:
+        try:
+            piece, end = await asyncio.wait_for(pieces.get(), 1.0)
+        except TimeoutError:
+            if await http.is_disconnected():
+                return text, None
+            continue
+        if end == "error":
+            return piece, end
+        text += piece
+        if end:
+            return text, end
+
+
+async def streamed(pieces: asyncio.Queue, about: dict, usage):
+    """Server-sent events of an answer."""
     event = lambda choices, **more: (
         f"data: {json.dumps({**about, 'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n"
-    )  # noqa: E501
+    )
     choice = lambda delta, end=None: [{"index": 0, "delta": delta, "finish_reason": end}]
-    try:
-        yield event(choice({"role": "assistant", "content": ""}))
-        end = None
-        while end is None:
-            piece, end = await pieces.get()
-            if end == "error":
-                yield f"data: {json.dumps({'error': {'message': piece, 'type': 'server_error', 'code': 500}})}\n\n"
-                return
-            if piece:
-                yield event(choice({"content": piece}))
-        yield event(choice({}, end))
-        if usage:
-            yield event([], usage=usage())
-        yield "data: [DONE]\n\n"
-    finally:
-        request.cancelled = True
+    yield event(choice({"role": "assistant", "content": ""}))
+    end = None
+    while end is None:
+        piece, end = await pieces.get()
+        if end == "error":
+            yield f"data: {json.dumps({'error': {'message': piece, 'type': 'server_error', 'code': 500}})}\n\n"
+            return
+        if piece:
+            yield event(choice({"content": piece}))
+    yield event(choice({}, end))
+    if usage:
+        yield event([], usage=usage())
+    yield "data: [DONE]\n\n"
 
 
 # ------------------------------------------------------------------ what a request asks
+
+
+def prompt_of(model, turns: list[protocol.Turn], options: argparse.Namespace):
+    """(the tokenized conversation, its images' pixels). Raises UserError."""
+    images = [image for turn in turns for image in turn.images]
+    if len(images) > options.max_images:
+        raise ConfigError(f"messages: {len(images)} images; at most {options.max_images} are read")
+    prompt = model.prompt(conversation(turns))
+    for image in images:
+        check_pixels(image, options.max_pixels)
+    return prompt, model.pixels(images)
+
+
+def conversation(turns: list[protocol.Turn]) -> Conversation:
+    """What the turns say, their images before their texts, each on a line of its own."""
+    system = turns[0].text if turns[0].role == "system" else None
+    said = turns[system is not None :]
+    rounds = []
+    for question, answer in itertools.zip_longest(said[::2], said[1::2]):
+        lines = ("",) + ("\n",) * len(question.images)
+        rounds.append(Round((*lines[:-1], lines[-1] + question.text), answer and answer.text))
+    return Conversation(tuple(rounds), system)
 
 
 async def body_of(http, limit: int) -> bytes:
@@ -203,91 +245,9 @@ async def body_of(http, limit: int) -> bytes:
     return bytes(body)
 
 
-def parsed(body: bytes) -> dict:
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestRefused(400, f"the body is no JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise RequestRefused(400, "the body is no JSON object")
-    if fields.get("n") not in (None, 1):
-        raise RequestRefused(400, "n: one answer a request is given")
-    return fields
-
-
-def integer(fields: dict, name: str) -> int | None:
-    value = fields.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise ConfigError(f"{name}={value!r}; expected a whole number")
-    return value
-
-
-def sampling_of(fields: dict) -> Sampling:
-    """Raises ConfigError for a value out of range."""
-    given = {name: fields[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
-             if fields.get(name) is not None}  # fmt: skip
-    limit = fields.get("max_completion_tokens", fields.get("max_tokens"))
-    if limit is not None:
-        given["max_new_tokens"] = limit
-    if "stop" in given and not isinstance(given["stop"], (str, list)):
-        raise ConfigError(f"stop={given['stop']!r}; expected a text or a list of texts")
-    return Sampling(**given)
-
-
-def prompt_of(model, fields: dict, options: argparse.Namespace):
-    """(the tokenized conversation, its images' pixels). Raises ConfigError or BadSample."""
-    messages = fields.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ConfigError("messages: expected a list that is not empty")
-    system, turns, images = "", [], []
-    for number, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role in ("system", "developer") and not turns:
-            system += content(message, number, None) + "\n"
-        elif role == ("user", "assistant")[len(turns) % 2]:
-            turns.append(content(message, number, images if role == "user" else None))
-        else:
-            raise ConfigError(f"messages[{number}] has role {role!r}; expected user and assistant in turns")
-    if len(turns) % 2 == 0:
-        raise ConfigError("messages: the last one is not from the user")
-    if len(images) > options.max_images:
-        raise ConfigError(f"{len(images)} images; at most {options.max_images} are read")
-    turns[0] = system + turns[0]
-    pairs = list(itertools.zip_longest(turns[::2], turns[1::2]))
-    asked = model.ask(pairs, images)
-    for image in images:
-        check_pixels(image, options.max_pixels)
-    return asked, model.pixels(images) if images else np.zeros((0, 0, 0, 3), np.uint8)
-
-
-def content(message: dict, number: int, images: list | None) -> str:
-    """The text of a message; its images, where they may be, go to ``images`` and before the text."""
-    value = message.get("content")
-    parts = [{"type": "text", "text": value}] if isinstance(value, str) else value
-    if not isinstance(parts, list):
-        raise ConfigError(f"messages[{number}].content: expected a text or a list of parts")
-    texts, markers = [], ""
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind == "image_url" and images is not None:
-            images.append(data_of(part.get("image_url"), number))
-            markers += f"{IMAGE}\n"
-        else:
-            raise ConfigError(f"messages[{number}].content: a part of type {kind!r} is not read here")
-    return markers + "\n".join(texts)
-
-
-def data_of(value, number: int) -> bytes:
-    url = value.get("url") if isinstance(value, dict) else value
-    head, comma, data = url.partition(",") if isinstance(url, str) else ("", "", "")
-    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
-        raise ConfigError(f"messages[{number}]: image_url: expected a data URI, data:image/png;base64,...")
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ConfigError(f"messages[{number}]: image_url: {error}") from error
+def sampling_of(fields: dict, limit: int) -> Sampling:
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
+    return Sampling(max_new_tokens=limit, **{name: fields[name] for name in names if name in fields})
 
 
 def check_pixels(data: bytes, limit: int) -> None:

@@ -14,6 +14,7 @@ from deltallava_jax.config.model import (
     ProjectorConfig,
     RopeScaling,
     VisionConfig,
+    dtype_name,
 )
 from deltallava_jax.config.presets import PRESETS, compose, preset
 from deltallava_jax.config.run import (
@@ -26,7 +27,16 @@ from deltallava_jax.config.run import (
     OptimizerConfig,
     TrainingConfig,
 )
-from deltallava_jax.config.values import from_dict, load_config, override, parse_value, to_dict, workdir_config
+from deltallava_jax.config.values import (
+    from_dict,
+    load_config,
+    override,
+    parse_value,
+    read_json,
+    renamed,
+    to_dict,
+    workdir_config,
+)
 
 __all__ = [
     "ABLATIONS",
@@ -47,11 +57,14 @@ __all__ = [
     "TrainingConfig",
     "VisionConfig",
     "compose",
+    "dtype_name",
     "from_dict",
     "load_config",
     "override",
     "parse_value",
     "preset",
+    "read_json",
+    "renamed",
     "to_dict",
     "workdir_config",
 ]

@@ -18,6 +18,12 @@ def require_at_least(least: int, section: str, config, *names: str) -> None:
         require(value >= least, f"{section}.{name}={value}; expected {least} or more")
 
 
+def require_positive(section: str, config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{section}.{name}={value}; expected more than 0")
+
+
 def nearest(key: str, known) -> str:
     """The end of an error line: the known name that is most like ``key``, or all of them."""
     match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)

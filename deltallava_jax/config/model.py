@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from deltallava_jax.config.checks import require, require_at_least
+from deltallava_jax.config.checks import require, require_at_least, require_positive
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class VisionConfig:
 
     def __post_init__(self):
         require_at_least(1, "vision", self, "patch_size", "width", "layers", "heads", "mlp_width")
+        require_positive("vision", self, "norm_eps")
+        for name in ("image_mean", "image_std"):
+            require(len(getattr(self, name)) == 3, f"vision.{name}={getattr(self, name)}; expected a number a channel")
+        require(min(self.image_std) > 0, f"vision.image_std={self.image_std}; expected more than 0")
         require(self.family in ("clip", "siglip"), f"vision.family is {self.family!r}; known: clip, siglip")
         require(
             self.width % self.heads == 0,
@@ -47,11 +51,32 @@ class VisionConfig:
 
 ABLATIONS = ("none", "no_emhsa", "no_delta", "no_tb")
 
+# What ProjectorConfig leaves open: the settings of most systems, and those in which a publication differs from them.
+USUAL = dict(scale_factor=2, select_layer=-2, head_dim=128, mlp_width=4096)
+PUBLISHED = {
+    "m3": dict(scale_factor=(1, 2, 4, 8, 24)),
+    "mqt": dict(head_dim=64),
+    "quecc": dict(scale_factor=4),
+    "honeybee_c": dict(select_layer=-1),
+    "honeybee_d": dict(select_layer=-1, mlp_width=1024),
+}
+
+
+def published(name: str, grid: int) -> dict:
+    """{field: value} of the settings that ``ProjectorConfig(name)`` has on a grid if they are not given.
+
+    Of several scale factors those that divide the grid."""
+    settings = USUAL | PUBLISHED.get(name, {})
+    if isinstance(settings["scale_factor"], tuple) and grid > 0:
+        settings["scale_factor"] = tuple(s for s in settings["scale_factor"] if grid % s == 0)
+    return settings
+
 
 @dataclass(frozen=True)
 class ProjectorConfig:
     """How patches become visual tokens. Fields that a system does not use are ignored by it.
 
+    A field that is None takes the system's published setting (``published``).
     ``scale_factor`` s gives (grid/s)^2 tokens an image; a tuple makes the model elastic: a budget is drawn each step.
     ``levels`` are hidden-state indices of the tower (index i is the output of layer i); empty means the release's
     relative depths, 12, 16, 22 and 23 of 24. ``select_layer`` is the hidden state of the query features, from the end.
@@ -59,14 +84,14 @@ class ProjectorConfig:
 
     name: str = "delta"
     grid: int = 24
-    scale_factor: int | tuple[int, ...] = 2
+    scale_factor: int | tuple[int, ...] | None = None
     in_width: int = 1024
     out_width: int = 4096
     embed_width: int = 0  # 0: in_width
-    select_layer: int = -2
+    select_layer: int | None = None
     levels: tuple[int, ...] = ()
     level_count: int = 4
-    head_dim: int = 128
+    head_dim: int | None = None
     block_head_dim: int = 32
     rank: int = 16
     mix_ratio: float = 0.75
@@ -74,7 +99,7 @@ class ProjectorConfig:
     initializer_range: float = 0.02  # standard deviation of fresh Linear weights; small widths want more
     reduction: int = 1  # EMHSA's spatial reduction sr
     window: int = 1  # paper variant: query windows of window x window
-    mlp_width: int = 4096  # paper variant: hidden width of equation 11
+    mlp_width: int | None = None  # paper variant: hidden width of equation 11; honeybee_d: of its layers
     variant: str = "release"
     ablation: str = "none"
     queries: int = 256  # mqt, resampler: learned queries
@@ -85,16 +110,24 @@ class ProjectorConfig:
     fuse: bool = True  # evit: the dropped patches become one token
     reproduce_duplicates: bool = False  # prumerge_plus: the original's doubled and lost positions
     text_width: int = 0  # quecc: width of the question's hidden state; 0: out_width
-    question_length: int = 64  # quecc: tokens of a question that are read, at most
+    question_length: int = 64  # quecc: tokens of a question that are read, BOS first; a longer one is cut, and said
     depth: int = 0  # honeybee: blocks or layers; 0: as published, 3 and 6
     closing: bool = False  # resampler: Qwen-VL's LayerNorm and output matrix behind it
 
     def __post_init__(self):
+        for name, value in published(self.name, self.grid).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         require_at_least(1, "projector", self, "grid", "in_width", "out_width", "level_count", "rank", "mlp_width")
         require_at_least(
             1, "projector", self, "head_dim", "block_head_dim", "window", "reduction", "queries", "question_length"
         )
-        require_at_least(0, "projector", self, "text_width", "depth")
+        require_at_least(0, "projector", self, "embed_width", "text_width", "depth")
+        require_positive("projector", self, "initializer_range")
+        require(self.select_layer < 0, f"projector.select_layer={self.select_layer}; expected -1, the last, or below")
+        for name, least in (("levels", 0), ("prune_layers", 0), ("tokens", 1)):
+            values = getattr(self, name)
+            require(min(values, default=least) >= least, f"projector.{name}={values}; expected {least} or more")
         require(0 <= self.drop_path < 1, f"projector.drop_path={self.drop_path}; expected 0 to below 1")
         require(0 <= (self.keep_ratio or 0) <= 1, f"projector.keep_ratio={self.keep_ratio}; expected 0 to 1")
         require(0 < self.mix_ratio < 1, f"projector.mix_ratio={self.mix_ratio}; expected between 0 and 1")
@@ -195,6 +228,7 @@ class DecoderConfig:
 
     def __post_init__(self):
         require_at_least(1, "decoder", self, "vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width")
+        require_positive("decoder", self, "rope_base", "norm_eps", "initializer_range")
         require(
             self.width % self.heads == 0,
             f"decoder.heads={self.heads} does not divide decoder.width={self.width}",
@@ -223,6 +257,24 @@ class FastVConfig:
 
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("bfloat16", "float32")
+# Of parameters: the names in use for each.
+PARAMETER_DTYPES = {
+    "float32": ("float32", "fp32", "float"),
+    "bfloat16": ("bfloat16", "bf16"),
+    "float16": ("float16", "fp16", "half"),
+}
+
+
+def dtype_name(dtype: str | type | None) -> str | None:
+    """The name of a dtype that parameters can have, from any name in use or a dtype of numpy, JAX or torch; None for
+    None. Raises ConfigError with the list for any other."""
+    if dtype is None:
+        return None
+    said = str(dtype if isinstance(dtype, str) else getattr(dtype, "__name__", dtype)).lower().removeprefix("torch.")
+    found = next((name for name, names in PARAMETER_DTYPES.items() if said in names), None)
+    known = ", ".join(f"{name} ({', '.join(names[1:])})" for name, names in PARAMETER_DTYPES.items())
+    require(found is not None, f"dtype is {said!r}; known: {known}")
+    return found
 
 
 @dataclass(frozen=True)

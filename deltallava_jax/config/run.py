@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from deltallava_jax.config.checks import require, require_at_least
 from deltallava_jax.config.model import DTYPES, ModelConfig
@@ -23,7 +24,7 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # how often each of the files is taken; empty: once
     images: str = ""  # the folder that image paths of the records begin from
     array_record: str = ""  # instead of these: a folder that ``data build`` made
-    aspect: str = "square"  # how images become square: shortest side and crop, padded, or squashed
+    aspect: str = "pad"  # how images become square: padded, shortest side and crop ("square"), or squashed
     template: str = "vicuna_v1"
     turns: int = 0  # easy_vqa: questions a conversation; 0: all of an image's questions
     independent_rounds: bool = False  # a conversation's questions see its image but not each other
@@ -32,7 +33,7 @@ class DataConfig:
     packed: bool = True  # False: LLaVA-1.5's batches, a conversation a row, padded, grouped by modality
     images_per_row: int = 0  # 0: chosen from the data for each budget
     workers: int = 1  # processes that load data; 0: in the training process
-    max_bad_fraction: float = 0.01  # of the samples seen; more than this stops the run
+    max_bad_fraction: float = 0.01  # of the records; more that cannot be used end the run
 
     def __post_init__(self):
         require_at_least(1, "data", self, "rows")
@@ -49,6 +50,22 @@ class DataConfig:
         )
         require(self.aspect in ASPECTS, f"data.aspect is {self.aspect!r}; known: {', '.join(ASPECTS)}")
         require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction}; expected 0 to 1")
+
+    def check_use(self) -> None:
+        """ConfigError for a setting of another data set, which training would ignore, and for a missing image folder.
+
+        Apart from the other checks: configurations of runs that have been are read on any machine."""
+        other = ("turns",) if self.dataset == "llava" else ("json", "weights", "images", "array_record")
+        home = "easy_vqa" if self.dataset == "llava" else "llava"
+        for name in other:
+            value = getattr(self, name)
+            require(
+                not value, f"data.{name}={value!r} is read with data.dataset={home}; data.dataset is {self.dataset!r}"
+            )
+        require(
+            self.array_record or not self.images or "://" in self.images or Path(self.images).is_dir(),
+            f"data.images={self.images!r} is no folder",
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +132,9 @@ class TrainingConfig:
     every_budget: bool = False  # an elastic model: each step averages the loss of all budgets, not one that is drawn
 
     def __post_init__(self):
-        require_at_least(0, "training", self, "steps", "log_every", "eval_every", "checkpoint_every", "keep_best")
+        require_at_least(
+            0, "training", self, "steps", "log_every", "eval_every", "checkpoint_every", "keep_best", "epochs"
+        )
         require_at_least(1, "training", self, "keep_checkpoints")
         require(
             not self.keep_best or self.eval_every > 0,
@@ -123,7 +142,7 @@ class TrainingConfig:
         )
         for stage in self.llavolta:
             require(
-                len(stage) == 2 and stage[0] >= 1,
+                len(stage) == 2 and stage[0] >= 1 and stage[1] >= 0,
                 f"training.llavolta has the stage {stage}; expected (stride, decoder layer), e.g. (8, 2), or (1, 0)",
             )
         require(self.epochs > 0 or self.steps > 0, f"training.epochs={self.epochs}; expected more than 0")
@@ -181,6 +200,7 @@ class Config:
 
     def __post_init__(self):
         require_at_least(0, "config", self, "seed")
+        require(self.seed < 2**32, f"config.seed={self.seed}; expected less than 2**32: a random key holds no more")
 
     def check_devices(self, devices: int) -> tuple[int, int, int]:
         """Mesh sizes (data, fsdp, tensor) on that many devices; ConfigError if the batch or a width does not divide."""
@@ -194,9 +214,7 @@ class Config:
             f"data.rows={rows}{f' / {micro} microbatches' if micro > 1 else ''} is not divisible by the "
             f"{data * fsdp} devices of mesh data={data} x fsdp={fsdp}{remedy}",
         )
-        for name, heads in (
-            ("vision.heads", self.model.vision.heads),
-            ("decoder.kv_heads", self.model.decoder.kv_heads),
-        ):
-            require(heads % tensor == 0, f"{name}={heads} is not divisible by mesh tensor={tensor}")
+        for part, name in (("vision", "heads"), ("decoder", "kv_heads")):
+            heads = getattr(getattr(self.model, part), name, 0)  # 0: the model is without that part
+            require(heads % tensor == 0, f"{part}.{name}={heads} is not divisible by mesh tensor={tensor}")
         return data, fsdp, tensor

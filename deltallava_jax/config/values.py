@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
+import difflib
 import importlib.util
 import inspect
 import json
+import math
+import sys
+import traceback
 import types
 import typing
 from pathlib import Path
 
 from deltallava_jax.config.checks import nearest, require
+from deltallava_jax.config.model import ProjectorConfig, published
 from deltallava_jax.config.presets import preset
 from deltallava_jax.config.run import Config
-from deltallava_jax.errors import ConfigError
+from deltallava_jax.errors import ConfigError, UserError
 
 
 def to_dict(config) -> dict:
@@ -42,7 +48,9 @@ def from_dict(kind: type, values: dict | str, where: str = ""):
 
 
 def override(config, assignments: dict[str, str]):
-    """Copy of ``config`` with dotted paths set from command-line text, all at once, then validated."""
+    """Copy of ``config`` with dotted paths set from command-line text, all at once, then validated.
+
+    A projector with another name alone has the settings published with that name, where it had those of the old one."""
     values = to_dict(config)
     for path, text in assignments.items():
         node, kind, done = values, type(config), ""
@@ -61,8 +69,26 @@ def override(config, assignments: dict[str, str]):
         hints = typing.get_type_hints(kind)
         if leaf not in hints:
             raise ConfigError(f"unknown config key {path!r}{nearest(leaf, hints)}")
+        if kind is ProjectorConfig and leaf == "name":
+            given = {key.removeprefix(done) for key in assignments}
+            node.update({key: None for key in _as_published(node) if key not in given})
         node[leaf] = text if hints[leaf] is str else parse_value(text)
     return from_dict(type(config), values)
+
+
+def renamed(config: ProjectorConfig, settings: dict) -> ProjectorConfig:
+    """The projector with other settings, by field; with another name as ``override`` makes it. Raises ConfigError."""
+    values = to_dict(config)
+    if "name" in settings:
+        values |= dict.fromkeys(_as_published(values))
+    return from_dict(ProjectorConfig, values | settings, "projector.")
+
+
+def _as_published(values: dict) -> list[str]:
+    """The fields of a projector's dict that hold what is published with its name."""
+    plain = lambda value: tuple(value) if isinstance(value, list) else value
+    known = published(values["name"], values["grid"])
+    return [key for key, value in known.items() if plain(values.get(key)) == value]
 
 
 def workdir_config(workdir: Path) -> Config:
@@ -70,38 +96,85 @@ def workdir_config(workdir: Path) -> Config:
     path = workdir / "config.json"
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no config.json; expected a --workdir of train.py")
+    return from_dict(Config, read_json(path))
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises ConfigError if the file is missing, cannot be read or holds something else."""
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    return from_dict(Config, values)
+    require(isinstance(value, dict), f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+# The configurations of the repository: inside the package where it is installed, beside it in a copy of the repository.
+_PACKAGE = Path(__file__).parents[1]
+CONFIGS = folder if (folder := _PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 
 def load_config(path: str | Path) -> Config:
-    """The Config that get_config() of a Python file returns; of "FILE:ARGUMENT" what get_config(ARGUMENT) returns."""
+    """The Config that get_config() of a Python file returns; of "FILE:ARGUMENT" what get_config(ARGUMENT) returns.
+
+    Where there is no such file, one of the repository's by its name: "easy_vqa", "llava_systems/mqt:pretrain"."""
     path, arguments = Path(path), []
     if not path.is_file() and ":" in path.name:
         name, argument = path.name.rsplit(":", 1)
         path, arguments = path.with_name(name), [argument]
     if not path.is_file():
-        raise ConfigError(f"config file {str(path)!r} does not exist")
+        path = _shipped(path)
+    _find_bases(path)
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None:
         raise ConfigError(f"config file {str(path)!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _in_file(path):
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise ConfigError(f"config file {str(path)!r}: {error}") from error
     if not hasattr(module, "get_config"):
         raise ConfigError(f"config file {str(path)!r} has no get_config()")
     try:
         inspect.signature(module.get_config).bind(*arguments)
     except TypeError as error:
         raise ConfigError(f"config file {str(path)!r}: get_config({', '.join(arguments)}): {error}") from error
-    config = module.get_config(*arguments)
+    with _in_file(path):
+        config = module.get_config(*arguments)
     require(isinstance(config, Config), f"config file {str(path)!r}: get_config() did not return a Config")
     return config
+
+
+_LARGEST = 2**63 - 1
+
+
+@contextlib.contextmanager
+def _in_file(path: Path):
+    """ConfigError, with the line, for whatever the user's own code raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        where = f", line {last.lineno}" if last.filename == str(path) else ""
+        raise ConfigError(f"config file {str(path)!r}{where}: {type(error).__name__}: {error}") from error
+
+
+def _shipped(path: Path) -> Path:
+    """The repository's configuration of that name. Raises ConfigError with the nearest."""
+    name = path.with_suffix("").as_posix().removeprefix("configs/")
+    known = {file.relative_to(CONFIGS).with_suffix("").as_posix(): file for file in sorted(CONFIGS.rglob("*.py"))}
+    if name not in known or path.suffix not in ("", ".py"):
+        hint = nearest(name, known) if difflib.get_close_matches(name, known, cutoff=0.5) else ""
+        raise ConfigError(f"config file {str(path)!r} does not exist{hint}")
+    return known[name]
+
+
+def _find_bases(path: Path) -> None:
+    """Lets a configuration import its bases as ``configs.NAME``: from the folder ``configs`` that it lies in, else the
+    repository's."""
+    own = [str(folder) for folder in path.resolve().parents if folder.name == "configs"]
+    configs = sys.modules.setdefault("configs", types.ModuleType("configs"))
+    configs.__path__ = list(dict.fromkeys([*own, *getattr(configs, "__path__", []), str(CONFIGS)]))
 
 
 def _dataclass_in(hint) -> type | None:
@@ -138,11 +211,20 @@ def _typed(hint, value, path: str):
         if typing.get_args(hint)[0] is str and isinstance(value, str):
             return (value,)
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise ConfigError(f"config key {path!r}: a number of {len(str(abs(value)))} digits is too large") from None
+        require(math.isfinite(value) if isinstance(value, float) else abs(value) <= _LARGEST, _too_large(path, value))
+        return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        require(hint is not int or abs(value) <= _LARGEST, _too_large(path, value))
         return value
     expected = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    raise ConfigError(f"config key {path!r} expects {expected}, got {value!r}")
+    raise ConfigError(f"config key {path!r} expects {expected}, got {_shown(value)}")
+
+
+def _shown(value) -> str:
+    """A value in an error line: never a page of digits."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:40]}...{text[-40:]}"
+
+
+def _too_large(path: str, value: int | float) -> str:
+    return f"config key {path!r} is {_shown(value)}; expected a finite number, at most {_LARGEST:.2g}"

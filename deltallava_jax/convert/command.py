@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths", nargs="+", metavar="[SRC] DST", help="source and destination; no source when composing"
     )
     parser.add_argument("--to", choices=FORMATS, default="orbax", help="format of DST (default: orbax, a workdir)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all parameters; default: kept")
+    parser.add_argument("--dtype", help="of all parameters: float32, bfloat16 or float16; default: kept")
     parser.add_argument("--vision", type=Path, help="folder of the tower: to compose, or that a LLaVA checkpoint names")
     parser.add_argument("--decoder", type=Path, help="to compose: folder of the decoder")
     parser.add_argument(
@@ -58,8 +58,10 @@ def _settings(options: argparse.Namespace) -> dict:
 
 def main(options: argparse.Namespace) -> None:
     from deltallava_jax.config import load_config, to_dict
+    from deltallava_jax.convert.card import write_card
+    from deltallava_jax.convert.export import write_hf, write_llava
+    from deltallava_jax.convert.folder import new_folder
     from deltallava_jax.convert.workdir import compose, open_model, write_workdir
-    from deltallava_jax.convert.write import new_folder, write_card, write_hf, write_llava
     from deltallava_jax.errors import ConfigError
 
     *sources, target = map(Path, options.paths)

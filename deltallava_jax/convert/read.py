@@ -12,16 +12,18 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
-from tqdm import tqdm
 
-from deltallava_jax.config import ASPECTS, ModelConfig, ProjectorConfig, VisionConfig, from_dict, preset, to_dict
+from deltallava_jax.config import ASPECTS, ModelConfig, ProjectorConfig, VisionConfig, from_dict, preset, renamed
 from deltallava_jax.convert.arrays import load_array, unstacked_arrays
+from deltallava_jax.convert.chat_template import FALLBACK, template_of
 from deltallava_jax.convert.families import DECODERS, PAIRS, TOWERS, decoder_family, refuse, tower_family
-from deltallava_jax.convert.tensors import Tensor, find
+from deltallava_jax.convert.tensors import Tensor, equal, find
 from deltallava_jax.errors import ConfigError, ConversionError
 from deltallava_jax.models import projectors, vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import Entry, check, flatten, linear, prefixed, unflatten
+from deltallava_jax.models.vision import check_needs
+from deltallava_jax.progress import progress_bar
 
 # Names of towers in the original layout's config.json whose shapes we know without a folder.
 KNOWN_TOWERS = {
@@ -79,7 +81,7 @@ class Pretrained:
     hf: dict = field(default_factory=dict)
     kept: list[Path] = field(default_factory=list)
     extra: dict[str, Tensor] = field(default_factory=dict)
-    template: str = "vicuna_v1"
+    template: str = FALLBACK
     aspect: str = "square"
     origin_aspect: str = "square"
 
@@ -92,9 +94,11 @@ class Pretrained:
         """The same weights with other settings of the projector, such as scale_factor. Raises ConfigError."""
         if self.cfg.projector is None:
             raise ConfigError(f"the model has no projector to give {', '.join(settings)}")
-        projector = from_dict(ProjectorConfig, to_dict(self.cfg.projector) | settings, "projector.")
+        projector = renamed(self.cfg.projector, settings)
         fits(projector, self.params["projector"])
-        return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, projector=projector))
+        cfg = dataclasses.replace(self.cfg, projector=projector)
+        check_tower(cfg)
+        return dataclasses.replace(self, cfg=cfg)
 
 
 def fits(cfg: ProjectorConfig, params: Params) -> None:
@@ -102,6 +106,12 @@ def fits(cfg: ProjectorConfig, params: Params) -> None:
     table = lambda tree: {f"projector/{path}": tuple(leaf.shape) for path, leaf in flatten(tree).items()}
     ours, theirs = table(jax.eval_shape(lambda: projectors.init_params(cfg, jax.random.key(0)))), table(params)
     check([Entry(path, path) for path in ours], theirs, ours)
+
+
+def check_tower(cfg: ModelConfig) -> None:
+    """ConfigError where a model's tower has not what its projector reads: a layer, the CLS token's attention."""
+    if cfg.vision and cfg.projector:
+        check_needs(cfg.vision, projectors.needs(cfg.projector, cfg.vision.layers))
 
 
 def read(
@@ -137,6 +147,7 @@ def read(
         aspect = _aspect(path, hf, cfg.vision, vision)
     except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise ConversionError(f"{folder / 'config.json'} holds a value that cannot be: {error!r}") from error
+    cfg = _with_own_head(cfg, layout, tensors)
     tower = None
     if "mm_vision_tower" in hf and layout.vision is None and cfg.vision:
         tower = read(_tower_folder(path, hf["mm_vision_tower"], vision), dtype=dtype, shard=shard, progress=progress)
@@ -145,7 +156,8 @@ def read(
     if tower is not None:
         params = {"vision": tower.params["vision"], **params}
     kept = sorted(file for file in folder.iterdir() if _is_kept(file)) if path.is_dir() else []
-    return Pretrained(cfg, params, layout, cfg, hf, kept, extra, aspect=aspect, origin_aspect=aspect)
+    template = template_of(folder) if cfg.whole else FALLBACK
+    return Pretrained(cfg, params, layout, cfg, hf, kept, extra, template, aspect, aspect)
 
 
 def read_projector(path: Path, dtype: str | None = None) -> Pretrained:
@@ -330,6 +342,17 @@ def _projector_config(
 # ------------------------------------------------------------------ loading
 
 
+def _with_own_head(cfg: ModelConfig, layout: Layout, tensors: dict[str, Tensor]) -> ModelConfig:
+    """A tied head is untied where the file holds an output matrix that is not the embedding, as transformers does."""
+    head = tensors.get(f"{layout.head}lm_head.weight")
+    if not (cfg.decoder and cfg.decoder.tied_head and head):
+        return cfg
+    embedding = tensors.get(f"{layout.decoder}embed_tokens.weight")
+    if embedding is not None and equal(head, embedding):
+        return cfg
+    return dataclasses.replace(cfg, decoder=dataclasses.replace(cfg.decoder, tied_head=False))
+
+
 def _load(cfg, layout, tensors, dtype, shard, progress, unstacked=False) -> tuple[Params, dict[str, Tensor]]:
     """(parameters, tensors the model has no use for)."""
     table = dataclasses.replace(layout, **{part: "" for part in PARTS if getattr(layout, part) is None}).table(cfg)
@@ -340,8 +363,7 @@ def _load(cfg, layout, tensors, dtype, shard, progress, unstacked=False) -> tupl
         tensors = {name: t for name, t in tensors.items() if not name.endswith("lm_head.weight")}
     check(table, {name: tensor.shape for name, tensor in tensors.items()}, shapes, is_extra)
     flat = {}
-    bar = tqdm(table, "reading", unit="array", disable=None if progress else True, leave=False)
-    for entry in bar:
+    for entry in progress_bar(table, "reading", unit="arrays", shown=progress):
         parts = [tensors[name] for name in entry.torch_names(shapes[entry.path])]
         place = shard(entry.path, shapes[entry.path]) if shard else SingleDeviceSharding(jax.local_devices()[0])
         if unstacked and entry.path.startswith("decoder/"):

@@ -13,6 +13,7 @@ import numpy as np
 from deltallava_jax.errors import ConversionError
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,43 @@ def find(path: Path) -> dict[str, Tensor]:
     """Every tensor of a folder's checkpoint, or of one .safetensors or .bin file.
 
     Of a folder: model.safetensors or pytorch_model.bin, whole or sharded with an index, or LLaVA's mm_projector.bin.
-    Raises ConversionError for a missing shard, a file cut short, a pickle that holds anything but tensors."""
+    Raises ConversionError for a missing shard, a file cut short, a pickle that holds anything but tensors, shards of
+    ZeRO-3, a LoRA adapter."""
     tensors: dict[str, Tensor] = {}
     for file in _files(path):
         tensors.update((tensor.name, tensor) for tensor in _tensors(file))
+    empty = next((tensor for tensor in tensors.values() if 0 in tensor.shape), None)
+    if empty is not None:
+        name = f"{empty.file}: {empty.name}"
+        raise ConversionError(
+            f"{name} is of shape {list(empty.shape)}: saved under DeepSpeed ZeRO-3 without gathering "
+            "its shards; gather them with DeepSpeed's zero_to_fp32.py in the run's folder, or train again with "
+            "stage3_gather_16bit_weights_on_model_save"
+        )
+    if any(".lora_A." in name for name in tensors):
+        raise _adapter(path)
     return tensors
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; some rows of them are in memory at a time."""
+    if one.shape != other.shape:
+        return False
+    rows = max(1, 2**24 // max(one.bytes // max(one.shape[0], 1), 1))
+    cuts = (slice(start, start + rows) for start in range(0, one.shape[0], rows))
+    return all(np.array_equal(one.read((cut,)), other.read((cut,))) for cut in cuts)
+
+
+def _adapter(path: Path) -> ConversionError:
+    config = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    try:
+        base = json.loads(config.read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    return ConversionError(
+        f"{path} is a LoRA adapter of {base or 'a base that it does not name'}, not a whole model: merge it into its "
+        "base with peft's merge_and_unload() or LLaVA's scripts/merge_lora_weights.py, and give the merged folder"
+    )
 
 
 def _files(path: Path) -> list[Path]:
@@ -92,6 +125,8 @@ def _files(path: Path) -> list[Path]:
             return [path / name]
     if (path / "mm_projector.bin").is_file():
         return [path / "mm_projector.bin"]
+    if any((path / name).is_file() for name in ADAPTER_FILES):
+        raise _adapter(path)
     raise ConversionError(
         f"{path} holds no weights; expected model.safetensors, pytorch_model.bin, their shards, or mm_projector.bin"
     )
@@ -141,7 +176,7 @@ def _load_bin(file: Path) -> dict:
         if any(words in str(error) for words in ("invalid load key", "truncated", "magic number", "ran out of")):
             raise ConversionError(f"{file} cannot be read: it is cut short or no torch file") from error
         raise ConversionError(f"{file} holds more than tensors and is refused: code may hide in it") from error
-    except (RuntimeError, OSError, EOFError, ValueError, IndexError) as error:
+    except Exception as error:  # any kind: the bytes of another file are taken for instructions
         reason = (str(error).splitlines() or ["it is cut short"])[0]
         raise ConversionError(f"{file} cannot be read: {reason}") from error
     if not isinstance(state, dict) or not all(

@@ -7,13 +7,14 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
+from deltallava_jax.data.check import examine
 from deltallava_jax.data.llava_json import LlavaJson
-from deltallava_jax.data.sources import Mixture, Record
-from deltallava_jax.errors import BadSample, ConfigError
+from deltallava_jax.data.records import Mixture, Record, texts
+from deltallava_jax.errors import BadSample, ConfigError, TooManyFaults, count_faults
+from deltallava_jax.progress import progress_bar
 
 SHARD = 2000  # records of a shard
 NAME = "llava-train.array_record-{:05d}-of-{:05d}"
@@ -28,8 +29,10 @@ def _features():
 
 
 def build(source: LlavaJson | Mixture, folder: Path, workers: int) -> dict:
-    """Writes the folder: {"records", "bytes", "faults": [...]}. Records with an image that cannot be opened are left
-    out and listed. Raises ConfigError if the folder was begun from other records."""
+    """Writes the folder, without the records that ``check.examine`` finds broken.
+
+    Returns {"records", "bytes", "faults": [(kind, why), ...]}. Raises ConfigError if the folder was begun from other
+    records, TooManyFaults if none is left."""
     shards = max(1, -(-len(source) // SHARD))
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "source.json"
@@ -40,18 +43,22 @@ def build(source: LlavaJson | Mixture, folder: Path, workers: int) -> dict:
     missing = [number for number in range(shards) if not _report(folder, number, shards).exists()]
     tasks = [(source, folder, number, shards) for number in missing]
     with (
-        tqdm(total=len(source), desc="building", unit=" records", disable=None) as bar,
+        progress_bar(what="building", total=len(source), unit="records", keep=True) as bar,
         multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool,
     ):
         bar.update(sum(_range(source, number, shards)[2] for number in range(shards) if number not in missing))
         for written in pool.imap_unordered(_write_shard, tasks):
             bar.update(written)
     reports = [json.loads(_report(folder, number, shards).read_text()) for number in range(shards)]
+    faults = [tuple(fault) for report in reports for fault in report["faults"]]
+    if not any(report["records"] for report in reports):
+        told = count_faults(kind for kind, _ in faults)
+        raise TooManyFaults(f"none of the {len(source):,} records can be used: {told}")
     _write_metadata(folder, reports)
     return {
         "records": sum(report["records"] for report in reports),
         "bytes": sum(report["bytes"] for report in reports),
-        "faults": [fault for report in reports for fault in report["faults"]],
+        "faults": faults,
     }
 
 
@@ -62,7 +69,7 @@ def _range(source: LlavaJson | Mixture, number: int, shards: int) -> tuple[int, 
 
 
 def _report(folder: Path, number: int, shards: int) -> Path:
-    return folder / "shards" / f"{number:05d}-of-{shards:05d}.json"
+    return folder / "examined" / f"{number:05d}-of-{shards:05d}.json"
 
 
 def _write_shard(task: tuple[LlavaJson | Mixture, Path, int, int]) -> int:
@@ -76,11 +83,11 @@ def _write_shard(task: tuple[LlavaJson | Mixture, Path, int, int]) -> int:
     writer = ArrayRecordWriter(str(part), "group_size:1")
     for index in range(start, stop):
         try:
-            record = source[index]
-            images = [io.BytesIO(path.read_bytes()) for path in record.images]  # TFDS takes no bytes, but files
-        except (BadSample, OSError) as error:
-            faults.append(f"record {index}: {error}")
+            record, *_ = examine(source, index)
+        except BadSample as error:
+            faults.append((error.kind, str(error)))
             continue
+        images = [io.BytesIO(path.read_bytes()) for path in record.images]  # TFDS takes no bytes, but files
         value = {"id": record.id, "conversations": json.dumps(record.conversation), "images": images}
         example = features.serialize_example(features.encode_example(value))
         writer.write(example)
@@ -117,7 +124,8 @@ class ArrayRecords:
             raise ConfigError(
                 f"data.array_record: {folder} holds no finished data set; python -m deltallava_jax data build makes one"
             )
-        self.fingerprint = (self.folder / "source.json").read_text()
+        # What was left out when it was built decides as well.
+        self.fingerprint = "".join((self.folder / name).read_text() for name in ("source.json", "dataset_info.json"))
         self._open()
 
     def _open(self) -> None:
@@ -141,9 +149,9 @@ class ArrayRecords:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
+        """Raises BadSample for a record without a list of turns."""
         found = self._records[int(index)]
         return Record(found["id"].decode(), tuple(found["images"]), json.loads(found["conversations"]))
 
-    def texts(self):
-        for index in range(len(self)):
-            yield from (turn["value"] for turn in self[index].conversation if isinstance(turn.get("value"), str))
+    def texts(self) -> Iterator[str]:
+        return texts(self)

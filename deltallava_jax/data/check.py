@@ -7,92 +7,86 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
-from deltallava_jax.data.conversation import Template, rounds, tokenize
-from deltallava_jax.data.images import load_image
-from deltallava_jax.data.sources import Source
-from deltallava_jax.data.tokens import Tokenizer
+from deltallava_jax.data.conversation import NOTES, Conversation
+from deltallava_jax.data.images import size_of
+from deltallava_jax.data.lengths import read
+from deltallava_jax.data.packing import Plan
+from deltallava_jax.data.records import Record, Source
 from deltallava_jax.errors import FAULTS, BadSample
+from deltallava_jax.progress import progress_bar
 
 CHUNK = 64
 EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
-@dataclass(frozen=True)
-class Checker:
-    """limit: text tokens that a row holds. decode: read every image, not just look whether it is there."""
+def examine(source: Source, index: int, decode: bool = True) -> tuple[Record, Conversation, list[tuple[int, int]]]:
+    """A record, its conversation and, where they are decoded, its images' (width, height).
 
-    source: Source
-    template: Template
-    tokenizer: Tokenizer
-    limit: int
-    decode: bool = True
-
-    def __call__(self, index: int) -> dict:
-        """What there is to say of a record: {"id", "tokens", "images", "rounds", "fault", "why", "cut"}."""
-        found = {"id": None, "tokens": 0, "images": 0, "rounds": 0, "fault": None, "why": "", "cut": False}
-
-        def bad(fault: str, why: str) -> dict:
-            return found | {"fault": fault, "why": why}
-
-        try:
-            name = f"record {index}"
-            record = self.source[index]
-            name, found["id"] = record.id, record.key
-            pairs = rounds(record.conversation)
-            tokenized = tokenize(pairs, self.template, self.tokenizer)
-        except BadSample as error:
-            why = str(error) if name in str(error) else f"{name}: {error}"
-            return bad(error.kind, why)
-        tokens, images = len(tokenized.ids), len(record.images)
-        found |= {"tokens": tokens, "images": images, "rounds": len(pairs), "cut": tokens > self.limit}
-        if len(tokenized.image_positions) != images:
-            markers = len(tokenized.image_positions)
-            return bad("markers", f"{record.id}: {markers} <image> markers, but {images} images")
-        if (tokenized.image_positions >= self.limit).any():
-            return bad("beyond", f"{record.id}: an image lies beyond {self.limit} text tokens")
-        if not tokenized.loss_mask[: self.limit].any():
-            return bad("unsupervised", f"{record.id}: no supervised token in its first {self.limit} tokens")
+    Raises BadSample, naming the record, for whatever keeps it from being trained on in rows of any length."""
+    record, conversation = read(source, index)
+    try:
+        if decode:
+            return record, conversation, [size_of(image) for image in record.images]
         for image in record.images:
             if not isinstance(image, bytes) and not image.exists():
-                return bad("missing", f"{record.id}: image {image} is missing")
-            try:
-                if self.decode:
-                    load_image(image, 8)
-            except BadSample as error:
-                return bad("unreadable", f"{record.id}: {error}")
-        return found
+                raise BadSample(f"image {image}: there is no such file", "missing")
+        return record, conversation, []
+    except BadSample as error:
+        raise BadSample(f"{record.id}: {error}", error.kind) from error
 
 
-def check(checker: Checker, workers: int, examples: int = 5) -> dict:
-    """The report: counts, a histogram of text tokens, each kind of fault with its first examples, records cut at the
-    limit, ids that several records share."""
-    faults, seen, ids = {kind: [] for kind in FAULTS}, Counter(), Counter()
-    lengths = []
-    indices = range(len(checker.source))
+@dataclass(frozen=True)
+class _Look:
+    source: Source
+    decode: bool
+
+    def __call__(self, index: int) -> tuple[BadSample | None, str | None, int, list[float]]:
+        """(what is wrong with a record, its own id, its rounds, the share of each image that a square crop cuts)."""
+        try:
+            record, conversation, sizes = examine(self.source, index, self.decode)
+        except BadSample as error:
+            return error, None, 0, []
+        return None, record.key, len(conversation.rounds), [1 - min(size) / max(size) for size in sizes]
+
+
+def check(source: Source, plan: Plan, workers: int, *, decode: bool = True, examples: int = 5) -> dict:
+    """The report on a data set and the plan that training would make of it (``Rows.plan``): counts, a histogram of text
+    tokens, each kind of fault with its first examples, what is cut at the end or at the sides, ids that several records
+    share.
+
+    decode: read every image, not just look whether it is there."""
+    found, seen, ids, cropped = dict(plan.faults), Counter(), Counter(), 0
     with (
         multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool,
-        tqdm(total=len(indices), desc="checking", unit=" records", disable=None, leave=False) as bar,
+        progress_bar(what="checking", total=len(plan.records), unit="records") as bar,
     ):
-        for found in pool.imap(checker, indices, chunksize=CHUNK):
+        looked = pool.imap(_Look(source, decode), plan.records.tolist(), chunksize=CHUNK)
+        for index, (fault, key, rounds, lost) in zip(plan.records.tolist(), looked, strict=True):
             bar.update()
-            ids[found["id"]] += found["id"] is not None
-            if found["fault"]:
-                faults[found["fault"]].append(found["why"])
+            if fault is not None:
+                found[index] = fault
                 continue
-            lengths.append(found["tokens"])
-            seen.update(images=found["images"], rounds=found["rounds"], text_only=not found["images"], cut=found["cut"])
+            ids[key] += key is not None
+            cropped += sum(share > 0.25 for share in lost)
+            seen.update(rounds=rounds, cut=bool(plan.lengths[index] > plan.room[index]))
+    usable = np.setdiff1d(plan.records, list(found))
+    lengths, images = plan.lengths[usable], plan.images[usable]
     counts, _ = np.histogram(lengths, [*EDGES, np.inf])
     shared = {key: count for key, count in ids.items() if count > 1}
+    faults = {kind: [] for kind in FAULTS}
+    for index in sorted(found):
+        faults[found[index].kind].append(str(found[index]))
     return {
-        "records": len(indices),
-        "usable": len(lengths),
-        "images": seen["images"],
+        "records": len(plan.lengths),
+        "usable": len(usable),
+        "images": int(images.sum()),
         "rounds": seen["rounds"],
-        "text_only": seen["text_only"],
-        "text_tokens": int(np.sum(lengths, dtype=np.int64)),
+        "text_only": int((images == 0).sum()),
+        "text_tokens": int(lengths.sum(dtype=np.int64)),
         "cut": seen["cut"],
+        "cropped": cropped,
+        "notes": {kind: plan.notes[kind] for kind in NOTES},
         "faults": {kind: len(found) for kind, found in faults.items()},
         "examples": {kind: found[:examples] for kind, found in faults.items() if found},
         "duplicate_ids": len(shared),
@@ -107,9 +101,14 @@ def table(report: dict) -> str:
         f"{report['records']:,} records, {report['usable']:,} usable: {report['images']:,} images, "
         f"{report['rounds']:,} rounds, {report['text_only']:,} without an image, {report['text_tokens']:,} text tokens",
         f"{report['cut']:,} are longer than the limit and will be cut; {report['duplicate_ids']:,} ids are shared",
-        "",
-        "text tokens     records",
+        *(f"{count:,} {NOTES[kind]}" for kind, count in report["notes"].items() if count),
     ]
+    if report["cropped"]:
+        lines.append(
+            f"{report['cropped']:,} of {report['images']:,} pictures lose more than a quarter of their area with "
+            "data.aspect=square; --config.data.aspect=pad keeps them whole"
+        )
+    lines += ["", "text tokens     records"]
     most = max(report["histogram"].values()) or 1
     edges = [*report["histogram"], ""]
     for (edge, count), following in zip(report["histogram"].items(), edges[1:], strict=True):

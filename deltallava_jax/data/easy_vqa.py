@@ -12,7 +12,7 @@ from importlib import util
 from pathlib import Path
 
 from deltallava_jax.data.conversation import IMAGE
-from deltallava_jax.data.sources import Record
+from deltallava_jax.data.records import Record
 from deltallava_jax.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from etils import epath
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from deltallava_jax.config import ASPECTS, VisionConfig
 from deltallava_jax.errors import BadSample, ConfigError
@@ -22,6 +22,9 @@ from deltallava_jax.errors import BadSample, ConfigError
 # Of a file: together they bound the memory and time that one image can take. Pillow warns of a decompression bomb above
 # the first, and refuses twice as many pixels itself.
 MAX_PIXELS, MAX_SIDE, MAX_RATIO = 89_478_485, 2**15, 100
+# Bytes of a PNG's text and colour profile, one and all. Pillow refuses an image whose are larger than 1 MB unpacked,
+# which editors and generators of pictures write.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**27
 # Pillow reads many more, some through other programs (EPS starts Ghostscript): not for files from anywhere.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 STRIP = 2**22  # pixels of the padded canvas that exist at a time
@@ -49,15 +52,11 @@ def load_image(
     Alpha is dropped, not blended, so that the colours below it show, as in LLaVA's code. Unlike there, an EXIF
     orientation is applied (people asked about upright images) and 16-bit grey is scaled to 8 bits, not clipped.
 
-    Raises ConfigError for an unknown aspect, and BadSample, naming the file in one line, for a source that is missing,
-    no image, damaged or cut short, or beyond MAX_PIXELS, MAX_SIDE or MAX_RATIO."""
+    Raises ConfigError for an unknown aspect, and BadSample, naming the file in one line, for a source that is missing
+    (kind "missing"), no image, damaged or cut short, or beyond MAX_PIXELS, MAX_SIDE or MAX_RATIO ("unreadable")."""
     if aspect not in ASPECTS:
         raise ConfigError(f"aspect is {aspect!r}; known: {', '.join(ASPECTS)}")
-    try:
-        with _open(source) as image:
-            image = _upright_rgb(image)
-    except Exception as error:  # on broken data Pillow's decoders raise nearly any type
-        raise BadSample(f"image {_name(source)}: {_reason(error)}", "unreadable") from error
+    image = _read(source)
     if aspect == "square":
         image = _cropped(image, size)
     elif aspect == "pad":
@@ -67,7 +66,22 @@ def load_image(
     return np.asarray(image)
 
 
+def size_of(source: str | Path | bytes | np.ndarray | Image.Image) -> tuple[int, int]:
+    """(width, height) of an image that ``load_image`` can read, upright. Raises BadSample as it does."""
+    return _read(source).size
+
+
 # ------------------------------------------------------------------ reading
+
+
+def _read(source) -> Image.Image:
+    """In RGB and upright."""
+    try:
+        with _open(source) as image:
+            return _upright_rgb(image)
+    except Exception as error:  # on broken data Pillow's decoders raise nearly any type
+        kind = "missing" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else "unreadable"
+        raise BadSample(f"image {_name(source)}: {_reason(error)}", kind) from error
 
 
 def _open(source):
@@ -75,14 +89,14 @@ def _open(source):
         return nullcontext(source)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-            raise BadSample("expected uint8 [height, width, 3]", "unreadable")
+            raise BadSample("expected uint8 [height, width, 3]")
         return nullcontext(Image.fromarray(source))
     if isinstance(source, bytes):
         return Image.open(BytesIO(source), formats=FORMATS)
     if "://" in os.fspath(source):
         return Image.open(BytesIO(epath.Path(source).read_bytes()), formats=FORMATS)
     if not stat.S_ISREG(os.stat(source).st_mode):
-        raise BadSample("not a file", "unreadable")  # a pipe would be waited for
+        raise BadSample("not a file")  # a pipe would be waited for
     return Image.open(source, formats=FORMATS)
 
 
@@ -99,7 +113,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = _to_8_bits(image)
     elif image.mode == "F":
-        raise BadSample("pixels are floating point numbers, whose range is unknown", "unreadable")
+        raise BadSample("pixels are floating point numbers, whose range is unknown")
     elif "transparency" in image.info:  # of no use to RGB, and some values are refused or warned of
         image = image.copy()
         del image.info["transparency"]
@@ -119,7 +133,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     """16-bit grey by its high bytes, as Pillow reads 16-bit colour; its convert would clip at 255."""
     grey = np.asarray(image.convert("I"))
     if grey.min() < 0 or grey.max() >= 2**16:
-        raise BadSample(f"grey values from {grey.min()} to {grey.max()}; expected 16 bits", "unreadable")
+        raise BadSample(f"grey values from {grey.min()} to {grey.max()}; expected 16 bits")
     return Image.fromarray((grey >> 8).astype(np.uint8))
 
 

@@ -4,57 +4,95 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
-from deltallava_jax.data.conversation import Template, rounds, text_pieces
-from deltallava_jax.data.llava_json import cache_folder
-from deltallava_jax.data.sources import Source
+from deltallava_jax.data import cache
+from deltallava_jax.data.conversation import NOTES, Conversation, Template, read_turns, text_pieces
+from deltallava_jax.data.records import Record, Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import BadSample
+from deltallava_jax.progress import progress_bar
 
 BATCH = 2000  # records whose texts are tokenized together, on all cores
 
 
-def measure(source: Source, template: Template, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """(text tokens with one placeholder an image, images) of every record; (0, 0) for a broken one.
+@dataclass(frozen=True)
+class Lengths:
+    """tokens [records]: text tokens with one placeholder an image; images [records]; both 0 for a broken record.
 
-    Kept in the cache folder for a source with a ``fingerprint``, by it, the template and the tokenizer."""
+    notes: how often each of ``NOTES`` was done."""
+
+    tokens: np.ndarray
+    images: np.ndarray
+    notes: Counter
+
+
+def read(source: Source, index: int) -> tuple[Record, Conversation]:
+    """A record and its conversation. Raises BadSample, naming the record, for one that no training can use."""
+    name = f"record {index}"
+    try:
+        record = source[index]
+        name = record.id
+        conversation = read_turns(record.conversation, len(record.images))
+        if all(round.answer is None for round in conversation.rounds):
+            raise BadSample("no question has an answer", "unsupervised")
+    except BadSample as error:
+        raise BadSample(f"{name}: {error}", error.kind) from error
+    return record, conversation
+
+
+def measure(source: Source, template: Template, tokenizer: Tokenizer) -> Lengths:
+    """The lengths of all records, kept in the cache folder for a source with a ``fingerprint``: by it, the template,
+    the tokenizer and the code that counts."""
     file = None
     if hasattr(source, "fingerprint"):
-        key = "\n".join([source.fingerprint, repr(template), tokenizer.fingerprint])
-        file = cache_folder() / "lengths" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+        key = "\n".join([source.fingerprint, repr(template), tokenizer.fingerprint, cache.version()])
+        file = cache.folder() / "lengths" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
         if file.is_file():
-            with np.load(file) as kept:
-                return kept["tokens"], kept["images"]
-    counts = np.zeros((len(source), 2), np.int32)
-    bar = tqdm(total=len(source), desc="measuring", unit=" records", disable=None, leave=False)
+            with np.load(file) as found:
+                notes = Counter(dict(zip(NOTES, found["notes"].tolist(), strict=True)))
+                kept = Lengths(found["tokens"], found["images"], notes)
+            if all(_is_broken(source, index) for index in np.flatnonzero(kept.tokens == 0)):  # below another root?
+                return kept
+    counts, notes = np.zeros((len(source), 2), np.int32), Counter()
+    bar = progress_bar(what="measuring", total=len(source), unit="records")
     for start in range(0, len(source), BATCH):
         stop = min(start + BATCH, len(source))
-        counts[start:stop] = _measure(source, start, stop, template, tokenizer)
+        counts[start:stop] = _measure(source, start, stop, template, tokenizer, notes)
         bar.update(stop - start)
     bar.close()
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.npz")
-        np.savez(part, tokens=counts[:, 0], images=counts[:, 1])
+        np.savez(part, tokens=counts[:, 0], images=counts[:, 1], notes=[notes[kind] for kind in NOTES])
         part.rename(file)
-    return counts[:, 0], counts[:, 1]
+    return Lengths(counts[:, 0], counts[:, 1], notes)
 
 
-def _measure(source: Source, start: int, stop: int, template: Template, tokenizer: Tokenizer) -> np.ndarray:
+def _is_broken(source: Source, index: int) -> bool:
+    try:
+        read(source, index)
+    except BadSample:
+        return True
+    return False
+
+
+def _measure(
+    source: Source, start: int, stop: int, template: Template, tokenizer: Tokenizer, notes: Counter
+) -> np.ndarray:
     """[stop - start, 2]"""
     pieces, owners = [], []
     counts = np.zeros((stop - start, 2), np.int32)
     for index in range(start, stop):
         try:
-            record = source[index]
-            own = text_pieces(rounds(record.conversation), template)
+            _, conversation = read(source, index)
         except BadSample:
             continue
-        if len(own) - 1 != len(record.images):
-            continue
+        notes.update(conversation.notes)
+        own = text_pieces(conversation, template, tokenizer)
         counts[index - start] = len(own) - 1 + (tokenizer.bos is not None), len(own) - 1
         pieces += own
         owners += [index - start] * len(own)

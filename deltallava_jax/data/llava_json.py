@@ -10,28 +10,25 @@ import json
 import mmap
 import os
 import posixpath
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
-from deltallava_jax.data.sources import Record
+from deltallava_jax.data import cache
+from deltallava_jax.data.records import Record, texts
 from deltallava_jax.errors import BadSample, ConfigError
+from deltallava_jax.progress import progress_bar
 
 CHUNK = 2**25
 QUOTE, OPEN, CLOSE, BACKSLASH = b'"{}\\'
 
 
-def cache_folder() -> Path:
-    """Where indexes are kept: $DELTALLAVA_CACHE, or ~/.cache/deltallava_jax."""
-    return Path(os.environ.get("DELTALLAVA_CACHE", Path.home() / ".cache" / "deltallava_jax"))
-
-
-def record_spans(data: np.ndarray, progress: tqdm | None = None) -> np.ndarray:
+def record_spans(data: np.ndarray, tell: Callable[[int], object] = lambda _: None) -> np.ndarray:
     """[n, 2] first byte and end of each object at the top level of a JSON list, or of JSONL; data: the bytes.
 
-    Raises ValueError if the last object has no end."""
+    tell is called with each number of bytes that was read. Raises ValueError if the last object has no end."""
     spans, depth, inside = [], 0, 0
     for offset in range(0, len(data), CHUNK):
         chunk = data[offset : offset + CHUNK]
@@ -48,8 +45,7 @@ def record_spans(data: np.ndarray, progress: tqdm | None = None) -> np.ndarray:
         level = np.cumsum(steps) + depth
         depth = int(level[-1]) if len(level) else depth
         spans.append(where[((steps == 1) & (level == 1)) | ((steps == -1) & (level == 0))])
-        if progress is not None:
-            progress.update(len(chunk))
+        tell(len(chunk))
     if depth or inside:
         raise ValueError("the last record has no end")
     found = np.concatenate([np.zeros(0, np.int64), *spans]).reshape(-1, 2)
@@ -75,11 +71,13 @@ class LlavaJson:
     def __init__(self, file: str | Path, images: str | Path):
         self.file, self.images = str(file), str(images)
         local = self._local()
+        if local.is_dir():
+            raise ConfigError(f"data.json: {file} is a folder; one that data build made is given as data.array_record")
         if not local.is_file():
             raise ConfigError(f"data.json: {file} does not exist")
         stat = local.stat()
-        key = hashlib.sha256(f"{local.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:24]
-        self.index = cache_folder() / "records" / f"{key}.npz"
+        about = f"{local.resolve()} {stat.st_size} {stat.st_mtime_ns} {cache.version()}"
+        self.index = cache.folder() / "records" / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.npz"
         if not self.index.is_file():
             self._make_index()
         with np.load(self.index) as index:
@@ -92,7 +90,7 @@ class LlavaJson:
             return Path(self.file)
         source = epath.Path(self.file)
         key = hashlib.sha256(f"{self.file} {source.stat().mtime}".encode()).hexdigest()[:24]
-        copy = cache_folder() / "files" / f"{key}{source.suffix}"
+        copy = cache.folder() / "files" / f"{key}{source.suffix}"
         if not copy.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
             source.copy(f"{copy}.part")
@@ -106,10 +104,9 @@ class LlavaJson:
         if (begins, ends) not in ((b"[", b"]"), (b"{", b"}")):
             what = "is cut off" if begins in (b"[", b"{") else "does not begin like one"
             raise ConfigError(f"data.json: {self.file} is no JSON list of records and no JSONL: it {what}")
-        with tqdm(total=len(data), desc=f"indexing {Path(self.file).name}", unit="B", unit_scale=True,
-                  disable=None, leave=False) as bar:  # fmt: skip
+        with progress_bar(what=f"indexing {Path(self.file).name}", total=len(data), unit="B") as bar:
             try:
-                spans = record_spans(data, bar)
+                spans = record_spans(data, bar.update)
             except ValueError as error:
                 raise ConfigError(f"data.json: {self.file} is cut off: {error}") from error
         self.index.parent.mkdir(parents=True, exist_ok=True)
@@ -135,36 +132,55 @@ class LlavaJson:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Record:
-        """Raises BadSample for a record that is no such object, or whose image lies outside the root."""
+        """Raises BadSample for a record that is no such object, that is about a video, or whose image lies outside the
+        root."""
         start, end = self._spans[index]
         name = f"{Path(self.file).name}#{index}"
         try:
             record = json.loads(self._data[start:end])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample(f"{name}: {error}") from error
         key = None if record.get("id") is None else str(record["id"])
         name = f"{name} (id {key!r})"
+        if record.get("video") or record.get("videos"):
+            raise BadSample(f"{name} is about a video, which is not read", "video")
+        if record.get("images") and not record.get("image"):
+            raise BadSample(f'{name} has "images"; expected "image", a path or a list of paths')
         images = record.get("image") or []
         images = [images] if isinstance(images, str) else images
         if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
             raise BadSample(f'{name}: "image" is {images!r}; expected a path or a list of paths')
-        if not isinstance(record.get("conversations"), list):
-            raise BadSample(f'{name} has no list of "conversations"')
-        return Record(name, tuple(self._below(image, name) for image in images), record["conversations"], key)
+        images = tuple(self._below(image, name) for image in images)
+        return Record(name, images, record.get("conversations"), key)
 
     def _below(self, image: str, name: str):
-        path = posixpath.normpath(image.replace("\\", "/"))
-        if path.startswith(("/", "..")) or "\0" in path:
+        """The file of a path that is relative to the root, or whole and below it. What a link in the root leads to is
+        the user's choice, and no matter."""
+        path = image.replace("\\", "/")
+        try:
+            within = None if "\0" in path else _within(path, self.images)
+        except ValueError:  # no name that a file can have
+            within = None
+        if within is None:
             raise BadSample(f"{name}: the image {image!r} lies outside the image root", "outside")
-        return epath.Path(self.images) / path
+        return epath.Path(self.images).joinpath(*within)
 
-    def texts(self):
+    def texts(self) -> Iterator[str]:
         """All turns, one after the other."""
-        for index in range(len(self)):
-            try:
-                turns = self[index].conversation
-            except BadSample:
-                continue
-            yield from (
-                turn["value"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("value"), str)
-            )
+        return texts(self)
+
+
+def _within(path: str, root: str) -> list[str] | None:
+    """The parts of a path from the root on, None for one that lies outside."""
+    parts = _parts(path)
+    if not path.startswith("/") and "://" not in path:
+        return None if parts[0] == ".." else parts
+    roots = [(parts, _parts(root if "://" in root else os.path.abspath(root)))]
+    if path.startswith("/") and "://" not in root:  # one of the two may be written by way of a link
+        real = _parts(os.path.realpath(root))
+        roots += [(parts, real), (_parts(os.path.realpath(path)), real)]
+    return next((own[len(front) :] for own, front in roots if own[: len(front)] == front), None)
+
+
+def _parts(path: str) -> list[str]:
+    return posixpath.normpath(path).rstrip("/").split("/")

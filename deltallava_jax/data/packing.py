@@ -8,12 +8,13 @@ number of processes agrees on the plan without talking.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
 from deltallava_jax.config import DataConfig
-from deltallava_jax.errors import ConfigError
+from deltallava_jax.errors import BadSample, ConfigError, TooManyFaults, count_faults
 from deltallava_jax.sequence import budget_at
 
 POOL = 256  # records that a row is filled from, the oldest first and, towards its end, those that fill it best
@@ -34,17 +35,49 @@ class Step:
 
 
 class Plan:
-    """What plans have in common: the steps of all epochs, one after the other."""
+    """What plans have in common: the steps of all epochs, one after the other.
+
+    faults: what is wrong with the records that are left out, by index; records: the index of each of the others.
+    notes: how often each of conversation.NOTES was done so that records can be used."""
 
     def __init__(
-        self, lengths: np.ndarray, images: np.ndarray, budgets: tuple[int, ...], rows: int, row_length: int, seed: int
+        self,
+        lengths: np.ndarray,
+        images: np.ndarray,
+        budgets: tuple[int, ...],
+        rows: int,
+        row_length: int,
+        seed: int,
+        faults: dict[int, BadSample],
     ):
         if not len(lengths):
             raise ConfigError("the data set has no records")
         self.lengths, self.images = np.asarray(lengths), np.asarray(images)
         self.budgets, self.rows, self.row_length, self.seed = budgets, rows, row_length, seed
+        self.faults: dict[int, BadSample] = {}
+        self.notes: Counter[str] = Counter()
         self._starts = [0]  # of every epoch that was planned, and of the next
         self._recent: dict[int, list[Step]] = {}  # two epochs at most: those before are planned again when asked for
+        self.leave_out(faults)
+
+    def leave_out(self, faults: dict[int, BadSample]) -> None:
+        """Takes these records out, too, before any step is asked for. Raises TooManyFaults if none remains."""
+        self.faults |= faults
+        self.records = np.delete(np.arange(len(self.lengths)), sorted(self.faults))
+        if not len(self.records):
+            told = count_faults(error.kind for error in self.faults.values())
+            first = self.faults[min(self.faults)]
+            raise TooManyFaults(f"none of the {len(self.lengths):,} records can be used: {told}; the first: {first}")
+
+    @property
+    def room(self) -> np.ndarray:
+        """[records] The fewest text tokens that a row has for each record, in any of its steps."""
+        raise NotImplementedError
+
+    @property
+    def cut(self) -> int:
+        """How many records are longer than that."""
+        return int((self.lengths > self.room)[self.records].sum())
 
     def _plan_epoch(self, epoch: int, first_step: int) -> list[Step]:
         raise NotImplementedError
@@ -65,6 +98,14 @@ class Plan:
             self._reach(step=number)
             epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
             return self._epoch(epoch)[number - self._starts[epoch]]
+
+    def epochs_at(self, steps: int) -> float:
+        """Epochs that are done after so many steps, one at least."""
+        with PLANNING:
+            self._reach(step=steps - 1)
+            epoch = int(np.searchsorted(self._starts, steps - 1, side="right")) - 1
+            first, end = self._starts[epoch : epoch + 2]
+        return epoch + (steps - first) / (end - first)
 
     def steps_for(self, epochs: float) -> int:
         """Steps that ``epochs`` epochs take, a fraction of the last one rounded up."""
@@ -92,35 +133,40 @@ class PackPlan(Plan):
         row_length: int,
         images_per_row: int = 0,
         seed: int = 0,
+        faults: dict[int, BadSample] = {},
     ):
         """lengths: text tokens of each record with one placeholder an image; images: image count of each record.
 
         Raises ConfigError if a row of ``row_length`` cannot hold the images."""
-        super().__init__(lengths, images, budgets, rows, row_length, seed)
-        self._apart = (self.images == 0) & (self.lengths > 0) & self.images.any()
+        super().__init__(lengths, images, budgets, rows, row_length, seed, faults)
+        self._apart = (self.images == 0) & (self.lengths > 0) & self.images[self.records].any()
         self.capacities = {budget: self._capacity(budget, images_per_row) for budget in budgets}
+
+    @property
+    def room(self) -> np.ndarray:
+        return np.where(self._apart, self.row_length, min(text for text, _ in self.capacities.values()))
 
     def _capacity(self, budget: int, images_per_row: int) -> tuple[int, int]:
         """(T, I): unless given, the least I that fills rows of a sample nearly best, with room for nearly every record
         that has an image."""
-        most, total = int(self.images.max()), int(self.images.sum())
-        if total == 0:
+        lengths, images = self.lengths[self.records], self.images[self.records]
+        most = int(images.max())
+        if most == 0:
             return self.row_length, 0
         wanted = images_per_row
         if not wanted:
-            fit = (self.images > 0) & (self.lengths <= self.row_length - most * (budget - 1))  # others are cut anyhow
-            longest = int(np.quantile(self.lengths[fit], NEARLY_ALL)) if fit.any() else self.row_length
+            fit = (images > 0) & (lengths <= self.row_length - most * (budget - 1))  # others are cut anyhow
+            longest = int(np.quantile(lengths[fit], NEARLY_ALL)) if fit.any() else self.row_length
             room = (self.row_length - longest) // max(budget - 1, 1)
-            text = self.lengths[fit].sum() / max(self.images[fit].sum(), 1)  # of an image
+            text = lengths[fit].sum() / max(images[fit].sum(), 1)  # of an image
             average = self.row_length / max(text + budget - 1, 1)
             counts = np.unique(np.clip(np.arange(-2, 2) + round(average), most, max(most, min(room, self.row_length))))
             fills = np.array([self._fill_of_sample(budget, int(count)) for count in counts])
             wanted = int(counts[np.argmax(fills >= fills.max() - 0.005)])
         text = self.row_length - wanted * (budget - 1)
-        if text < 2 or wanted < most:
-            raise ConfigError(
-                f"data.row_length={self.row_length} cannot hold {max(wanted, most)} images of {budget} tokens and text"
-            )
+        if wanted < most:
+            raise ConfigError(f"data.images_per_row={wanted}, but a record has {most} images")
+        require_room(self.row_length, wanted, budget)
         return text, wanted
 
     def _fill_of_sample(self, budget: int, images: int) -> float:
@@ -128,7 +174,7 @@ class PackPlan(Plan):
         text = self.row_length - images * (budget - 1)
         if text < 2:
             return 0.0
-        order = np.random.default_rng(0).permutation(np.flatnonzero(~self._apart))[:SAMPLE]
+        order = np.random.default_rng(0).permutation(self.records[~self._apart[self.records]])[:SAMPLE]
         live = np.minimum(self.lengths[order], text).sum() + self.images[order].sum() * (budget - 1)
         filled, pool = 0, order[:0]
         while len(order) or len(pool):
@@ -137,7 +183,7 @@ class PackPlan(Plan):
         return live / max(filled * self.row_length, 1)
 
     def _plan_epoch(self, epoch: int, first_step: int) -> list[Step]:
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.records)
         together, apart = order[~self._apart[order]], order[self._apart[order]]
         alone, none = [], order[:0]
         while len(apart) or len(none):
@@ -205,17 +251,21 @@ class GroupedPlan(Plan):
         rows: int,
         row_length: int,
         seed: int = 0,
+        faults: dict[int, BadSample] = {},
     ):
         """As PackPlan; ``row_length`` is the most slots of a row. Raises ConfigError if it cannot hold the images."""
-        super().__init__(lengths, images, budgets, rows, row_length, seed)
-        most, budget = int(self.images.max()), max(budgets)
-        if row_length - most * (budget - 1) < 2:
-            raise ConfigError(f"data.row_length={row_length} cannot hold {most} images of {budget} tokens and text")
+        super().__init__(lengths, images, budgets, rows, row_length, seed, faults)
+        self._least = require_room(row_length, int(self.images[self.records].max()), max(budgets))
+
+    @property
+    def room(self) -> np.ndarray:
+        return np.full(len(self.lengths), self._least)
 
     def _plan_epoch(self, epoch: int, first_step: int) -> list[Step]:
         rng = np.random.default_rng((self.seed, epoch))
         whole, rest = [], []
-        for group in (np.flatnonzero(self.images > 0), np.flatnonzero(self.images == 0)):
+        has_image = self.images[self.records] > 0
+        for group in (self.records[has_image], self.records[~has_image]):
             group = rng.permutation(group)
             end = len(group) // self.rows * self.rows
             whole += list(group[:end].reshape(-1, self.rows))
@@ -235,9 +285,24 @@ class GroupedPlan(Plan):
         return Step(epoch, budget, rows, text, images)
 
 
-def plan_for(cfg: DataConfig, lengths: np.ndarray, images: np.ndarray, budgets: tuple[int, ...], seed: int) -> Plan:
-    """The plan that a configuration asks for."""
-    settings = dict(budgets=budgets, rows=cfg.rows, row_length=cfg.row_length, seed=seed)
+def require_room(row_length: int, images: int, budget: int) -> int:
+    """The text tokens of a row with so many images. Raises ConfigError if there are none."""
+    text = row_length - images * (budget - 1)
+    if text < 2:
+        raise ConfigError(f"data.row_length={row_length} cannot hold {images} images of {budget} tokens and text")
+    return text
+
+
+def plan_for(
+    cfg: DataConfig,
+    lengths: np.ndarray,
+    images: np.ndarray,
+    budgets: tuple[int, ...],
+    seed: int,
+    faults: dict[int, BadSample] = {},
+) -> Plan:
+    """The plan that a configuration asks for, without the records of ``faults``."""
+    settings = dict(budgets=budgets, rows=cfg.rows, row_length=cfg.row_length, seed=seed, faults=faults)
     if cfg.packed:
         return PackPlan(lengths, images, images_per_row=cfg.images_per_row, **settings)
     return GroupedPlan(lengths, images, **settings)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import re
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +16,9 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
 class Tokenizer:
-    """ids for text and back. Id 0 is the padding and the image placeholder; ``bos`` is None where there is none."""
+    """ids for text and back. Id 0 is the padding and the image placeholder; ``bos`` is None where there is none.
+
+    A text that holds the name of a special token is text: the token itself is written by ``named``."""
 
     def __init__(self, backend, bos: str | None = BOS, eos: str = EOS):
         self._backend, self._names = backend, (bos, eos)
@@ -33,16 +38,26 @@ class Tokenizer:
             backend.add_special_tokens([AddedToken(image_token, special=True, normalized=False)])
         return backend, backend.token_to_id(image_token)
 
+    @functools.cached_property
+    def _private(self):
+        """(the tokenizer with its special tokens renamed, {name: new name}): made anew in each process, so that no text
+        can hold the new names, and only when a text is encoded."""
+        return _renamed(self._backend.to_str(), self._names)
+
+    def named(self, text: str) -> str:
+        """The text for ``encode`` and ``lengths`` in which each name of a special token stands for that token."""
+        names = self._private[1]
+        return re.sub("|".join(map(re.escape, names)), lambda found: names[found[0]], text) if names else text
+
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """(ids, character span of each id); no special token is added, ``</s>`` in the text is one."""
-        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON may hold, becomes "?"
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        """(ids, character span of each id); no special token is added."""
+        encoding = self._private[0].encode(_whole(text), add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def lengths(self, texts: list[str]) -> list[int]:
         """Number of ids of each text, on all cores."""
-        texts = [text.encode("utf-8", "replace").decode() for text in texts]
-        return [len(found) for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        texts = [_whole(text) for text in texts]
+        return [len(found) for found in self._private[0].encode_batch_fast(texts, add_special_tokens=False)]
 
     @property
     def fingerprint(self) -> str:
@@ -62,7 +77,49 @@ class Tokenizer:
         Path(path).with_name("tokenizer_config.json").write_text(json.dumps(names, indent=2))
 
     def __reduce__(self):  # worker processes get the tokenizer's text
-        return _from_text, (self._backend.to_str(), *self._names)
+        return _received, (self._backend.to_str(), *self._names)
+
+
+def _whole(text: str) -> str:
+    """The text with "?" for half a surrogate pair, which JSON may hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _renamed(text: str, names: tuple[str | None, ...]):
+    """(the ``tokenizers`` tokenizer of a JSON with its special tokens renamed, the new names).
+
+    Special are those that say so, those of ``names``, and what is written <|...|>, which some files do not mark. The
+    ids stay. The old names leave the model's vocabulary too, or a Unigram model, or BPE merges that end in one,
+    would still make the token of a text that holds its name."""
+    from tokenizers import Tokenizer as Backend
+
+    content = json.loads(text)
+    is_special = lambda token: (
+        token["special"] or token["content"] in names or re.fullmatch(r"<\|.+\|>", token["content"])
+    )
+    special = [token for token in content["added_tokens"] if is_special(token)]
+    secret = secrets.token_hex(8)
+    # The longest first, for the pattern of ``named``; hexadecimal digits survive any normalizer.
+    ordered = sorted((token["content"] for token in special), key=len, reverse=True)
+    new = {name: f"{secret}{number:06}" for number, name in enumerate(ordered)}
+    for token in special:
+        token["content"] = new[token["content"]]
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {new.get(piece, piece): id for piece, id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[new.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token") in new:
+        model["unk_token"] = new[model["unk_token"]]
+    if "merges" in model:
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        model["merges"] = [[a, b] for a, b in pairs if not new.keys() & {a, b, a + b}]
+    return Backend.from_str(json.dumps(content)), new
+
+
+@functools.lru_cache(maxsize=2)  # a worker process gets the same one with every task
+def _received(text: str, bos: str | None, eos: str) -> Tokenizer:
+    return _from_text(text, bos, eos)
 
 
 def _from_text(text: str, bos: str | None, eos: str) -> Tokenizer:
@@ -84,9 +141,13 @@ def load(path: str | Path) -> Tokenizer:
     if not file.is_file() and path.is_dir() and any((path / name).is_file() for name in FILES):
         return _convert(path)
     if not file.is_file():
-        raise TokenizerError(
-            f"tokenizer file {file} is missing; the checkpoints beside it were trained with it: restore it from a copy"
-        )
+        if (folder / "checkpoints").is_dir():
+            expected = "the checkpoints beside it were trained with it: restore it from a copy"
+        else:
+            expected = (
+                f"expected a tokenizer.json, or a Hugging Face folder with {', '.join(FILES[:-1])} or {FILES[-1]}"
+            )
+        raise TokenizerError(f"tokenizer file {file} is missing; {expected}")
     try:
         config = folder / "tokenizer_config.json"
         names = json.loads(config.read_text()) if config.is_file() else {}
@@ -141,5 +202,5 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(map(_whole, texts), trainer)
     return Tokenizer(backend)

@@ -11,23 +11,26 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, end_id, tokenize
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, asked, end_id, tokenize
 from deltallava_jax.data.images import load_image
-from deltallava_jax.errors import ConfigError
+from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.inference.generate import Engine, bucket, prompt_batch
 from deltallava_jax.inference.model import Model
 from deltallava_jax.inference.sampling import Sampling
 from deltallava_jax.models import projectors
 
+ROWS = 16  # questions a batch, where nothing is said
 Question = tuple[Sequence[Image.Image], str]  # images, which go before the text, and the text
 
 
 class Answerer:
     """A model over all devices of this process: each has its parameters and a share of a batch's rows."""
 
-    def __init__(self, model: Model, *, budget: int | None = None, rows: int = 16):
-        """rows: questions a batch, rounded up to a multiple of the devices. Raises ConfigError for a budget that the
-        projector does not make, and for a model that is not whole or has no tokenizer."""
+    def __init__(self, model: Model, *, budget: int | None = None, rows: int | str = ROWS):
+        """rows: questions a batch, rounded up to a multiple of the devices; also as text, "auto" for ROWS. Raises
+        ConfigError for what is no number above 0, for a budget that the projector does not make, and for a model that
+        is not whole or has no tokenizer."""
+        rows = _whole(rows)
         model.cfg.require_whole("a benchmark")
         if model.tokenizer is None:
             raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
@@ -38,35 +41,59 @@ class Answerer:
         shared, self._split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("rows",)))
         self._engine = Engine(jax.device_put(model.params, shared), model.cfg)
 
-    def __call__(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
+    def __call__(self, questions: Sequence[Question], max_new_tokens: int) -> list[str | BadSample]:
         """An answer to each, in order. Questions with as many images, up to ``rows`` of them, are one batch, filled up
-        by its last question: few shapes, few compiles. Raises BadSample for an image that cannot be read."""
-        answers = [""] * len(questions)
+        by its last question: few shapes, few compiles. An image that cannot be read is answered with the BadSample
+        that says why."""
+        seen = [self._pixels(images) for images, _ in questions]
+        answers = [found if isinstance(found, BadSample) else "" for found in seen]
         for count in sorted({len(images) for images, _ in questions}):
-            places = [place for place, (images, _) in enumerate(questions) if len(images) == count]
+            able = [place for place, answer in enumerate(answers) if not isinstance(answer, BadSample)]
+            places = [place for place in able if len(questions[place][0]) == count]
             for start in range(0, len(places), self.rows):
                 chosen = places[start : start + self.rows]
                 filled = chosen + chosen[-1:] * (self.rows - len(chosen))
-                found = self._batch([questions[place] for place in filled], count, max_new_tokens)
-                for place, answer in zip(chosen, found, strict=True):
+                texts, pixels = [questions[place][1] for place in filled], [seen[place] for place in filled]
+                found = self._batch(texts, pixels, count, max_new_tokens)
+                for place, answer in zip(chosen, found[: len(chosen)], strict=True):
                     answers[place] = answer
         return answers
 
-    def _batch(self, questions: list[Question], images: int, max_new_tokens: int) -> list[str]:
+    def _pixels(self, images: Sequence[Image.Image]) -> list[np.ndarray] | BadSample:
+        size, fill = self.model.cfg.vision.image_size, self.model.cfg.vision.mean_color
+        try:
+            return [load_image(image, size, self.model.aspect, fill) for image in images]
+        except BadSample as error:
+            return error
+
+    def _batch(
+        self, questions: list[str], pixels: list[list[np.ndarray]], images: int, max_new_tokens: int
+    ) -> list[str]:
         model, template = self.model, TEMPLATES[self.model.template]
-        texts = [(f"{IMAGE}\n" * images + text.replace(IMAGE, ""), None) for _, text in questions]
-        prompts = [tokenize([text], template, model.tokenizer) for text in texts]
+        conversations = [asked([(text.replace(IMAGE, ""), None)], images) for text in questions]
+        read = projectors.question_length(model.cfg.projector)
+        prompts = [tokenize(each, template, model.tokenizer, question_length=read) for each in conversations]
         length = bucket(max(len(prompt.ids) for prompt in prompts))
         batch = jax.device_put(prompt_batch(prompts, length), self._split)
         visual = None, None
         if images:
-            size, fill = model.cfg.vision.image_size, model.cfg.vision.mean_color
-            pixels = [load_image(image, size, model.aspect, fill) for shown, _ in questions for image in shown]
-            pixels = jax.device_put(np.stack(pixels), self._split)
-            visual = self._engine.encode(pixels, batch, budget=self.budget)
+            stacked = jax.device_put(np.stack([image for shown in pixels for image in shown]), self._split)
+            visual = self._engine.encode(stacked, batch, budget=self.budget)
         sampling = Sampling(max_new_tokens=max_new_tokens)
         ids = self._engine.tokens(batch, *visual, sampling, end=end_id(template, model.tokenizer))
         return [model.tokenizer.decode(row) for row in ids]
+
+
+def _whole(rows: int | str) -> int:
+    if rows == "auto" or str(rows).startswith("auto:"):  # as lmms-eval writes it
+        return ROWS
+    try:
+        count = int(rows)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ConfigError(f"batch_size={rows}; expected a number of questions, 1 or more, or auto")
+    return count
 
 
 class Kept:

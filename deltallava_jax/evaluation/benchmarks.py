@@ -19,6 +19,7 @@ from deltallava_jax import cli
 from deltallava_jax.config import Config, to_dict
 from deltallava_jax.inference.model import Model
 from deltallava_jax.parallel import hosts
+from deltallava_jax.workdir import Workdir
 
 PACKAGES = ("jax", "flax", "numpy", "pillow", "tokenizers", "transformers", "lmms-eval", "datasets", "torch")
 
@@ -28,19 +29,20 @@ def run(
     cfg: Config,
     tasks: Sequence[str],
     budgets: Sequence[int],
-    folder: Path,
+    workdir: Workdir,
     *,
     step: int,
     options: argparse.Namespace,
 ) -> None:
-    """Writes FOLDER/TASK.json and FOLDER/TASK_BUDGET.json for each task and budget.
+    """Writes a result for each task and budget (``Workdir.write_report``).
 
-    Answers are kept in FOLDER/answers: a killed run goes on with them, and asks nothing twice. options:
+    Answers are kept in WORKDIR/eval/answers: a killed run goes on with them, and asks nothing twice. options:
     eval.py's offline, limit, batch and overrides. Raises ConfigError as evaluation/lmms.py does."""
     if options.offline:  # before anything imports the library that looks at them
         os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
     from deltallava_jax.evaluation import lmms
 
+    folder = workdir.results
     for budget in budgets:
         began = time.monotonic()
         # Another step or setting gives other answers; what is asked is part of each answer's key.
@@ -52,7 +54,7 @@ def run(
         scratch = folder / "lmms" / str(jax.process_index())
         scored = lmms.evaluate(asked, tasks, scratch, offline=options.offline, limit=options.limit)
         common = {
-            "model": str(folder.parent),
+            "model": str(workdir),
             "system": "fastv" if cfg.model.fastv else cfg.model.projector.name,
             "step": step,
             "budget": budget,
@@ -65,11 +67,10 @@ def run(
             "seconds": round(time.monotonic() - began, 1),
         }
         for task, report in scored.items() if hosts.leads() else ():
-            text = json.dumps({"task": task} | report | common, indent=2)
-            for name in (task, f"{task}_{budget}"):
-                (folder / f"{name}.json").write_text(text)
+            workdir.write_report({"task": task} | report | common)
             metrics = ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items())
-            cli.say(f"{task} at {budget} tokens, {report['n']} documents: {metrics}")
+            unread = f" ({len(report['unread'])} with an image that cannot be read)" if report["unread"] else ""
+            cli.say(f"{task} at {budget} tokens, {report['n']} documents{unread}: {metrics}")
 
 
 def versions() -> dict[str, str]:

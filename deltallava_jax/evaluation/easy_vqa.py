@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from deltallava_jax.config import Config
 from deltallava_jax.data import easy_vqa
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, end_id, tokenize
+from deltallava_jax.data.conversation import TEMPLATES, asked, end_id, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import ConfigError
@@ -18,6 +18,8 @@ from deltallava_jax.inference.generate import Engine, prompt_batch
 from deltallava_jax.inference.sampling import Sampling
 from deltallava_jax.models import projectors
 from deltallava_jax.models.layers import Params
+from deltallava_jax.parallel import hosts
+from deltallava_jax.progress import progress_bar
 
 IMAGE_BATCH = 64
 CONTROLS = ("shuffled", "noise")
@@ -33,7 +35,7 @@ def evaluate(
     limit: int = 0,
     progress: bool = True,
 ) -> dict:
-    """Accuracy on the test questions, in all and by question type.
+    """Accuracy on the test questions, in all and by question type; every process calls it and has the whole result.
 
     budget: visual tokens an image (the largest by default). control: what an answer is worth without its image;
     "shuffled": every question is asked about another test image's picture, "noise": about none that it has seen the
@@ -47,6 +49,8 @@ def evaluate(
     questions = easy_vqa.questions("test")
     if limit and limit < len(questions):
         questions = [questions[i] for i in np.linspace(0, len(questions) - 1, limit).astype(int)]
+    # Every process asks its share, at least one, so that all have something to compile.
+    everyones, questions = questions, questions[jax.process_index() :: jax.process_count()] or questions[:1]
     images = sorted({q.image for q in questions})
     pixels = _pixels(cfg, images, control)
     place = {image: index for index, image in enumerate(images)}
@@ -54,11 +58,12 @@ def evaluate(
     engine, sampling = Engine(params, cfg.model), Sampling(max_new_tokens=cfg.evaluation.max_new_tokens)
     visual, valid = (None, None) if asks else _encode(engine, pixels, budget)
     template = TEMPLATES[cfg.data.template]
-    prompts = [tokenize([(f"{IMAGE}\n{q.question}", None)], template, tokenizer) for q in questions]
+    read = projectors.question_length(cfg.model.projector)
+    prompts = [tokenize(asked([(q.question, None)], 1), template, tokenizer, question_length=read) for q in questions]
     length = max(len(prompt.ids) for prompt in prompts)
     size = min(cfg.evaluation.batch_size, len(questions))
     answers = []
-    for start in tqdm(range(0, len(questions), size), "answering", unit="batch", disable=not progress, leave=False):
+    for start in progress_bar(range(0, len(questions), size), "answering", unit="batches", shown=progress):
         # The last batch is filled up by repeating its last question: one shape, one compile.
         chosen = [min(start + i, len(questions) - 1) for i in range(size)]
         batch, shown = prompt_batch([prompts[i] for i in chosen], length), [place[questions[i].image] for i in chosen]
@@ -68,13 +73,15 @@ def evaluate(
             these = visual[shown], None if valid is None else valid[shown]
         ids = engine.tokens(batch, *these, sampling, end=end_id(template, tokenizer))
         answers += [tokenizer.decode(row) for row in ids]
+    told = [json.loads(text) for text in hosts.gather(json.dumps(answers))]
+    answers = [told[place % len(told)][place // len(told)] for place in range(len(everyones))]
     right: dict[str, list[bool]] = {}
-    for question, answer in zip(questions, answers[: len(questions)], strict=True):  # without the repeats
+    for question, answer in zip(everyones, answers, strict=True):
         right.setdefault(question.type, []).append(answer == question.answer)
     return {
         "task": "easy_vqa",
         "accuracy": float(np.mean([hit for hits in right.values() for hit in hits])),
-        "n": len(questions),
+        "n": len(everyones),
         "by_type": {kind: {"accuracy": float(np.mean(hits)), "n": len(hits)} for kind, hits in sorted(right.items())},
         "budget": budget,
         "images": control or "real",

@@ -18,13 +18,15 @@ from pathlib import Path
 
 import jax
 from lmms_eval.api.model import lmms
-from tqdm import tqdm
+from PIL import Image
 
-from deltallava_jax.errors import ConfigError
-from deltallava_jax.evaluation.answers import Answerer, Kept
-from deltallava_jax.evaluation.tasks import DATA, official_name
+from deltallava_jax import cli
+from deltallava_jax.errors import BadSample, ConfigError
+from deltallava_jax.evaluation.answers import ROWS, Answerer, Kept, Question
+from deltallava_jax.evaluation.tasks import DATA, not_fetched, official_name
 from deltallava_jax.inference.model import Model
 from deltallava_jax.parallel import hosts
+from deltallava_jax.progress import progress_bar
 
 MAX_NEW_TOKENS = 1024  # lmms-eval's LLaVA model, where a task does not say
 
@@ -47,22 +49,24 @@ class DeltaLlava(lmms):
         self,
         path: str | Model,
         budget: int | None = None,
-        batch_size: int | str = 16,
+        batch_size: int | str = ROWS,
         answers: str | Path | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
     ):
         """path: a workdir, a folder in Hugging Face's or LLaVA's layout, or a loaded model. budget: visual tokens an
-        image. batch_size: questions at a time. answers: a folder that keeps finished answers: with the same folder a
-        run goes on where it was killed. device, max_batch_size: what lmms-eval passes; JAX has its devices already.
+        image. batch_size: questions at a time, or "auto". answers: a folder that keeps finished answers: with the same
+        folder a run goes on where it was killed. device, max_batch_size: what lmms-eval passes; JAX has its devices
+        already.
 
         Several processes of one jax.distributed run share the questions, and each gets all the answers."""
         super().__init__()
         import deltallava_jax
 
         model = path if isinstance(path, Model) else deltallava_jax.load(path)
-        self._answer = Answerer(model, budget=budget, rows=int(batch_size))
+        self._answer = Answerer(model, budget=budget, rows=batch_size)
         self._kept = Kept(Path(answers) if answers else None, jax.process_index())
+        self.unread: dict[str, str] = {}  # TASK/SPLIT/DOCUMENT -> why its image cannot be read; its answer is empty
         self._budget, self.batch_size = self._answer.budget, self._answer.rows
 
     @property
@@ -79,20 +83,27 @@ class DeltaLlava(lmms):
         open_ = [place for place in range(len(keys)) if place not in done]
         # Short prompts together; every process takes each n-th question, so that all have as much to do.
         open_.sort(key=lambda place: (_most(requests[place]), len(requests[place].args[0]), place))
-        mine, new = open_[jax.process_index() :: jax.process_count()], {}
-        bar = tqdm(total=len(mine), desc="answering", unit="question", disable=jax.process_index() > 0 or not mine)
+        mine, new, unread = open_[jax.process_index() :: jax.process_count()], {}, {}
+        bar = progress_bar(
+            what="answering", total=len(mine), unit="questions", shown=hosts.leads() and bool(mine), keep=True
+        )
         while mine:
             most = _most(requests[mine[0]])
             chosen = [place for place in mine[: self.batch_size] if _most(requests[place]) == most]
             mine = mine[len(chosen) :]
-            found = dict(
-                zip(chosen, self._answer([self._question(requests[place]) for place in chosen], most), strict=True)
-            )
-            self._kept.add({keys[place]: answer for place, answer in found.items()})
-            new |= found
+            asked = {place: self._question(requests[place]) for place in chosen}
+            found = {place: bad for place, bad in asked.items() if isinstance(bad, BadSample)}
+            able = [place for place in chosen if place not in found]
+            found |= zip(able, self._answer([asked[place] for place in able], most), strict=True)
+            bad = {place: str(answer) for place, answer in found.items() if isinstance(answer, BadSample)}
+            answered = {place: answer for place, answer in found.items() if place not in bad}
+            self._kept.add({keys[place]: answer for place, answer in answered.items()})
+            new, unread = new | answered, unread | bad
             bar.update(len(chosen))
         bar.close()
-        done |= self._of_all(new)
+        unread = self._of_all(unread)
+        self._list({_document(requests[place]): reason for place, reason in sorted(unread.items())})
+        done |= self._of_all(new) | dict.fromkeys(unread, "")
         return [UNPRINTABLE.sub("", done[place]) for place in range(len(keys))]
 
     def loglikelihood(self, requests: Sequence):
@@ -101,16 +112,29 @@ class DeltaLlava(lmms):
     def generate_until_multi_round(self, requests: Sequence):
         raise NotImplementedError("tasks of several rounds are not here: deltallava_jax answers one")
 
-    def _question(self, request):
+    def _question(self, request) -> Question | BadSample:
         context, _, doc_to_visual, document, task, split = request.args
-        return doc_to_visual(self.task_dict[task][split][document]) or [], context
+        try:
+            return doc_to_visual(self.task_dict[task][split][document]) or [], context
+        except (OSError, Image.DecompressionBombError) as error:
+            if getattr(error, "errno", None):  # of the disk, not of the image
+                raise
+            return BadSample(f"image: {error}", "unreadable")
+
+    def _list(self, unread: dict[str, str]) -> None:
+        """Keeps and names the documents whose image cannot be read."""
+        self.unread |= unread
+        if unread and hosts.leads():
+            cli.say(f"{len(unread)} answers are empty, as an image of the question cannot be read:")
+            for document, reason in unread.items():
+                cli.say(f"  {document}: {reason}")
 
     def _key(self, request) -> str:
         """Says whether a kept answer is to this very request: the data, the prompt and the tokens it may take."""
         context, _, _, document, task, split = request.args
         data = getattr(self.task_dict[task][split], "_fingerprint", "")
         asked = json.dumps([data, context, _most(request), self._budget])
-        return f"{task}/{split}/{document}/{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+        return f"{_document(request)}/{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
 
     @staticmethod
     def _of_all(own: dict[int, str]) -> dict[int, str]:
@@ -121,6 +145,10 @@ class DeltaLlava(lmms):
         return found
 
 
+def _document(request) -> str:
+    return "/".join(map(str, (*request.args[4:6], request.args[3])))
+
+
 def _most(request) -> int:
     return int(request.args[1].get("max_new_tokens") or MAX_NEW_TOKENS)
 
@@ -129,10 +157,11 @@ def _most(request) -> int:
 
 
 def evaluate(model: lmms, tasks: Sequence[str], folder: Path, *, offline: Path | None = None, limit: int = 0) -> dict:
-    """{task: {"metrics": {name: value}, "n": documents}} of official tasks by name.
+    """{task: {"metrics": {name: value}, "n": documents, "unread": {document: reason}}} of official tasks by name.
 
     folder: for the files that scorers write. offline: a folder of local copies, one a task (evaluation/tasks.py).
-    limit: only the first documents. Raises ConfigError for an unknown task or a missing copy."""
+    limit: only the first documents. Raises ConfigError for an unknown task, a missing copy, or data that cannot be
+    fetched."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
@@ -150,18 +179,25 @@ def evaluate(model: lmms, tasks: Sequence[str], folder: Path, *, offline: Path |
     # What the command line would hold: scorers write below output_path, and take documents without their images.
     options = argparse.Namespace(output_path=str(folder), process_with_media=False)
     with contextlib.redirect_stdout(sys.stderr):  # scorers talk
-        found = simple_evaluate(
-            model, tasks=list(names.values()), task_manager=manager, cli_args=options, batch_size=model.batch_size,
-            limit=limit or None, log_samples=False, bootstrap_iters=0, verbosity="ERROR",
-        )  # fmt: skip
-    return {task: _scores(found, name) for task, name in names.items()}
+        try:
+            found = simple_evaluate(
+                model, tasks=list(names.values()), task_manager=manager, cli_args=options, batch_size=model.batch_size,
+                limit=limit or None, log_samples=False, bootstrap_iters=0, verbosity="ERROR",
+            )  # fmt: skip
+        except Exception as error:
+            if reason := not_fetched(error):
+                raise ConfigError(f"the data of {', '.join(tasks)} is not here: {reason}") from error
+            raise
+    return {task: _scores(found, name, getattr(model, "unread", {})) for task, name in names.items()}
 
 
-def _scores(found: dict, name: str) -> dict:
+def _scores(found: dict, name: str, unread: dict[str, str]) -> dict:
     """Of a task or, for a group, of the group."""
+    tasks = found.get("group_subtasks", {}).get(name) or [name]
     metrics = {}
     for key, value in found["results"][name].items():
         metric, _, rule = key.partition(",")
         if rule and "_stderr" not in metric and isinstance(value, (int, float)):
             metrics[metric] = float(value)
-    return {"metrics": metrics, "n": found["n-samples"][name]["effective"]}
+    own = {document: reason for document, reason in unread.items() if document.split("/")[0] in tasks}
+    return {"metrics": metrics, "n": found["n-samples"][name]["effective"], "unread": own}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from deltallava_jax.workdir import Workdir
 
 # Column -> (task, metric, factor to the paper's scale)
 COLUMNS = {
@@ -59,7 +60,7 @@ Nocaps and Flickr30k CIDEr; MMBench is read without GPT unless OPENAI_API_KEY is
 def table(folders: Sequence[Path]) -> str:
     """Markdown: a row for each workdir and number of tokens with results in its ``eval`` folder, then the paper's.
 
-    Only columns that one of ours has. A result of fewer documents (--limit) is marked with *."""
+    Only columns that one of ours has, and whole evaluations (``Workdir.reports``)."""
     ours = [row for folder in folders for row in _ours(folder)]
     columns = [place for place in range(len(COLUMNS)) if any(cells[place] for _, _, cells in ours)]
     rows = [(name, tokens, [cells[place] or "" for place in columns]) for name, tokens, cells in ours]
@@ -76,9 +77,8 @@ def table(folders: Sequence[Path]) -> str:
 def _ours(folder: Path) -> list[tuple[str, str, list[str]]]:
     """(workdir, tokens, a cell a column) of each budget of a workdir, the most tokens first."""
     found: dict[int, dict[str, dict]] = {}
-    for file in sorted((folder / "eval").glob("*.json")):
-        report = json.loads(file.read_text())
-        if file.stem == f"{report.get('task')}_{report.get('budget')}" and "metrics" in report:
+    for report in Workdir(folder).reports():
+        if "metrics" in report:
             found.setdefault(report["budget"], {})[report["task"]] = report
     rows = []
     for budget, reports in sorted(found.items(), reverse=True):
@@ -86,6 +86,6 @@ def _ours(folder: Path) -> list[tuple[str, str, list[str]]]:
         for task, metric, factor in COLUMNS.values():
             report = reports.get(task)
             value = report["metrics"].get(metric) if report else None
-            cells.append("" if value is None else f"{factor * value:.1f}{'*' if report['limit'] else ''}")
+            cells.append("" if value is None else f"{factor * value:.1f}")
         rows.append((folder.name, str(budget), cells))
     return rows

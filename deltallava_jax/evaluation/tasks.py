@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -44,23 +45,52 @@ def official_name(task: str, offline: bool) -> str:
     return task
 
 
+def local_copy(task: str, data: Path) -> Path:
+    """The folder DATA/TASK. Raises ConfigError for a task that is not one of ours, and with what is expected there."""
+    if task not in DATA:
+        raise ConfigError(f"--offline knows no task {task!r}; known: {', '.join(DATA)}")
+    split, copy = DATA[task][1], (data / task).resolve()
+    try:
+        splits = json.loads((copy / "dataset_dict.json").read_text())["splits"]
+        found = f"it has the splits {', '.join(splits)}"
+    except (OSError, ValueError, KeyError, TypeError):
+        splits = ()
+        alone = any((folder / "dataset_info.json").is_file() for folder in (copy, copy / split))
+        found = "it holds a Dataset" if alone else "nothing is saved there" if copy.exists() else "it does not exist"
+    if split not in splits or not (copy / split).is_dir():
+        raise ConfigError(
+            f"--offline {data}: expected {copy} to be a DatasetDict with the split {split!r}, but {found}; save it as "
+            f"datasets.DatasetDict({{{split!r}: data}}).save_to_disk({str(copy)!r})"
+        )
+    return copy
+
+
+def not_fetched(error: BaseException) -> str | None:
+    """One line on an error of Hugging Face's hub or of lmms-eval's retries around it; None for any other error."""
+    retried = type(error).__name__ == "RetryError" and hasattr(error, "last_attempt")  # tenacity's: it hides the cause
+    error = (retried and error.last_attempt.exception()) or error
+    of_the_hub = any(kind.__module__.split(".")[0] in ("huggingface_hub", "datasets") for kind in type(error).__mro__)
+    if not (of_the_hub or (retried and isinstance(error, OSError))):  # scoring is tried several times as well
+        return None
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return (
+        f"{type(error).__name__}: {line.rstrip('.')}. Some data sets are given only to those who are logged in "
+        "(hf auth login) and have accepted their terms; copies on disk are read with --offline"
+    )
+
+
 def write_offline(tasks: Sequence[str], data: Path, folder: Path) -> Path:
     """Task files for local copies: DATA/TASK is what ``datasets.DatasetDict.save_to_disk`` wrote, with the task's split
     and the official columns, and for GQA the image itself in each row (column ``image``). Returns their folder.
 
-    Raises ConfigError for a task that is not one of ours or a copy that is not there."""
+    Raises ConfigError as ``local_copy`` does."""
+    copies = {task: local_copy(task, data) for task in tasks}
     official = Path(importlib.util.find_spec("lmms_eval").origin).parent / "tasks"
     written = folder / "tasks"
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
-    for task in tasks:
-        if task not in DATA:
-            raise ConfigError(f"--offline knows no task {task!r}; known: {', '.join(DATA)}")
-        path, split = DATA[task]
-        copy = (data / task).resolve()
-        if not (copy / split).is_dir():
-            raise ConfigError(f"--offline {data}: no {copy / split}; expected a data set saved there with save_to_disk")
-        lines = [f"include: {official / path}", f"task: {task}", f"dataset_path: {copy}"]
+    for task, copy in copies.items():
+        lines = [f"include: {official / DATA[task][0]}", f"task: {task}", f"dataset_path: {copy}"]
         lines += ["dataset_name: null", "dataset_kwargs:", "  load_from_disk: true"]
         lines += ["process_docs: null"] if task == "gqa" else []  # it would fetch the images
         (written / f"{task}.yaml").write_text("\n".join(lines) + "\n")

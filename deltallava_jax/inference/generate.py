@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import reprlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
@@ -34,16 +38,8 @@ def prompt_batch(prompts: Sequence[Tokenized], length: int) -> Batch:
     """Prompts, one a row, padded on the right to ``length`` text tokens; images are given encoded.
 
     Raises ValueError for a prompt that is longer or empty."""
-    rows = len(prompts)
     images = max(len(prompt.image_positions) for prompt in prompts)
-    batch = Batch(
-        tokens=np.zeros((rows, length), np.int32),
-        loss_mask=np.zeros((rows, length), bool),
-        segments=np.zeros((rows, length), np.int32),
-        image_positions=np.full((rows, images), length, np.int32),
-        images=np.zeros((rows, images, 0, 0, 3), np.uint8),
-        questions=np.zeros((rows, images, 2), np.int32),
-    )
+    batch = Batch.empty(len(prompts), length, images, question=prompts[0].questions.shape[1])
     for row, prompt in enumerate(prompts):
         count = len(prompt.ids)
         if not 0 < count <= length:
@@ -51,7 +47,8 @@ def prompt_batch(prompts: Sequence[Tokenized], length: int) -> Batch:
         batch.tokens[row, :count] = prompt.ids
         batch.segments[row, :count] = 1
         batch.image_positions[row, : len(prompt.image_positions)] = prompt.image_positions
-        batch.questions[row, : len(prompt.questions)] = prompt.questions
+        if batch.questions is not None:
+            batch.questions[row, : len(prompt.questions)] = prompt.questions
     return batch
 
 
@@ -76,12 +73,29 @@ class Engine:
     ) -> tuple[Float[Array, "n V d"], Bool[Array, "n V"] | None]:
         """Visual tokens of images, which fill the image places of ``prompts`` row by row; and which of them are there.
 
-        Raises ConfigError for a budget that the projector does not make."""
+        Raises ConfigError as ``budget``, ValueError where ``prompts`` has another number of places."""
+        budget = self.budget(budget)
+        if prompts is not None:
+            _check_places(prompts, len(images))
         if not len(images):
             return np.zeros((0, 1, self.cfg.decoder.width), self.cfg.dtype), None
-        budget = projectors.check_budget(self.cfg.projector, budget)
         asked = prompts if projectors.reads_question(self.cfg.projector) else None
         return device.encode(self.params, self.cfg, images, asked, budget=budget)
+
+    def budget(self, asked: int | None) -> int:
+        """Visual tokens an image: ``asked``, or by default the most (1 for a decoder alone, which has no images).
+
+        Raises ConfigError for a number that the projector does not make."""
+        if asked is not None and (isinstance(asked, bool) or not isinstance(asked, (int, np.integer))):
+            raise ConfigError(f"budget={reprlib.repr(asked)}; expected a whole number of visual tokens an image")
+        if self.cfg.whole:
+            try:
+                return projectors.check_budget(self.cfg.projector, asked)
+            except ConfigError as error:
+                raise ConfigError(f"budget: {error}") from error
+        if asked is not None:
+            raise ConfigError(f"budget={asked}: the model has no vision tower, so it cannot read images")
+        return 1
 
     def begin(
         self,
@@ -95,7 +109,9 @@ class Engine:
     ) -> Slots:
         """Slots that have read their prompts and said one token, one a row, with room for the longest answer.
 
-        capacity: slots of a row, if not as few as will do."""
+        capacity: slots of a row, if not as few as will do. Raises ValueError where the places for images are not as
+        many as the images."""
+        _check_places(prompts, len(visual))
         answer = max(row.max_new_tokens for row in sampling)
         capacity = capacity or bucket(self.slots_of(prompts, visual.shape[1]) + answer)
         return device.prefill(
@@ -111,7 +127,10 @@ class Engine:
         sampling: Sampling,
         end: int,
     ) -> Slots:
-        """One conversation that goes on, with the caches that it has; they grow where the room is too small."""
+        """One conversation that goes on, with the caches that it has; they grow where the room is too small.
+
+        Raises ValueError as ``begin``."""
+        _check_places(prompts, len(visual))
         cache = slots.caches[0]
         needed = int(cache.length[0]) + self.slots_of(prompts, visual.shape[1]) + sampling.max_new_tokens
         if needed > min(cache.live.shape[1] for cache in slots.caches):
@@ -151,6 +170,13 @@ class Engine:
     def slots_of(prompts: Batch, budget: int) -> int:
         """Slots of a row whose images take ``budget`` each."""
         return prompts.tokens.shape[1] + prompts.image_positions.shape[1] * (budget - 1)
+
+
+def _check_places(prompts: Batch, images: int) -> None:
+    """Without it, places beyond the images would read as NaN, and images beyond the places be lost."""
+    rows, places = prompts.image_positions.shape
+    if rows * places != images:
+        raise ValueError(f"{rows} prompts with {places} image places each, but {images} images")
 
 
 class Text:
@@ -193,41 +219,85 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
+class Clock:
+    """Seconds of ``with clock:`` blocks, those of tracing and compiling apart."""
+
+    def __init__(self):
+        self.seconds, self.compiling = 0.0, 0.0
+
+    def __enter__(self):
+        _listen()
+        self._began, _programs.spans = time.perf_counter(), []
+
+    def __exit__(self, *_):
+        end, compiling, reached = time.perf_counter(), 0.0, self._began
+        spans = _programs.__dict__.pop("spans")
+        for begin, until in sorted(spans):  # tracing a function holds tracing those in it: each second counts once
+            compiling += max(until - max(begin, reached), 0)
+            reached = max(until, reached)
+        self.seconds += end - self._began - compiling
+        self.compiling += compiling
+
+
+_programs = threading.local()  # spans: when this thread has traced and compiled since a clock began
+
+
+@functools.cache
+def _listen() -> None:
+    def note(event: str, seconds: float, **_) -> None:
+        if event.startswith("/jax/core/compile/") and hasattr(_programs, "spans"):
+            now = time.perf_counter()
+            _programs.spans.append((now - seconds, now))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+
+
 class Answer:
     """One answer while it is made: iterate over it for the pieces of its text.
 
-    text, finish ("stop", "length", or "cancelled"): of what was said so far. tokens: how many were. seconds_to_first,
-    seconds: from the start to the first token, and to the last, without what the caller did between two pieces."""
+    text, finish ("stop", "length", or "cancelled"): of what was said so far. tokens: how many were. seed: what it was
+    drawn with. seconds_to_first, seconds: from the start to the first token, and to the last, without what the caller
+    did between two pieces and without seconds_compiling."""
 
-    def __init__(self, engine: Engine, begin: Callable[[], Slots], text: Text, stride: int = STREAMED):
+    def __init__(
+        self, engine: Engine, begin: Callable[[Sampling], Slots], text: Text, sampling: Sampling, stride: int = STREAMED
+    ):
+        """begin: makes the slots, for a sampling that has a seed."""
         self._engine, self._begin, self._text, self._stride = engine, begin, text, stride
-        self._cancelled = False
+        self._sampling, self._clock, self._cancelled = sampling.seeded(), Clock(), False
+        self.seed = self._sampling.seed
         self.slots: Slots | None = None
         self.said: list[int] = []  # by the device, which may be past a stop text
-        self.tokens, self.seconds_to_first, self.seconds = 0, 0.0, 0.0
+        self.tokens, self.seconds_to_first = 0, 0.0
 
     def __iter__(self) -> Iterator[str]:
-        began = time.perf_counter()
-        self.slots = self._begin()
-        new = np.asarray(self.slots.token).tolist()
-        self.seconds_to_first = time.perf_counter() - began
+        with self._clock:
+            self.slots = self._begin(self._sampling)
+            new = np.asarray(self.slots.token).tolist()
+        self.seconds_to_first = self.seconds
         while True:
             self.said += new
-            self.seconds = time.perf_counter() - began
             for token in new:
                 self.tokens += 1
                 piece = self._text.add(token)
                 if piece:
-                    left = time.perf_counter()
                     yield piece
-                    began += time.perf_counter() - left
                 if self._text.finish:
                     break
             if self._text.finish or self._cancelled or not bool(self.slots.going[0]):
                 break
-            self.slots, (new,) = self._engine.decode(self.slots, self._stride)
+            with self._clock:
+                self.slots, (new,) = self._engine.decode(self.slots, self._stride)
         if rest := self._text.close():
             yield rest
+
+    @property
+    def seconds(self) -> float:
+        return self._clock.seconds
+
+    @property
+    def seconds_compiling(self) -> float:
+        return self._clock.compiling
 
     @property
     def text(self) -> str:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
 
 from deltallava_jax.config import ModelConfig
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, Tokenized, end_id, tokenize
+from deltallava_jax.config.checks import nearest
+from deltallava_jax.data.conversation import (
+    TEMPLATES,
+    Conversation,
+    Template,
+    Tokenized,
+    asked,
+    end_id,
+    end_ids,
+    tokenize,
+)
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import ConfigError
@@ -24,17 +38,43 @@ Picture = str | Path | bytes | np.ndarray | Image.Image  # a file, its bytes, pi
 Pictures = Picture | Sequence[Picture] | None
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """What ``deltallava_jax.load`` returns. ``tokenizer`` is None where the checkpoint holds none.
 
-    params: the decoder in the form of ``decoder.unstacked``. aspect: how images become square, as in DataConfig."""
+    params: the decoder in the form of ``decoder.unstacked``. template: None for a decoder alone that continues texts as
+    they stand. aspect: how images become square, as in DataConfig."""
 
     cfg: ModelConfig
     params: Params
     tokenizer: Tokenizer | None
-    template: str = "vicuna_v1"
+    template: str | None = "vicuna_v1"
     aspect: str = "square"
+
+    def __repr__(self) -> str:
+        """Three lines: the parts and their parameters, the visual tokens of an image, how texts are read."""
+        parts = [
+            f"{self.cfg.projector.name + ' ' if part == 'projector' else ''}{part} {_short(sizes)}"
+            for part, tree in self.params.items()
+            if (sizes := sum(leaf.size for leaf in jax.tree.leaves(tree)))
+        ]
+        tokens = "none"
+        if self.cfg.projector:
+            tokens = ", ".join(map(str, projectors.budgets(self.cfg.projector))) + f" ({self.aspect} images)"
+        words = "none" if self.tokenizer is None else f"{self.tokenizer.vocab_size:,} tokens"
+        return (
+            f"Model of {', '.join(parts)} parameters, computing in {self.cfg.dtype}\n"
+            f"  visual tokens an image: {tokens}\n"
+            f"  tokenizer: {words}; template: {self.template}"
+        )
+
+    def with_template(self, name: str) -> Model:
+        """The same model, prompted by another template. Raises ConfigError for one that is not known, or whose end of
+        an answer is no token of this tokenizer."""
+        end = check_template(name).end
+        if self.tokenizer is not None and end.startswith("<") and len(end_ids(TEMPLATES[name], self.tokenizer)) != 1:
+            raise ConfigError(f"template {name} closes answers with {end}, which is no token of this tokenizer")
+        return dataclasses.replace(self, template=name)
 
     @functools.cached_property
     def engine(self) -> Engine:
@@ -58,7 +98,8 @@ class Model:
         images: a file, its bytes, pixels (uint8 [H, W, 3]), a PIL image, or a list of them. budget: visual tokens an
         image, the projector's largest by default. on_text: is called with each piece of the text as it comes.
         sampling: fields of ``Sampling``; greedy, up to 128 tokens by default. A decoder alone continues the prompt as
-        it stands. Raises ConfigError for a setting or budget out of range or a model without the parts it takes,
+        it stands, special tokens by their names. Before anything is computed it raises TypeError for an argument of
+        another type or name, ConfigError for a setting or budget out of range or a model without the parts it takes,
         BadSample for an image that cannot be read."""
         answer = self.stream(images, prompt, budget=budget, **sampling)
         for piece in answer:
@@ -76,8 +117,10 @@ class Model:
             print(answer.tokens, answer.seconds_to_first, answer.seconds, answer.finish)
 
         Arguments and errors as of ``generate``."""
-        asked = self.ask([(prompt, None)], images)
-        return self.answer(asked, self.pixels(images), budget=budget, **sampling)
+        settings = Sampling.of(sampling)
+        _check(prompt, images)
+        prompted = self.ask([(prompt, None)], images)
+        return self.answer(prompted, self.pixels(images), settings, budget=budget)
 
     def chat(self, *, budget: int | None = None, **sampling) -> Chat:
         """A conversation: an image is encoded once, and each turn reads only what is new.
@@ -88,34 +131,47 @@ class Model:
             for piece in chat.stream("and what shape is it?"):
                 print(piece, end="", flush=True)
 
-        budget and sampling as of ``generate``, for all its answers."""
-        return Chat(self, budget, Sampling(**sampling))
+        budget and sampling as of ``generate``, for all its answers; with a seed, each answer has the next one."""
+        return Chat(self, budget, Sampling.of(sampling))
 
     # ------------------------------------------------------------------ the parts of an answer
 
     def ask(
-        self, pairs: list[tuple[str, str | None]], images: Pictures = None, *, continues: bool = False
+        self,
+        pairs: list[tuple[str, str | None]],
+        images: Pictures = None,
+        *,
+        system: str | None = None,
+        continues: bool = False,
     ) -> Tokenized:
-        """A conversation up to a question, as the model's template puts it; images without a marker of their own go
-        before the last question.
+        """(question, answer) pairs up to a question, as the model's template puts them; ``<image>`` in a question is
+        the place of an image, and without any the images go before the last question.
 
-        continues: what follows an answer. Raises ConfigError as ``generate``."""
+        system: in place of the template's own system text. continues: what follows an answer. Raises ConfigError as
+        ``generate``."""
+        return self.prompt(asked(pairs, len(_listed(images)), system), continues=continues)
+
+    def prompt(self, conversation: Conversation, *, continues: bool = False) -> Tokenized:
+        """A conversation up to a question, as the model's template puts it. Raises ConfigError as ``generate``, and for
+        a decoder alone without a template that is given more than one question."""
         if self.cfg.decoder is None:
             raise ConfigError("the model has no decoder, so it cannot answer")
         if self.tokenizer is None:
             raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
-        count = len(_listed(images))
-        if self.cfg.whole:
-            markers = sum(question.count(IMAGE) for question, _ in pairs)
-            if markers not in (0, count):
-                raise ConfigError(f"the prompt holds {markers} {IMAGE} markers, but {count} images are given")
-            if not markers:
-                pairs = [*pairs[:-1], (f"{IMAGE}\n" * count + pairs[-1][0], pairs[-1][1])]
-            tokenized = tokenize(pairs, TEMPLATES[self.template], self.tokenizer, continues=continues)
-        elif count:
+        if conversation.images and not self.cfg.whole:
             raise ConfigError("the model has no vision tower, so it cannot read images")
+        if self.template is not None:
+            length, template = projectors.question_length(self.cfg.projector), TEMPLATES[self.template]
+            tokenized = tokenize(
+                conversation, template, self.tokenizer, continues=continues, question_length=length
+            )  # fmt: skip
+        elif len(conversation.rounds) > 1 or conversation.system:
+            raise ConfigError(
+                "a decoder alone continues one text; for earlier turns or a system text it needs a template "
+                f"(--template, or load(..., template=)): {', '.join(TEMPLATES)}"
+            )
         else:
-            tokenized = plain_prompt(pairs[-1][0], self.tokenizer, continues=continues)
+            tokenized = plain_prompt("".join(conversation.rounds[0].parts), self.tokenizer, continues=continues)
         if not len(tokenized.ids):
             raise ConfigError("the prompt is empty")
         return tokenized
@@ -128,25 +184,21 @@ class Model:
         size, fill = self.cfg.vision.image_size, self.cfg.vision.mean_color
         return np.stack([load_image(image, size, self.aspect, fill) for image in images])
 
-    def answer(
-        self, asked: Tokenized, pixels: np.ndarray, *, budget: int | None = None, capacity: int = 0, **sampling
-    ) -> Answer:
-        """The answer to a tokenized prompt about encoded pixels."""
-        if len(pixels):
-            projectors.check_budget(self.cfg.projector, budget)
-        sampling = Sampling(**sampling)
-        batch = prompt_batch([asked], bucket(len(asked.ids)))
+    def answer(self, prompt: Tokenized, pixels: np.ndarray, sampling: Sampling, *, budget: int | None = None) -> Answer:
+        """The answer to a tokenized prompt about pixels of the tower's size."""
+        self.engine.budget(budget)
+        batch = prompt_batch([prompt], bucket(len(prompt.ids)))
 
-        def begin():
+        def begin(sampling: Sampling):
             visual, valid = self.engine.encode(pixels, batch, budget=budget)
-            return self.engine.begin(batch, visual, valid, [sampling], self.end, capacity=capacity)
+            return self.engine.begin(batch, visual, valid, [sampling], self.end)
 
-        return Answer(self.engine, begin, Text(self.tokenizer, self.end, sampling.stop))
+        return Answer(self.engine, begin, Text(self.tokenizer, self.end, sampling.stop), sampling)
 
     @property
     def end(self) -> int:
         """The token that ends an answer."""
-        if not self.cfg.whole:
+        if self.template is None:
             return -1 if self.tokenizer.eos is None else self.tokenizer.eos
         return end_id(TEMPLATES[self.template], self.tokenizer)
 
@@ -155,12 +207,14 @@ class Chat:
     """Turns of one conversation over one key-value cache. After each, ``last`` is its ``Answer``."""
 
     def __init__(self, model: Model, budget: int | None, sampling: Sampling):
+        model.engine.budget(budget)
         self.model, self.budget, self.sampling = model, budget, sampling
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything that was said."""
         self.last: Answer | None = None
+        self._asked = 0
 
     def ask(self, prompt: str, images: Pictures = None) -> str:
         """The whole answer to the next question, about new images or what was there before. Raises as ``generate``."""
@@ -168,56 +222,91 @@ class Chat:
 
     def stream(self, prompt: str, images: Pictures = None) -> Answer:
         """The next answer piece by piece; it must have ended before the next question."""
-        pixels, before = self.model.pixels(images), self.last
-        options = {name: getattr(self.sampling, name) for name in Sampling.__dataclass_fields__}
-        if before is None or before.slots is None:
-            asked = self.model.ask([(prompt, None)], images)
-            self.last = self.model.answer(asked, pixels, budget=self.budget, **options)
-            return self.last
-        if len(pixels) and self.model.cfg.fastv:
+        _check(prompt, images)
+        model, engine, before = self.model, self.model.engine, self.last
+        pixels, fresh = model.pixels(images), before is None or before.slots is None
+        if len(pixels) and model.cfg.fastv and not fresh:
             raise ConfigError("FastV chooses among an image's tokens by the first question; begin anew for a new image")
-        model, engine = self.model, self.model.engine
-        if len(pixels):
-            projectors.check_budget(model.cfg.projector, self.budget)
-        batch = self._following(before, model.ask([(prompt, None)], images, continues=True))
+        prompted, sampling = model.ask([(prompt, None)], images, continues=not fresh), self.sampling
+        if sampling.seed is not None:
+            sampling = dataclasses.replace(sampling, seed=(sampling.seed + self._asked) % 2**32)
+        self._asked += 1
+        if fresh:
+            self.last = model.answer(prompted, pixels, sampling, budget=self.budget)
+            return self.last
+        batch = self._following(before, prompted)
 
-        def begin():
+        def begin(sampling: Sampling):
             visual, valid = engine.encode(pixels, batch, budget=self.budget)
             # The device has read all that it said but the last token; beyond the text's own tokens it is forgotten.
             read, kept = len(before.said) - 1, len(before.ids)
             slots = halted(before.slots, max(read - kept, 0))
-            return engine.extend(slots, batch, visual, valid, self.sampling, model.end)
+            return engine.extend(slots, batch, visual, valid, sampling, model.end)
 
-        self.last = Answer(engine, begin, Text(model.tokenizer, model.end, self.sampling.stop))
+        self.last = Answer(engine, begin, Text(model.tokenizer, model.end, sampling.stop), sampling)
         return self.last
 
-    def _following(self, before: Answer, asked: Tokenized):
+    def _following(self, before: Answer, prompted: Tokenized):
         """What the cache lacks: the last token of the answer, its end, and the question."""
         model = self.model
         unread = before.ids[len(before.said) - 1 :]
-        ending = model.tokenizer.encode(TEMPLATES[model.template].end)[0] if model.cfg.whole else []
+        ending = end_ids(TEMPLATES[model.template], model.tokenizer) if model.template else []
         front = np.array([*unread, *ending], np.int32)
-        nothing = np.zeros(len(front), asked.rounds.dtype)
+        nothing = np.zeros(len(front), prompted.rounds.dtype)
         whole = Tokenized(
-            np.concatenate([front, asked.ids]),
-            np.concatenate([nothing > 0, asked.loss_mask]),
-            asked.image_positions + len(front),
-            np.concatenate([nothing, asked.rounds]),
-            asked.questions + len(front),
+            np.concatenate([front, prompted.ids]),
+            np.concatenate([nothing > 0, prompted.loss_mask]),
+            prompted.image_positions + len(front),
+            np.concatenate([nothing, prompted.rounds]),
+            prompted.questions,
         )
         return prompt_batch([whole], bucket(len(whole.ids)))
 
 
 def plain_prompt(prompt: str, tokenizer: Tokenizer, *, continues: bool = False) -> Tokenized:
-    """A text as it stands, BOS before it where the tokenizer has one: for a decoder alone."""
-    ids = ([] if tokenizer.bos is None or continues else [tokenizer.bos]) + tokenizer.encode(prompt)[0]
+    """A text as it stands, special tokens by their names, BOS before it where the tokenizer has one: for a decoder
+    alone."""
+    ids = [] if tokenizer.bos is None or continues else [tokenizer.bos]
+    ids += tokenizer.encode(tokenizer.named(prompt))[0]
     nothing = np.zeros(len(ids), np.int32)
     return Tokenized(
-        np.array(ids, np.int32), nothing.astype(bool), np.zeros(0, np.int32), nothing, np.zeros((0, 2), np.int32)
+        np.array(ids, np.int32), nothing.astype(bool), np.zeros(0, np.int32), nothing, np.zeros((0, 0), np.int32)
     )
+
+
+def check_template(name: str) -> Template:
+    """The template of a name. Raises ConfigError for one that is not known."""
+    if name not in TEMPLATES:
+        raise ConfigError(f"template is {name!r}{nearest(name, TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def _check(prompt: str, images: Pictures) -> None:
+    """Raises TypeError for a prompt that is no text or images that are none; ConfigError for a file as the prompt and
+    no file as the image."""
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt is of type {type(prompt).__name__}; expected a text")
+    for image in _listed(images):
+        if isinstance(image, str) and os.path.isfile(prompt) and not os.path.exists(image):
+            raise ConfigError(f"images={reprlib.repr(image)} is no file, but prompt={prompt!r} is; are they swapped?")
 
 
 def _listed(images: Pictures) -> list:
     if images is None:
         return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+    listed = list(images) if isinstance(images, (list, tuple)) else [images]
+    for image in listed:
+        if not isinstance(image, (str, os.PathLike, bytes, np.ndarray, Image.Image)):
+            raise TypeError(
+                f"images holds a value of type {type(image).__name__}; expected files, their bytes, pixels "
+                "(uint8 [height, width, 3]) or PIL images"
+            )
+    return listed
+
+
+def _short(count: int) -> str:
+    """1234567 -> 1.2M"""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)

@@ -4,6 +4,9 @@ Every setting is an array over the rows, so that requests with different setting
 
 from __future__ import annotations
 
+import dataclasses
+import reprlib
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,43 +15,63 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from deltallava_jax.config.checks import nearest
 from deltallava_jax.errors import ConfigError
+
+GREEDY_BELOW = 1e-5  # a temperature
+EXTREME = 1e9  # of a temperature or penalty: beyond what anybody draws with, and far from where float32 ends
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How an answer is drawn and when it ends.
 
-    temperature: 0 takes the most likely token. top_k: only the k most likely tokens; 0: all. top_p: only the most
-    likely tokens that together reach this probability. repetition_penalty: divides the positive logits of tokens that
-    the prompt or the answer holds, and multiplies the negative ones. seed: equal seeds give equal answers, whatever
-    else is in the batch. max_new_tokens: the answer's length at most. stop: texts that end the answer and are no part
-    of it. Raises ConfigError for a value out of range."""
+    temperature: 0 takes the most likely token, and so does anything below 1e-5. top_k: only the k most likely tokens;
+    0: all. top_p: only the most likely tokens that together reach this probability. repetition_penalty: divides the
+    positive logits of tokens that the prompt or the answer holds, and multiplies the negative ones. seed: equal seeds
+    give equal answers, whatever else is in the batch; None: another one for each answer. max_new_tokens: the answer's
+    length at most. stop: texts that end the answer and are no part of it. Raises ConfigError for a value out of
+    range."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
-    seed: int = 0
+    seed: int | None = None
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
+            raise ConfigError(f"stop={reprlib.repr(self.stop)}; expected a text or a list of texts, none of them empty")
+        object.__setattr__(self, "stop", tuple(stop))
         for name, good, expected in (
-            ("temperature", lambda x: 0 <= x < float("inf"), "0 (greedy) or more"),
+            ("temperature", lambda x: 0 <= x <= EXTREME, f"0 (greedy) to {EXTREME:g}"),
             ("top_k", lambda x: 0 <= x < 2**31 and x == int(x), "a whole number, 0 (all) or more"),
             ("top_p", lambda x: 0 < x <= 1, "above 0, to 1"),
-            ("repetition_penalty", lambda x: 0 < x < float("inf"), "above 0"),
+            ("repetition_penalty", lambda x: 1 / EXTREME <= x <= EXTREME, f"{1 / EXTREME:g} to {EXTREME:g}"),
             ("seed", lambda x: 0 <= x < 2**32 and x == int(x), "a whole number from 0 to 2**32 - 1"),
             ("max_new_tokens", lambda x: 1 <= x < 2**31 and x == int(x), "a whole number, 1 or more"),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not good(value):
-                raise ConfigError(f"{name}={value!r}; expected {expected}")
-        if not all(isinstance(text, str) and text for text in stop):
-            raise ConfigError(f"stop={self.stop!r}; expected texts, none of them empty")
+            if name == "seed" and value is None:
+                continue
+            if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)) or not good(value):
+                raise ConfigError(f"{name}={reprlib.repr(value)}; expected {expected}")
+
+    @classmethod
+    def of(cls, settings: dict) -> Sampling:
+        """Raises TypeError for a name that is no field, ConfigError for a value out of range."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise TypeError(f"unknown argument {name!r}{nearest(name, known)}")
+        return cls(**settings)
+
+    def seeded(self) -> Sampling:
+        """The same with a seed: its own, or one that the operating system draws now."""
+        return self if self.seed is not None else dataclasses.replace(self, seed=secrets.randbits(32))
 
 
 GREEDY = Sampling()
@@ -69,12 +92,13 @@ class Controls:
 
 
 def controls(rows: Sequence[Sampling], end: int) -> Controls:
-    """numpy arrays, so that a jitted function takes them as they are."""
+    """numpy arrays, so that a jitted function takes them as they are. A row without a seed gets one."""
+    rows = [row.seeded() for row in rows]
     column = lambda name, dtype: np.array([getattr(row, name) for row in rows], dtype)
     return Controls(
-        temperature=column("temperature", np.float32),
+        temperature=np.array([row.temperature if row.temperature >= GREEDY_BELOW else 0 for row in rows], np.float32),
         top_k=column("top_k", np.int32),
-        top_p=column("top_p", np.float32),
+        top_p=np.maximum(column("top_p", np.float32), np.finfo(np.float32).tiny),  # 0 would keep no token
         penalty=column("repetition_penalty", np.float32),
         seed=column("seed", np.uint32),
         limit=column("max_new_tokens", np.int32),

@@ -19,13 +19,13 @@ from deltallava_jax.inference import slots as device
 from deltallava_jax.inference.generate import STREAMED, Text, bucket, prompt_batch
 from deltallava_jax.inference.model import Model
 from deltallava_jax.inference.sampling import GREEDY, Sampling, controls
-from deltallava_jax.models import projectors
 
 
 @dataclass
 class Request:
-    """A prompt on its way. on_piece(text, finish) is called in the scheduler's thread with each piece of the answer;
-    finish is None until the last: "stop", "length", or "error" with a message for a text."""
+    """A prompt on its way. sampling: gets a seed, if it has none. cancelled: nobody waits for it any more.
+    on_piece(text, finish) is called in the scheduler's thread with each piece of the answer; finish is None until the
+    last: "stop", "length", or "error" with a message for a text."""
 
     asked: Tokenized
     pixels: np.ndarray
@@ -37,13 +37,20 @@ class Request:
     cancelled: bool = False
     text: Text | None = None
 
+    def __post_init__(self):
+        self.sampling = self.sampling.seeded()
+
 
 class Scheduler:
-    """rows: requests answered at a time. context: cache slots of each. waiting: requests that may wait.
+    """rows: requests answered at a time. context: cache slots of each. waiting: requests that may wait. Raises
+    ConfigError for less than one of the first two.
 
     counts: of requests, tokens and seconds to the first token, for whoever watches."""
 
     def __init__(self, model: Model, *, rows: int = 8, context: int = 1024, waiting: int = 256):
+        for name, value in (("slots", rows), ("context", context)):
+            if value < 1:
+                raise ConfigError(f"--{name} {value}: expected 1 or more")
         self.model, self.rows, self.context = model, rows, context
         self.counts = {"requests": 0, "errors": 0, "cancelled": 0, "tokens": 0, "first_token_seconds": 0.0}
         self._queue: queue.Queue[Request | None] = queue.Queue(waiting)
@@ -65,15 +72,21 @@ class Scheduler:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    def room(self, asked: Tokenized, budget: int | None) -> int:
+        """Tokens that the answer to a prompt can have in a slot. Raises ConfigError for a budget that cannot be."""
+        images = len(asked.image_positions) * (self.model.engine.budget(budget) - 1)
+        return self.context - bucket(len(asked.ids)) - images
+
     def submit(self, request: Request) -> None:
         """Raises ConfigError for what does not fit into a slot, Busy where too many wait."""
-        images = len(request.asked.image_positions)
-        budget = projectors.check_budget(self.model.cfg.projector, request.budget) if images else 1
-        length = bucket(len(request.asked.ids)) + images * (budget - 1)
-        answer = request.sampling.max_new_tokens
-        if length + answer > self.context:
+        places, images = len(request.asked.image_positions), len(request.pixels)
+        if places != images:
+            raise ConfigError(f"a prompt with {places} image places, but {images} images")
+        room, answer = self.room(request.asked, request.budget), request.sampling.max_new_tokens
+        if answer > room:
             raise ConfigError(
-                f"a prompt of {length} tokens (padded) and max_tokens={answer} do not fit into a slot of {self.context}"
+                f"a prompt of {self.context - room} tokens (padded) and max_tokens={answer} do not fit into a slot of "
+                f"{self.context}"
             )
         if self._closing.is_set():
             raise Busy("shutting down")
@@ -124,10 +137,10 @@ class Scheduler:
             try:
                 one = self._read(request)
                 token, going = int(one.token[0]), bool(one.going[0])
+                self._slots = device.insert(self._slots, one, row)
             except Exception as error:
                 self._end(row, request, f"{type(error).__name__}: {error}")
                 continue
-            self._slots = device.insert(self._slots, one, row)
             self._running[row] = request
             self.counts["first_token_seconds"] += time.perf_counter() - request.began
             self._say(row, request, [token], going)
@@ -151,7 +164,7 @@ class Scheduler:
         if request.cancelled:
             self.counts["cancelled"] += 1
         elif piece or text.finish:
-            request.on_piece(piece, text.finish)
+            self._tell(request, piece, text.finish)
         if text.finish or request.cancelled:
             self.counts["requests"] += 1
             del self._running[row]
@@ -162,4 +175,11 @@ class Scheduler:
     def _end(self, row: int, request: Request, message: str) -> None:
         self.counts["errors"] += 1
         self._running.pop(row, None)
-        request.on_piece(message, "error")
+        self._tell(request, message, "error")
+
+    @staticmethod
+    def _tell(request: Request, text: str, finish: str | None) -> None:
+        try:
+            request.on_piece(text, finish)
+        except Exception:  # whoever listened is gone; the others are not
+            request.cancelled = True

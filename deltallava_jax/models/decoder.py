@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.config import DecoderConfig
 from deltallava_jax.kernels.attention import Seen, attention, causal
 from deltallava_jax.models.layers import (
@@ -176,7 +177,7 @@ def unstacked(params: Params, cfg: DecoderConfig, dtype=None, *, donate: bool = 
 
 
 @functools.partial(jax.jit, static_argnames=("turn", "dtype"))
-def _taken(stack: Array, index: int, turn: bool, dtype) -> Array:
+def _taken(stack: Array, index: int | Int[Array, ""], turn: bool, dtype) -> Array:
     x = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
     return (jnp.swapaxes(x, -1, -2) if turn else x).astype(dtype)
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.config import ROW_AXES
 
 Params = dict  # nested dict of jax.Array

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.config import VisionConfig
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.kernels.attention import attention

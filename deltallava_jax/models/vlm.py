@@ -6,8 +6,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt8
+from einops import rearrange
+from jaxtyping import Bool, Float, UInt8
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.config import ModelConfig
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import decoder, projectors, vision
@@ -29,7 +31,7 @@ def init_params(cfg: ModelConfig, key: Array) -> Params:
 def visual_tokens(
     params: Params,
     cfg: ModelConfig,
-    images: UInt8[Array, "n H W 3"],
+    images: UInt8[Array, "n H W 3"] | Float[Array, "n H W 3"],
     batch: Batch | None = None,
     *,
     budget: int | None = None,
@@ -58,7 +60,7 @@ def visual_tokens(
     return by_rows(visual), valid, features.penalty
 
 
-def in_passes(encode, images: UInt8[Array, "n H W 3"], passes: int):
+def in_passes(encode, images: UInt8[Array, "n H W 3"] | Float[Array, "n H W 3"], passes: int):
     """``encode`` of n / passes images at a time, every ``passes``-th: so each pass takes its share of every row."""
     parts = jax.lax.map(encode, jnp.swapaxes(images.reshape(-1, passes, *images.shape[1:]), 0, 1))
     whole = lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) if x.ndim > 1 else x.sum()
@@ -66,23 +68,17 @@ def in_passes(encode, images: UInt8[Array, "n H W 3"], passes: int):
 
 
 def question_states(params: Params, cfg: ModelConfig, batch: Batch) -> Float[Array, "n d"]:
-    """The last hidden state of each image place's question, read by the decoder on its own, without gradient.
-
-    Of a question longer than ``question_length`` the end is read; zeros where there is none."""
-    weights, Q = jax.lax.stop_gradient(params["decoder"]), cfg.projector.question_length
-    start, end = batch.questions.reshape(-1, 2).T
-    start = jnp.maximum(start, end - Q)
-    places = start[:, None] + jnp.arange(Q)
-    live = places < end[:, None]
-    tokens = jnp.repeat(batch.tokens, batch.questions.shape[1], axis=0)
-    tokens = jnp.take_along_axis(tokens, jnp.minimum(places, tokens.shape[1] - 1), axis=1)
-    rows = text_layout(jnp.broadcast_to(jnp.arange(Q), places.shape), live.astype(jnp.int32))
+    """The last hidden state of each image place's question, read by the decoder on its own, without gradient; zeros
+    where there is none."""
+    weights, asked = jax.lax.stop_gradient(params["decoder"]), rearrange(batch.questions, "b i q -> (b i) q")
+    live = asked >= 0
+    count, places = live.sum(1), jnp.broadcast_to(jnp.arange(asked.shape[1]), asked.shape)
     with jax.named_scope("question"):
-        hidden = decoder.embed(weights, cfg.decoder, tokens, cfg.dtype)
-        hidden, _ = decoder.run(weights, cfg.decoder, hidden, rows)
-        last = jnp.take_along_axis(hidden, jnp.maximum(end - start - 1, 0)[:, None, None], axis=1)[:, 0]
+        hidden = decoder.embed(weights, cfg.decoder, jnp.maximum(asked, 0), cfg.dtype)
+        hidden, _ = decoder.run(weights, cfg.decoder, hidden, text_layout(places, live.astype(jnp.int32)))
+        last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         states = decoder.finish(weights, cfg.decoder, last)
-    return jax.lax.stop_gradient(jnp.where((end > start)[:, None], states, 0))
+    return jax.lax.stop_gradient(jnp.where((count > 0)[:, None], states, 0))
 
 
 def merge(

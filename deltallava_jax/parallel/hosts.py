@@ -50,14 +50,31 @@ def several(options: argparse.Namespace) -> bool:
                 f"expected HOST:PORT and a process from 0 to {options.processes - 1}"
             )
         return options.processes > 1
+    if (tasks := _slurm_tasks()) is not None:
+        return tasks > 1
     environment = os.environ
-    if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= environment.keys():  # inside srun
-        return int(environment.get("SLURM_NTASKS", "1")) > 1
     workers = environment.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
-    if workers > 1 or int(environment.get("MEGASCALE_NUM_SLICES", "1")) > 1:  # GKE
+    if workers > 1 or _number("MEGASCALE_NUM_SLICES") > 1:  # GKE
         return True
     chips = glob("/dev/accel*") + glob("/dev/vfio/[0-9]*")
     return bool(chips) and "TPU_SKIP_MDS_QUERY" not in environment and util.find_spec("libtpu") is not None
+
+
+def _slurm_tasks() -> int | None:
+    """How many tasks this step of srun has; None outside of one.
+
+    SLURM_NTASKS may be the allocation's, in which the step is a shell of one task. Raises ConfigError."""
+    if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= os.environ.keys():
+        return None
+    return _number("SLURM_STEP_NUM_TASKS" if os.environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS")
+
+
+def _number(variable: str) -> int:
+    """An environment variable's value; 1 where it is not set or empty. Raises ConfigError."""
+    value = os.environ.get(variable) or "1"
+    if not re.fullmatch("[0-9]+", value):
+        raise ConfigError(f"the environment variable {variable} is {value!r}, expected a number")
+    return int(value)
 
 
 def connect(options: argparse.Namespace) -> None:
@@ -68,7 +85,8 @@ def connect(options: argparse.Namespace) -> None:
 
     if not several(options):
         return
-    where = (options.coordinator, options.processes, options.process)
+    count = _slurm_tasks() if options.processes is None else options.processes
+    where = (options.coordinator, count, options.process)
     method = {} if options.coordinator is None else {"cluster_detection_method": "deactivate"}
     try:
         jax.distributed.initialize(
@@ -78,10 +96,9 @@ def connect(options: argparse.Namespace) -> None:
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=2 * HEARTBEAT,
         )
-    except ValueError:  # a TPU VM that is no part of a larger slice
-        if options.coordinator is not None:
-            raise
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and count is None:
+            return  # a TPU VM that is no part of a larger slice
         reason = str(error).splitlines()[0]
         raise ConfigError(f"the processes of this run did not find each other: {reason}") from error
 
@@ -187,6 +204,8 @@ def supervise(arguments: list[str]) -> None:
                 "all hosts, where the coordinator's address can be reached"
             )
         sys.exit(f"\nerror: {_who(kept)} stopped; {RESUME}")  # the progress bar may have left the line open
+    if code == -signal.SIGINT:  # a second Ctrl-C
+        sys.exit(130)
     if code < 0:
         sys.stderr.write(kept)
         sys.exit(f"\nerror: this process was ended by {signal.Signals(-code).name}; {RESUME}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -38,13 +40,38 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 
 
 def tensor_mesh(size: int) -> Mesh:
-    """The first ``size`` devices, all on the axis that divides the layers: for inference."""
-    if not 1 <= size <= len(jax.devices()):
-        raise ConfigError(f"tensor={size}; there are {len(jax.devices())} devices")
-    return jax.make_mesh((1, 1, size), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:size])
+    """This process's first ``size`` devices, all on the axis that divides the layers: for inference."""
+    devices = jax.local_devices()
+    if not 1 <= size <= len(devices):
+        raise ConfigError(f"tensor={size}; there are {len(devices)} devices")
+    return jax.make_mesh((1, 1, size), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
+
+
+def held_rows(mesh: Mesh, rows: int) -> dict[int, bool]:
+    """Which of a batch's rows this process's devices hold, ascending, and of each whether it is the first process to.
+
+    Devices that differ on the axis ``tensor`` alone hold the same rows, also in different processes; and those of one
+    process need not lie side by side in the mesh."""
+    holders: dict[int, set[int]] = {row: set() for row in range(rows)}
+    for device, (index,) in NamedSharding(mesh, ROWS).devices_indices_map((rows,)).items():
+        for row in range(rows)[index]:
+            holders[row].add(device.process_index)
+    me = jax.process_index()
+    return {row: me == min(found) for row, found in holders.items() if me in found}
 
 
 def put_rows(tree, mesh: Mesh):
-    """Host arrays of this process's rows -> global arrays sharded over the rows."""
-    sharding = NamedSharding(mesh, ROWS)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+    """Host arrays of the rows that this process holds (``held_rows``) -> global arrays sharded over the rows."""
+    sharding, shards = NamedSharding(mesh, ROWS), math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    place = {shard: number for number, shard in enumerate(held_rows(mesh, shards))}
+
+    def put(x: np.ndarray) -> jax.Array:
+        size = len(x) // len(place)  # rows a shard
+
+        def rows_at(index: tuple[slice, ...]) -> np.ndarray:
+            first = place[(index[0].start or 0) // size] * size
+            return x[first : first + size]
+
+        return jax.make_array_from_callback((size * shards, *x.shape[1:]), sharding, rows_at)
+
+    return jax.tree.map(put, tree)

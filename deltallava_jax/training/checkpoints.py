@@ -32,18 +32,17 @@ class Checkpoints:
     """The checkpoints of a workdir, each with the train state and a small JSON record: the newest ``keep``, and the
     ``best`` ones of highest accuracy.
 
-    create: makes the folder; without it CheckpointError says what a workdir without one lacks. clean: removes, in the
-    background, what saves that were cut short left there; for the training, beside which nobody else saves."""
+    create: makes the folder. clean: removes, in the background, what saves that were cut short left there; for the
+    training, beside which nobody else saves."""
 
     def __init__(self, workdir: str | Path, keep: int = 2, best: int = 0, *, create: bool = False, clean: bool = False):
         self.path = Path(workdir).absolute() / "checkpoints"
-        if not create and not self.path.is_dir():
-            raise CheckpointError(f"{workdir} holds no finished checkpoint; train first")
         accuracy = lambda metrics: metrics["accuracy"]
         highest = BestN(get_metric_fn=accuracy, n=best, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             best_fn=accuracy if best else None,  # with it the accuracies are saved too
             preservation_policy=AnyPreservationPolicy([LatestN(keep), highest]),
+            create=create,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=clean,
         )
@@ -88,11 +87,7 @@ class Checkpoints:
         Raises CheckpointError if the checkpoint holds other parameters, no or another optimizer, or cannot be read."""
         params = {"trained": shapes.trained, "frozen": shapes.frozen}
         saved = self._saved_params(step)
-        if not (self.path / str(step) / "optimizer").is_dir():
-            raise CheckpointError(
-                f"checkpoint {self.path / str(step)} holds parameters alone; train in another --workdir with "
-                f"--config.init_from={self.path.parent}"
-            )
+        self.require_optimizer(step)
         self._compare(step, saved, params)
         optimizer = {"step": shapes.step, "moments": shapes.optimizer}
         arrays = lambda tree: sorted(leaf.shape for leaf in jax.tree.leaves(tree))
@@ -113,6 +108,14 @@ class Checkpoints:
             TrainState(optimizer["step"], params["trained"], params["frozen"], optimizer["moments"]),
             items["record"],
         )
+
+    def require_optimizer(self, step: int) -> None:
+        """CheckpointError for a checkpoint to begin from, not to go on with."""
+        if not (self.path / str(step) / "optimizer").is_dir():
+            raise CheckpointError(
+                f"checkpoint {self.path / str(step)} holds parameters alone; train in another --workdir with "
+                f"--config.init_from={self.path.parent}"
+            )
 
     def restore_params(self, step: int, cfg: ModelConfig, place: Place | None = None) -> Params:
         """The parameters of a step alone; by default in the saved dtypes, whole on this process's first device.
@@ -140,9 +143,9 @@ class Checkpoints:
             raise self._damaged(step, _brief(error)) from error
         return join(params.get("trained", {}), params.get("frozen", {}))
 
-    def frozen_paths(self, step: int) -> list[str]:
-        """Names of the parameters that the training of this checkpoint keeps as they are."""
-        return list(flatten(self._saved_params(step)["frozen"]))
+    def frozen(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The parameters that the training of this checkpoint keeps as they are: path -> shape and dtype."""
+        return flatten(self._saved_params(step)["frozen"])
 
     def _restore(self, step: int, **items):
         try:

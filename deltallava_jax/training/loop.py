@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import signal
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -15,17 +15,21 @@ from jax.experimental import multihost_utils
 from deltallava_jax.config import Config
 from deltallava_jax.data.packing import Plan
 from deltallava_jax.data.pipeline import Element, Rows, elements
-from deltallava_jax.errors import CheckpointError, NonFiniteLoss, TooManyFaults
+from deltallava_jax.errors import NonFiniteLoss
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten
 from deltallava_jax.models.selection import llavolta
 from deltallava_jax.parallel import hosts
-from deltallava_jax.parallel.mesh import put_rows
+from deltallava_jax.parallel.mesh import held_rows, put_rows
 from deltallava_jax.sequence import Batch
+from deltallava_jax.training import faults
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.training.metrics import Metrics
 from deltallava_jax.training.profile import Trace
 from deltallava_jax.training.step import TrainStep, init_state
+from deltallava_jax.workdir import Workdir
+
+CTRL_C = "Ctrl-C"
 
 
 def train(
@@ -47,27 +51,27 @@ def train(
     evaluate(params, metrics, step) -> accuracy is called every training.eval_every steps, on each process with whole
     parameters. profile: the first and last step to trace, into WORKDIR/profile. operations(batch, budget, pooling):
     those of a step; peak: a device's in a second. SIGTERM, to any process: all save the same, current step and return
-    False. Raises NonFiniteLoss (nothing is saved after the last good step), TooManyFaults, CheckpointError."""
+    False; Ctrl-C: the same, and the process that got it ends with SystemExit, code 130. Raises NonFiniteLoss (nothing
+    is saved after the last good step), TooManyFaults, CheckpointError."""
     every = cfg.training
     checkpoints = Checkpoints(workdir, every.keep_checkpoints, every.keep_best, create=True, clean=True)
     latest = checkpoints.latest()
     if latest is None:
         state = init_state(cfg, step.mesh, steps, _initial_params(cfg, step))
-        record = {"faults": 0, "records": 0}
+        record = {"epoch": 0, "records": 0, "faults": 0}
     else:
         state, record = checkpoints.restore(latest, step.shapes)
     start = int(state.step)
-    count = functools.partial(_count_faults, cfg, workdir, record, plan)
-    metrics = Metrics(workdir, start, steps, every.log_every, seen=count, peak=peak)
-    trace = Trace(profile, workdir / "profile")
+    count = functools.partial(faults.count, cfg.data.max_bad_fraction, workdir, record, plan)
+    budgets = () if every.every_budget else plan.budgets
+    metrics = Metrics(workdir, start, steps, every.log_every, seen=count, peak=peak, budgets=budgets)
+    trace = Trace(profile, Workdir(workdir).profile)
     if start:
         metrics.say(f"resuming from step {start} of {steps}")
-    data = elements(
-        rows, plan, start, steps,
-        workers=cfg.data.workers, process=jax.process_index(), processes=jax.process_count(),
-    )  # fmt: skip
-    try:
-        with _preemption() as stop:
+    held = held_rows(step.mesh, plan.rows)
+    data = elements(rows, plan, start, steps, workers=cfg.data.workers, held=held)
+    with _stopping() as stop:
+        try:
             for number, element in enumerate(data, start + 1):
                 batch = put_rows(element.batch, step.mesh)
                 pooling = llavolta.stage_at(every.llavolta, number - 1, steps)
@@ -75,9 +79,12 @@ def train(
                 state, values = step(state, batch, element.budget, pooling)
                 if told := trace.after(number, values):
                     metrics.say(told)
-                metrics.push(number, values, operations(batch, element.budget, pooling) if operations else 0.0)
+                metrics.push(
+                    number, values, operations(batch, element.budget, pooling) if operations else 0.0,
+                    epoch=plan.epochs_at(number), budget=None if every.every_budget else element.budget,
+                )  # fmt: skip
                 _report_faults(element, metrics, workdir)
-                stopping = stop(number) and number < steps
+                stopping = stop(number) if number < steps else None
                 accuracy = None
                 if evaluate and every.eval_every and _due(number, every.eval_every, steps) and not stopping:
                     metrics.flush()
@@ -87,21 +94,23 @@ def train(
                     metrics.flush()  # a step that is not finite is never saved
                     checkpoints.save(number, state, record, accuracy)
                 if stopping:
-                    metrics.say(f"SIGTERM: saving step {number}; the same command resumes from it")
+                    metrics.say(f"{stopping}: saving step {number}; the same command resumes from it")
+                    if stopping == CTRL_C:
+                        raise SystemExit(130)
                     return False
             return True
-    except NonFiniteLoss as error:
-        good = checkpoints.latest()
-        kept = "no checkpoint was saved yet" if good is None else f"the checkpoint of step {good} is kept"
-        batch = _describe(rows, plan, error.step)
-        raise NonFiniteLoss(f"{error}; {kept}. The batch: {batch}", error.step) from error
-    finally:
-        trace.close()
-        metrics.close()
-        with contextlib.suppress(AttributeError):
-            data.close()
-        checkpoints.wait()
-        checkpoints.close()
+        except NonFiniteLoss as error:
+            good = checkpoints.latest()
+            kept = "no checkpoint was saved yet" if good is None else f"the checkpoint of step {good} is kept"
+            batch = _describe(rows, plan, error.step)
+            raise NonFiniteLoss(f"{error}; {kept}. The batch: {batch}", error.step) from error
+        finally:
+            trace.close()
+            metrics.close()
+            with contextlib.suppress(AttributeError):
+                data.close()
+            checkpoints.wait()
+            checkpoints.close()
 
 
 def _due(number: int, interval: int, steps: int) -> bool:
@@ -113,59 +122,55 @@ def _initial_params(cfg: Config, step: TrainStep) -> Params | None:
     """The newest parameters of ``init_from``, in the dtypes and places of the train state; None without one."""
     if not cfg.init_from:
         return None
-    source = Checkpoints(cfg.init_from)
-    latest = source.latest()
-    if latest is None:
-        raise CheckpointError(f"config.init_from={cfg.init_from} holds no finished checkpoint")
-    shapes = flatten(step.shapes.params)
-    return source.restore_params(latest, cfg.model, lambda path, _: shapes[path])
+    source, shapes = Workdir(cfg.init_from).checkpoints, flatten(step.shapes.params)
+    return source.restore_params(source.latest(), cfg.model, lambda path, _: shapes[path])
 
 
 @contextlib.contextmanager
-def _preemption():
-    """stop(step): whether SIGTERM has come and this step is the one to save. Called at every step.
+def _stopping() -> Iterator[Callable[[int], str | None]]:
+    """stop(step): the name of the signal if one has come and this step is the one to save. Called at every step.
 
-    Several processes agree on the step, the next one that none of them has passed, whichever of them got the signal:
-    jax's runtime has caught it since jax.distributed.initialize, and does the agreeing beside the training."""
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    flag = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: flag.set())
+    A second Ctrl-C ends the process at once. Several processes agree on the step, the next one that none of them has
+    passed, whichever of them got the signal: jax's runtime has caught SIGTERM since jax.distributed.initialize, and
+    does the agreeing beside the training. For it Ctrl-C is turned into SIGTERM."""
+    several, came = jax.process_count() > 1, []
+
+    def note(number, _):
+        came.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if hosts.leads():
+                os.write(2, f"\n{CTRL_C}: saving after this step; once more ends at once\n".encode())
+            if several:
+                signal.raise_signal(signal.SIGTERM)
+
+    def stop(step: int) -> str | None:
+        if multihost_utils.reached_preemption_sync_point(step) if several else came:
+            return CTRL_C if signal.SIGINT in came else "SIGTERM"
+        return None
+
+    noted = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    noted = [number for number in noted if signal.getsignal(number) != signal.SIG_IGN]  # as a shell's "&" may have it
+    before = {number: signal.signal(number, note) for number in noted}
     try:
-        yield lambda step: flag.is_set()
+        yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _report_faults(element: Element, metrics: Metrics, workdir: Path) -> None:
-    """Writes the records that this process had to leave out to its own file."""
+    """Writes the records that had to be left out to this process's file; of a row, the first process that holds it."""
     if element.faults:
-        number = jax.process_index()
-        with (workdir / (f"faults.{number}.txt" if number else "faults.txt")).open("a") as file:
+        with Workdir(workdir).faults(jax.process_index()).open("a") as file:
             file.writelines(f"{fault}\n" for fault in element.faults)
         metrics.say(f"left out {element.faults[0]}")
-
-
-def _count_faults(cfg: Config, workdir: Path, record: dict, plan: Plan, step: int, values: dict) -> None:
-    """Adds a step's records and those left out to the counts; TooManyFaults past the allowed share.
-
-    Of the planned records those that were not trained on were left out: the sum over all processes, without asking."""
-    planned = sum(map(len, plan.step(step - 1).rows))
-    record["records"] += planned
-    record["faults"] += planned - values["conversations"]
-    if record["faults"] > cfg.data.max_bad_fraction * max(record["records"], 100):
-        raise TooManyFaults(
-            f"{record['faults']} of {record['records']} records could not be used, more than "
-            f"data.max_bad_fraction={cfg.data.max_bad_fraction}; they are listed in {workdir / 'faults.txt'}"
-            + (", of other processes in faults.1.txt and so on" if jax.process_count() > 1 else "")
-        )
 
 
 def _describe(rows: Rows, plan: Plan, step: int) -> str:
     """The record ids of a step's batch."""
     planned = plan.step(step - 1)
-    ids = [rows.source[index].id for row in planned.rows for index in row]
-    return f"epoch {planned.epoch}, budget {planned.budget}, {len(ids)} records: {', '.join(ids[:8])}" + (
-        ", ..." if len(ids) > 8 else ""
+    records = [index for row in planned.rows for index in row]
+    return f"epoch {planned.epoch}, budget {planned.budget}, {len(records)} records: " + (
+        ", ".join(map(rows.name, records[:8])) + (", ..." if len(records) > 8 else "")
     )

@@ -1,4 +1,4 @@
-"""What a run tells: a progress line, metrics.jsonl (one line a step), TensorBoard files. One process tells."""
+"""What a run tells: its progress, metrics.jsonl (a line a step or evaluation), TensorBoard files. One process tells."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jax
-from tqdm import tqdm
 
 from deltallava_jax.errors import NonFiniteLoss
 from deltallava_jax.parallel import hosts
+from deltallava_jax.progress import progress_bar
+from deltallava_jax.workdir import Workdir
 
 GIB = 2**30
 
@@ -29,8 +31,9 @@ class Metrics:
     """Takes each step's device values without waiting for them: a step is written when the next one is pushed.
 
     seen(step, values) is called for each step that is written, on all processes; only the leading one writes and
-    prints. peak: operations a second that one of the devices can do, for the MFU. After a restart the records of steps
-    that are trained again are cut from metrics.jsonl."""
+    prints. peak: operations a second that one of the devices can do, for the MFU. budgets: those that the steps take
+    turns with; TensorBoard gets a curve of each. After a restart the lines of steps that are trained again are cut from
+    metrics.jsonl."""
 
     def __init__(
         self,
@@ -41,36 +44,40 @@ class Metrics:
         *,
         seen: Callable[[int, dict], None] | None = None,
         peak: float | None = None,
+        budgets: Sequence[int] = (),
     ):
+        self._budgets = budgets
         self._leads, self._log_every, self._seen, self._peak = hosts.leads(), max(log_every, 1), seen, peak
         if self._leads:
             from tensorboardX import SummaryWriter
 
-            path = workdir / "metrics.jsonl"
+            path = Workdir(workdir).metrics
             _cut(path, start)
             self._file = path.open("a")
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            self._board = SummaryWriter(str(Workdir(workdir).tensorboard), purge_step=start + 1)
         else:
             self._file = open(os.devnull, "w")
             self._board = None
-        interval = 0.5 if sys.stderr.isatty() else 15.0
-        self._bar = tqdm(
-            total=steps, initial=start, unit="step", mininterval=interval, dynamic_ncols=True, disable=not self._leads
-        )
-        self._pending: tuple[int, dict, float] | None = None
+        self._bar = progress_bar(what="training", total=steps, start=start, unit="steps", shown=self._leads, keep=True)
+        self._pending: tuple[int, dict, dict, float] | None = None
         self.restart_clock()
 
-    def push(self, step: int, values: dict, operations: float = 0.0) -> None:
+    def push(
+        self, step: int, values: dict, operations: float = 0.0, *, epoch: float = 0.0, budget: int | None = None
+    ) -> None:
         """Queues a step's values, and the operations that it needs, and writes the step before. Raises NonFiniteLoss
-        for that one."""
+        for that one.
+
+        epoch: those done with this step. budget: visual tokens an image; None where a step takes all budgets."""
         self.flush()
-        self._pending = (step, values, operations)
+        known = {"epoch": round(epoch, 6)} | ({} if budget is None else {"budget": budget})
+        self._pending = (step, values, known, operations)
 
     def flush(self) -> None:
         """Writes the queued step, waiting for its values. Raises NonFiniteLoss."""
         if self._pending is None:
             return
-        (step, values, operations), self._pending = self._pending, None
+        (step, values, known, operations), self._pending = self._pending, None
         values = {name: value.item() for name, value in jax.device_get(values).items()}
         if not values.pop("finite"):
             raise NonFiniteLoss(f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}", step)
@@ -78,11 +85,9 @@ class Metrics:
         self._steps, self._operations = self._steps + 1, self._operations + operations
         told = step % self._log_every == 0
         rates = self._rates() if told else {}
-        self._file.write(json.dumps({"step": step, **values, **rates}) + "\n")
-        self._file.flush()
+        self._write(step, {**known, **values, **rates})
         if self._seen is not None:
             self._seen(step, values)
-        self._bar.update(1)
         if told:
             self._bar.set_postfix_str(
                 f"loss {values['loss']:.4f}, {rates['tokens_per_second']:,.0f} tokens/s, "
@@ -90,7 +95,20 @@ class Metrics:
                 refresh=False,
             )
             self.scalars(step, {**values, **rates})
+            if len(self._budgets) > 1:
+                self.scalars(step, {f"loss_{known['budget']}": values["loss"]})
             self.restart_clock()
+        self._bar.update(1)
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """Writes the results of an evaluation after a step, by name."""
+        self._write(step, {"evaluation": values})
+        self.scalars(step, values, "eval")
+
+    def _write(self, step: int, values: dict) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._file.write(json.dumps({"step": step, "time": now, **values}) + "\n")
+        self._file.flush()
 
     def _rates(self) -> dict[str, float]:
         """Speed since the last report; memory in GiB: of this process now, and where the device tells, the most that

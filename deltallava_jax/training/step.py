@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -105,17 +106,10 @@ def gradients(
 
 def batch_shapes(cfg: Config, mesh: Mesh, text: int, images: int) -> Batch:
     """The global batch as shapes with their sharding: T text tokens and I image places a row."""
-    rows, size = cfg.data.rows, cfg.model.vision.image_size
-    place = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=NamedSharding(mesh, ROWS))
-    return Batch(
-        tokens=place(jnp.int32, text),
-        loss_mask=place(jnp.bool_, text),
-        segments=place(jnp.int32, text),
-        image_positions=place(jnp.int32, images),
-        images=place(jnp.uint8, images, size, size, 3),
-        questions=place(jnp.int32, images, 2),
-        branches=place(jnp.int32, text) if cfg.data.independent_rounds else None,
-    )
+    make = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, ROWS))
+    rows, size, branches = cfg.data.rows, cfg.model.vision.image_size, cfg.data.independent_rounds
+    question = projectors.question_length(cfg.model.projector)
+    return Batch.shapes(rows, text, images, size, question=question, branches=branches, make=make)
 
 
 class TrainStep:

@@ -12,10 +12,10 @@ from deltallava_jax import __main__ as door
 from deltallava_jax.analysis import gradcam
 from deltallava_jax.config import FastVConfig
 from deltallava_jax.data import tokens
-from deltallava_jax.data.conversation import TEMPLATES, tokenize
+from deltallava_jax.data.conversation import TEMPLATES, asked, tokenize
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.model import Model
-from deltallava_jax.models import decoder, vision, vlm
+from deltallava_jax.models import decoder, projectors, vision, vlm
 from deltallava_jax.models.selection import dynamicvit, fastervlm
 from deltallava_jax.sequence import Batch
 from tests import tiny
@@ -49,7 +49,7 @@ def picture(place=None):
 
 def log_probability(model, image, monkeypatch):
     """(visual tokens [V, d], a function from changed ones to the answer's log-probability by the training loss)."""
-    made = tokenize([(f"<image>\n{QUESTION}", ANSWER)], TEMPLATES["brief"], model.tokenizer)
+    made = tokenize(asked([(QUESTION, ANSWER)], 1), TEMPLATES["brief"], model.tokenizer)
     batch = Batch(
         made.ids[None], made.loss_mask[None], np.ones((1, len(made.ids)), np.int32), made.image_positions[None],
         np.asarray(image)[None, None],
@@ -167,8 +167,20 @@ def test_systems_on_a_grid(tokenizer, name):
 def test_tokens_without_a_place_are_refused(tokenizer, name):
     cfg = tiny.get_config().model
     cfg = dataclasses.replace(cfg, projector=dataclasses.replace(cfg.projector, name=name))
-    with pytest.raises(ConfigError, match="no heat map"):
+    with pytest.raises(ConfigError, match=f"no heat map: {name}'s tokens are learned queries"):
         gradcam.heat_maps(Model(cfg, {}, tokenizer), picture(), QUESTION)
+
+
+def test_of_a_system_that_is_not_known_nothing_is_claimed(monkeypatch):
+    monkeypatch.setitem(projectors.SYSTEMS, "mine", projectors.SYSTEMS["mlp"])
+    cfg = tiny.get_config().model
+    cfg = dataclasses.replace(cfg, projector=dataclasses.replace(cfg.projector, name="mine"))
+    with pytest.raises(ConfigError, match="no heat map: where in the image mine's tokens lie is not known"):
+        gradcam.check(cfg)
+
+
+def test_every_system_of_ours_is_known_to_have_places_or_none():
+    assert {*gradcam.ON_A_GRID, *gradcam.LEARNED, *gradcam.SELECTED} == set(projectors.SYSTEMS)
 
 
 def test_what_cannot_be_drawn_is_refused(tokenizer):

@@ -127,7 +127,8 @@ def test_the_door_prints_one_object_or_a_table(monkeypatch, capsys, measured):
     chosen = options()
     chosen.main(chosen)
     printed = capsys.readouterr().out
-    for part in ("4 devices, mesh data=1, fsdp=4", "parameters", "fits", "all-gather", "TFLOP", "compiled in"):
+    assert " 0.0" not in printed
+    for part in ("4 devices, mesh data=1, fsdp=4", "parameters", "fits", "all-gather", "FLOP", "compiled in"):
         assert part in printed
 
 
@@ -138,6 +139,8 @@ def test_the_door_prints_one_object_or_a_table(monkeypatch, capsys, measured):
         (["--mesh", "fsdp=3,data=1"], "uses 3 of 4 devices|does not fit"),
         (["--config.optimizer.lrr=1"], "did you mean 'lr'"),
         (["--config.data.rows=6"], "data.rows=6 is not divisible"),
+        (["--config.model.vision=None"], "a plan needs a whole model; this one has no vision"),
+        (["--text", "-5"], "--text -5: expected tokens, 0 or more"),
     ],
 )
 def test_bad_options_are_one_line(more, message):

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import transformers as t
 from safetensors.numpy import load_file
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -61,7 +63,7 @@ def _llama(**changes):
 
 def _qwen2(**changes):
     rope = dict(rope_type="default", rope_theta=1e6)
-    return t.Qwen2Config(**{**TEXT, "rope_parameters": rope, "num_key_value_heads": 1, **changes})
+    return t.Qwen2Config(**{**TEXT, "eos_token_id": 2, "rope_parameters": rope, "num_key_value_heads": 1, **changes})
 
 
 def _llava(text, **vision):
@@ -146,7 +148,8 @@ def save(name: str, folder: Path, dtype: str = "float32") -> Path:
     if name not in TOWERS:
         tokenizer().save(folder / "tokenizer.json")
         if name != "llama":
-            publish_tokenizer(folder, bos=None if "qwen2" in name else "<s>")
+            sides = {"padding_side": "left"} if "llava" in name else {}
+            publish_tokenizer(folder, bos=None if "qwen2" in name else "<s>", **sides)
     if name not in DECODERS:
         size = {"shortest_edge": SIDE}
         processor = CLIPImageProcessorPil(size=size, crop_size=SIDE)
@@ -156,11 +159,8 @@ def save(name: str, folder: Path, dtype: str = "float32") -> Path:
     return folder
 
 
-def publish_tokenizer(folder: Path, bos: str | None) -> None:
+def publish_tokenizer(folder: Path, bos: str | None, **settings) -> None:
     """The folder's tokenizer as published ones are: <s> is added when text is encoded, a token for padding is named."""
-    from tokenizers import Tokenizer
-    from tokenizers.processors import ByteLevel, TemplateProcessing
-
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.post_processor = ByteLevel(trim_offsets=False)
     if bos is not None:
@@ -168,7 +168,25 @@ def publish_tokenizer(folder: Path, bos: str | None) -> None:
         backend.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=special)
     backend.save(str(folder / "tokenizer.json"))
     names = {"bos_token": bos, "eos_token": "</s>", "pad_token": "<pad>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | settings))
+
+
+TEXTS_END = "<|endoftext|>"  # of the decoder that ``chat_decoder`` writes, in its generation_config.json
+SPECIAL = (TEXTS_END, "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
+def chat_decoder(source: Path, folder: Path, bos: str | None) -> Path:
+    """A copy of a decoder whose tokenizer knows every template's special tokens, and whose texts end with another."""
+    shutil.copytree(source, folder)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    backend.save(str(folder / "tokenizer.json"))
+    publish_tokenizer(folder, bos)
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        values |= {"eos_token_id": backend.token_to_id(TEXTS_END), "pad_token_id": 0, "bos_token_id": 1}
+        (folder / name).write_text(json.dumps(values | {"max_position_embeddings": 640}))
+    return folder
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -233,7 +251,7 @@ def rows_of(images: list[int], lengths: list[int], vocab: int = FULL, seed: int 
         places = np.arange(1, 1 + 2 * count, 2, dtype=np.int32)
         ids[places] = 0
         nothing = np.zeros(length, np.int32)
-        rows.append(Tokenized(ids, nothing.astype(bool), places, nothing, np.zeros((count, 2), np.int32)))
+        rows.append(Tokenized(ids, nothing.astype(bool), places, nothing, np.zeros((count, 0), np.int32)))
     return rows
 
 
@@ -259,7 +277,7 @@ def torch_rows(rows: list[Tokenized], opened: int = 1, left: bool = False, image
 
 def torch_questions(rows: list[Tokenized]) -> dict:
     """question_ids and question_mask of every image's question, padded on the right."""
-    found = [row.ids[start:end].tolist() for row in rows for start, end in row.questions]
+    found = [ids[ids >= 0].tolist() for row in rows for ids in row.questions]
     length = max(map(len, found))
     return {
         "question_ids": torch.tensor([ids + [0] * (length - len(ids)) for ids in found]),

@@ -42,3 +42,32 @@ def opened(saved):
         return read(saved(name, dtype))
 
     return opened
+
+
+@pytest.fixture(scope="session")
+def chat_model(saved, tmp_path_factory):
+    """chat_model(projector, bos): a model of fresh parts that can be asked in every template, its projector far from
+    its start."""
+    import dataclasses
+
+    from checkpoints import chat_decoder
+    from rows import random_params
+
+    from deltallava_jax.config import ProjectorConfig
+    from deltallava_jax.convert.workdir import compose
+    from deltallava_jax.models import projectors
+
+    root = tmp_path_factory.mktemp("chat")
+
+    @functools.cache
+    def model(projector: str, bos: str | None):
+        folder = root / str(bos)
+        decoder = folder if folder.exists() else chat_decoder(saved("llama_grouped"), folder, bos)
+        made = compose(saved("clip"), decoder, "mlp", {})
+        sizes = {key: getattr(made.cfg.projector, key) for key in ("grid", "in_width", "out_width")}
+        own = dict(scale_factor=(1, 2), head_dim=16, block_head_dim=8, rank=4) if projector == "delta" else {}
+        cfg = dataclasses.replace(made.cfg, projector=ProjectorConfig(name=projector, **sizes, **own))
+        drawn = random_params(projectors.init_params, cfg.projector)
+        return dataclasses.replace(made, cfg=cfg, params=made.params | {"projector": drawn})
+
+    return lambda projector, bos="<s>": model(projector, bos)

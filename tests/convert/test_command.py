@@ -22,6 +22,7 @@ from deltallava_jax.__main__ import parse
 from deltallava_jax.config import workdir_config
 from deltallava_jax.convert import command as convert_command
 from deltallava_jax.convert.workdir import open_model
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import projectors
 
 ROOT = Path(__file__).parents[2]
@@ -122,9 +123,9 @@ def test_a_new_model_is_composed(composed, sources):
     assert model.tokenizer is not None
 
 
-def test_an_error_is_one_line_and_exit_code_1(command, tmp_path):
+def test_an_error_is_one_line_and_exit_code_2(command, tmp_path):
     done = command("convert", tmp_path / "nothing", tmp_path / "made")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path / 'nothing'} does not exist\n"
     assert not list(tmp_path.iterdir())
 
@@ -132,7 +133,7 @@ def test_an_error_is_one_line_and_exit_code_1(command, tmp_path):
 # ------------------------------------------------------------------ in this process
 
 
-def test_interrupting_does_not_promise_what_only_training_does(monkeypatch):
+def test_interrupting_does_not_promise_what_only_training_does(monkeypatch, capsys):
     """convert has no checkpoints to resume from: the same command begins again."""
 
     def interrupted(options):
@@ -144,7 +145,8 @@ def test_interrupting_does_not_promise_what_only_training_does(monkeypatch):
     with pytest.raises(SystemExit) as stopped, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the module is imported already
         runpy.run_module("deltallava_jax", run_name="__main__")
-    assert "interrupted" in str(stopped.value) and "checkpoint" not in str(stopped.value)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 130 and "interrupted" in said and "checkpoint" not in said
 
 
 def test_options_have_defaults():
@@ -173,7 +175,6 @@ def test_options_stand_before_between_and_after_the_paths(arguments):
         (["convrt", "a", "b"], "invalid choice: 'convrt'"),
         (["convert"], "DST"),
         (["convert", "a", "b", "--to", "onnx"], "invalid choice: 'onnx'"),
-        (["convert", "a", "b", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["convert", "a", "b", "--seed", "one"], "invalid int value: 'one'"),
     ],
 )
@@ -183,11 +184,24 @@ def test_an_option_that_is_none_of_ours(arguments, words, capsys):
     assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_dtype_is_that_of_all_parameters(sources, tmp_path, dtype):
-    convert(sources["llama"], tmp_path / "made", "--dtype", dtype)
+@pytest.mark.parametrize(("said", "dtype"), [("float32", "float32"), ("bf16", "bfloat16"), ("half", "float16")])
+def test_dtype_is_that_of_all_parameters(sources, tmp_path, said, dtype):
+    convert(sources["llama"], tmp_path / "made", "--dtype", said)
     params = open_model(tmp_path / "made").params
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {dtype}
+    params = deltallava_jax.load(tmp_path / "made", dtype=said).params
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8"])
+def test_a_dtype_that_parameters_cannot_have_is_refused_with_the_list(sources, tmp_path, dtype):
+    words = f"dtype is '{dtype}'; known: float32 .*, bfloat16 .*, float16"
+    parts = "--vision", sources["clip"], "--decoder", sources["llama"], "--projector", "mlp"
+    for arguments in ((sources["llama"],), parts):
+        with pytest.raises(ConfigError, match=words):
+            convert(*arguments, tmp_path / "made", "--dtype", dtype)
+    with pytest.raises(ConfigError, match=words):
+        deltallava_jax.load(sources["llama"], dtype=dtype)
 
 
 def test_the_seed_draws_a_fresh_projector(sources, tmp_path):

@@ -37,11 +37,12 @@ from transformers import (  # noqa: E402
     LlavaForConditionalGeneration,
 )
 
+import deltallava_jax  # noqa: E402
 from deltallava_jax.config import ASPECTS, Config, FastVConfig, OptimizerConfig, ProjectorConfig, to_dict  # noqa: E402
+from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
 from deltallava_jax.convert.read import Pretrained, read  # noqa: E402
-from deltallava_jax.convert.workdir import compose, load_model, read_workdir, write_workdir  # noqa: E402
-from deltallava_jax.convert.write import write_hf, write_llava  # noqa: E402
-from deltallava_jax.data import tokens  # noqa: E402
+from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir  # noqa: E402
+from deltallava_jax.data import conversation, tokens  # noqa: E402
 from deltallava_jax.data.conversation import TEMPLATES, tokenize  # noqa: E402
 from deltallava_jax.data.images import load_image  # noqa: E402
 from deltallava_jax.errors import ConfigError, ConversionError  # noqa: E402
@@ -325,9 +326,10 @@ def system(request, composed, tmp_path_factory):
 
 
 def asked(rows, *questions):
-    """The rows with a question for each image."""
-    as_array = lambda spans: np.array(spans, np.int32).reshape(-1, 2)
-    return [dataclasses.replace(row, questions=as_array(spans)) for row, spans in zip(rows, questions, strict=True)]
+    """The rows with a question of so many tokens for each image, of at most four."""
+    one = lambda count: [5 + place if place < count else -1 for place in range(4)]
+    ids = lambda counts: np.array([one(count) for count in counts], np.int32).reshape(-1, 4)
+    return [dataclasses.replace(row, questions=ids(counts)) for row, counts in zip(rows, questions, strict=True)]
 
 
 def torch_inputs(model, theirs, rows, images, left: bool = False) -> dict:
@@ -341,7 +343,7 @@ def torch_inputs(model, theirs, rows, images, left: bool = False) -> dict:
 def test_logits_of_other_systems(system):
     """Every budget, rows with one image, two and none; a long question, a short one and an empty one."""
     model, theirs = system
-    rows = asked(rows_of([1, 2, 0], [12, 9, 20]), [(2, 11)], [(4, 7), (0, 0)], [])
+    rows = asked(rows_of([1, 2, 0], [12, 9, 20]), [4], [3, 0], [])
     images, cfg = pixels(3), model.cfg.projector
     inputs = torch_inputs(model, theirs, rows, images)
     of_images = {name: value for name, value in inputs.items() if name.startswith(("pixel", "question"))}
@@ -361,7 +363,7 @@ def test_logits_of_other_systems(system):
 def test_greedy_tokens_of_other_systems(system):
     """After prompts of unequal length, padded on the left."""
     model, theirs = system
-    rows, images = asked(rows_of([1, 1], [12, 6]), [(3, 10)], [(2, 5)]), pixels(2)
+    rows, images = asked(rows_of([1, 1], [12, 6]), [4], [3]), pixels(2)
     inputs = torch_inputs(model, theirs, rows, images, left=True)
     settings = dict(do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=None)
     for budget in projectors.budgets(model.cfg.projector):
@@ -372,7 +374,7 @@ def test_greedy_tokens_of_other_systems(system):
 @pytest.mark.parametrize("system", ["quecc"], indirect=True)
 def test_a_question_is_asked_for_where_it_is_read(system):
     model, theirs = system
-    rows, images = asked(rows_of([1, 1], [12, 6]), [(3, 10)], [(2, 5)]), pixels(2)
+    rows, images = asked(rows_of([1, 1], [12, 6]), [4], [3]), pixels(2)
     inputs = torch_inputs(model, theirs, rows, images)
     for given, words in ((None, "2 images, but none in question_ids"), (inputs["question_ids"][:1], "but 1 in")):
         with pytest.raises(ValueError, match=f"reads each image's question: .*{words}"):
@@ -383,7 +385,7 @@ def test_a_question_is_asked_for_where_it_is_read(system):
 def test_the_question_gets_no_gradient(system):
     """Of the visual tokens the decoder has none; the projector's part that takes the question has."""
     model, theirs = system
-    rows = asked(rows_of([1], [12]), [(3, 10)])
+    rows = asked(rows_of([1], [12]), [4])
     tokens, _ = theirs.get_image_features(torch_pixels(pixels(1)), **torch_questions(rows))
     tokens.square().sum().backward()
     assert all(parameter.grad is None for parameter in theirs.language_model.parameters())
@@ -432,7 +434,7 @@ def ready(model: Pretrained, folder) -> Model:
 def assert_processor_agrees(processor, config, tokenizer, pictures, opened: int = 1):
     """Its text ids are ours, with ``opened`` image tokens for each placeholder; the pixels are of the tower's size."""
     inputs = processor(images=pictures[:1], text=vicuna(PROMPT), return_tensors="pt")
-    mine = tokenize([(f"<image>\n{PROMPT}", None)], TEMPLATES["vicuna_v1"], tokenizer).ids.tolist()
+    mine = tokenize(conversation.asked([(PROMPT, None)], 1), TEMPLATES["vicuna_v1"], tokenizer).ids.tolist()
     token = config.image_token_index
     assert inputs["input_ids"][0].tolist() == [i for x in mine for i in ([token] * opened if x == 0 else [x])]
     assert inputs["pixel_values"].shape == (1, 3, SIDE, SIDE)
@@ -563,7 +565,7 @@ def test_text_for_pictures_in_a_padded_batch(delta_folder, saved, pictures):
 
 @pytest.fixture(scope="module")
 def quecc_folder(composed, tmp_path_factory):
-    """(our model, its export) of a system that reads the question, of which it reads the last tokens."""
+    """(our model, its export) of a system that reads the question, of which it reads the first tokens."""
     settings = dict(scale_factor=(2,), head_dim=16, question_length=12)
     model = composed("clip", "llama_grouped", "quecc", **settings)
     return model, exported(model, tmp_path_factory.mktemp("text") / "quecc_text")
@@ -606,13 +608,14 @@ def test_questions_of_a_long_conversation(decoder, composed, saved, tmp_path):
     rounds = [template.user.format(question) + template.assistant for question, _ in CONVERSATION]
     answers = [f" {answer}{template.end}" for _, answer in CONVERSATION[:-1]] + [""]
     text = template.system + "".join(part for pair in zip(rounds, answers, strict=True) for part in pair)
-    mine = tokenize(CONVERSATION, template, tokens.load(saved(decoder)))
+    tokenizer = tokens.load(saved(decoder))
+    mine = tokenize(conversation.asked(CONVERSATION, 5), template, tokenizer, question_length=24)
     inputs = processor(text=text)
     found = [
         [token for token, live in zip(ids, mask, strict=True) if live]
         for ids, mask in zip(inputs["question_ids"], inputs["question_mask"], strict=True)
     ]
-    assert found == [mine.ids[start:end].tolist() for start, end in mine.questions]
+    assert found == [ids[ids >= 0].tolist() for ids in mine.questions]
     assert [len(ids) > 0 for ids in found] == [True, True, True, False, True]
 
 
@@ -622,7 +625,7 @@ def test_questions_end_as_in_the_template_of_the_workdir(quecc_folder, saved, pi
     work = tmp_path / "work"
     work.mkdir()
     write_workdir(dataclasses.replace(model, template="brief"), work, "work")
-    ours = load_model(work)
+    ours = deltallava_jax.load(work)
     assert ours.template == "brief"
     folder = exported(read_workdir(work), tmp_path / "quecc")
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -642,7 +645,7 @@ def test_text_after_a_workdir(delta_folder, saved, pictures, tmp_path):
     write_workdir(model, tmp_path / "work", "work")
     expected = ready(model, saved("llama_grouped")).generate(pictures[0], PROMPT, budget=4, max_new_tokens=8)
     for path in (tmp_path / "work", folder):
-        assert load_model(path).generate(pictures[0], PROMPT, budget=4, max_new_tokens=8) == expected
+        assert deltallava_jax.load(path).generate(pictures[0], PROMPT, budget=4, max_new_tokens=8) == expected
 
 
 def test_the_exported_code_needs_no_jax(delta_folder):

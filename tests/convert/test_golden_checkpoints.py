@@ -36,7 +36,7 @@ def prompt(ids: np.ndarray) -> Tokenized:
     ids = np.delete(ids, np.arange(at + 1, at + V))
     ids[at] = 0
     nothing = np.zeros(len(ids), np.int32)
-    return Tokenized(ids, nothing.astype(bool), np.array([at], np.int32), nothing, np.zeros((1, 2), np.int32))
+    return Tokenized(ids, nothing.astype(bool), np.array([at], np.int32), nothing, np.zeros((1, 0), np.int32))
 
 
 def test_logits_and_greedy_tokens(golden_model):

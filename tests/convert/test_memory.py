@@ -27,7 +27,7 @@ import jax
 import deltallava_jax
 from deltallava_jax.convert.read import read
 from deltallava_jax.convert.workdir import write_workdir
-from deltallava_jax.convert.write import write_hf
+from deltallava_jax.convert.export import write_hf
 
 source, how, target = sys.argv[1:]
 if how == "load":

@@ -31,7 +31,7 @@ from broken import (
 )
 from safetensors.numpy import load_file, save_file
 
-from deltallava_jax.convert import workdir, write
+from deltallava_jax.convert import shards, workdir
 
 ROOT = Path(__file__).parents[2]
 
@@ -594,7 +594,7 @@ def test_a_workdir_with_a_checkpoint_cut_short(converted, target):
 @pytest.mark.parametrize("to", ["hf", "llava"])
 def test_interrupted_after_the_first_tensor_nothing_is_left(tmp_path, target, monkeypatch, to):
     source, begun = llava_hf(tmp_path / "llava"), []
-    original = write._write_safetensors
+    original = shards._write_safetensors
 
     def interrupted(path, outs, value, bar):
         def one(out):
@@ -606,7 +606,7 @@ def test_interrupted_after_the_first_tensor_nothing_is_left(tmp_path, target, mo
 
         original(path, outs, one, bar)
 
-    monkeypatch.setattr(write, "_write_safetensors", interrupted)
+    monkeypatch.setattr(shards, "_write_safetensors", interrupted)
     target.parent.mkdir()
     with pytest.raises(KeyboardInterrupt):
         convert("--to", to, source, target)
@@ -626,3 +626,102 @@ def test_interrupted_before_the_checkpoint_is_written_nothing_is_left(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         convert(source, target)
     assert not list(target.parent.iterdir())
+
+
+# ------------------------------------------------------------------ what training frameworks leave behind
+
+
+@pytest.mark.parametrize("as_projector", [False, True])
+def test_shards_of_zero3_that_were_never_gathered(tmp_path, target, as_projector):
+    """DeepSpeed ZeRO-3 leaves tensors without elements in the process that saves."""
+    torch = pytest.importorskip("torch")
+    empty = {f"model.mm_projector.{name}": torch.zeros(0) for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    source = tmp_path / "stage1"
+    source.mkdir()
+    torch.save(empty, source / "mm_projector.bin")
+    words = "mm_projector.bin", "0.weight", "ZeRO-3", "zero_to_fp32.py"
+    if as_projector:
+        parts = "--vision", clip(tmp_path / "clip"), "--decoder", llama(tmp_path / "llama"), "--projector"
+        assert_says(refused(target, *parts, source / "mm_projector.bin"), *words)
+    else:
+        assert_says(refused(target, source), *words)
+
+
+def test_empty_tensors_in_safetensors(tmp_path, target):
+    state = llama_weights()
+    state["model.norm.weight"] = np.zeros(0, np.float32)
+    assert_says(refused(target, save(tmp_path / "llama", LLAMA, state)), "model.norm.weight", "ZeRO-3")
+
+
+ADAPTER = {"base_model_name_or_path": "lmsys/vicuna-7b-v1.5", "peft_type": "LORA", "r": 128}
+
+
+def adapter(folder: Path, weights: str, config: bool) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(broken.LLAVA))
+    if config:
+        (folder / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    state = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.ones((4, 32), np.float32)}
+    if weights.endswith(".safetensors"):
+        save_file(state, folder / weights)
+    else:
+        (folder / weights).write_bytes(b"never opened")
+    return folder
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"])
+def test_a_lora_adapter_is_named_as_one(tmp_path, target, weights):
+    source = adapter(tmp_path / "lora", weights, config=True)
+    words = "LoRA adapter of lmsys/vicuna-7b-v1.5", "merge", "merge_and_unload"
+    assert_says(refused(target, source), source, *words)
+    assert_says(refused(target, "--vision", clip(tmp_path / "clip"), "--decoder", source, "--projector", "mlp"), *words)
+
+
+def test_a_lora_adapter_without_its_config(tmp_path, target):
+    source = adapter(tmp_path / "lora", "adapter_model.safetensors", config=False)
+    assert_says(refused(target, source), source, "LoRA adapter of a base that it does not name")
+    assert_says(refused(target, source / "adapter_model.safetensors"), "LoRA adapter")
+
+
+def test_merged_weights_beside_an_adapter_are_read(tmp_path):
+    source = llama(tmp_path / "llama")
+    (source / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    convert(source, tmp_path / "made")
+
+
+# ------------------------------------------------------------------ what the tower cannot give
+
+
+@pytest.mark.parametrize("system", ["prumerge", "prumerge_plus", "fastervlm", "evit", "dynamicvit"])
+def test_a_system_that_reads_the_cls_token_is_not_composed_with_a_siglip_tower(tmp_path, target, system):
+    state = {name: value for name, value in clip_weights().items() if "class_emb" not in name and "pre_lay" not in name}
+    state["vision_model.embeddings.position_embedding.weight"] = np.ones((16, 64), np.float32)
+    state["vision_model.embeddings.patch_embedding.bias"] = np.ones(64, np.float32)
+    siglip = CLIP | dict(model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh")
+    tower = save(tmp_path / "siglip", siglip, state)
+    parts = (
+        "--vision",
+        tower,
+        "--decoder",
+        llama(tmp_path / "llama"),
+        "--set",
+        "prune_layers=(0,)",
+        "--projector",
+        system,
+    )
+    assert_says(refused(target, *parts), "a siglip tower has no CLS token")
+
+
+@pytest.mark.parametrize(
+    ("system", "settings", "words"),
+    [
+        ("prumerge", "select_layer=-1", "reads queries and keys of the layer after it"),
+        ("evit", "prune_layers=(1,)", "the tower is read after 1 layers"),
+        ("dynamicvit", "prune_layers=(5,)", "the tower is read after 1 layers"),
+    ],
+)
+def test_layers_that_the_tower_has_not_are_refused_when_it_is_composed(tmp_path, target, system, settings, words):
+    parts = "--vision", clip(tmp_path / "clip"), "--decoder", llama(tmp_path / "llama"), "--projector", system
+    assert_says(refused(target, *parts, "--set", settings), words)
+    convert(*parts, *(["--set", "prune_layers=(0,)"] if "vit" in system else []), tmp_path / "made")
+    assert_says(refused(target, tmp_path / "made", "--set", settings), words)

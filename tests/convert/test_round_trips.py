@@ -17,9 +17,9 @@ from checkpoints import assert_same_bits, convert, copy_with, renamed, tensors, 
 from rows import random_params  # noqa: E402
 
 from deltallava_jax.config import ASPECTS, ProjectorConfig  # noqa: E402
+from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
 from deltallava_jax.convert.read import Pretrained, read  # noqa: E402
 from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir  # noqa: E402
-from deltallava_jax.convert.write import write_hf, write_llava  # noqa: E402
 from deltallava_jax.models import projectors  # noqa: E402
 from deltallava_jax.models.names import flatten  # noqa: E402
 

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from deltallava_jax.config import ABLATIONS, ProjectorConfig, to_dict  # noqa: E402
-from deltallava_jax.convert.write import TORCH_MODULES, projector_code  # noqa: E402
+from deltallava_jax.convert.export import TORCH_MODULES, projector_code  # noqa: E402
 from deltallava_jax.models import projectors  # noqa: E402
 
 SMALL = ProjectorConfig(

@@ -8,10 +8,12 @@ import pytest
 from PIL import Image
 
 from deltallava_jax.data import tokens
-from deltallava_jax.errors import ConfigError
+from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.evaluation import answers, benchmarks, table, tasks
 from deltallava_jax.inference.model import Model
 from tests import tiny
+
+READ = "expected at most 89,478,485 in all, 32,768 a side and 100 times as many on one side as on the other"
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,28 @@ def test_answers_of_a_batch_are_those_of_single_questions(model):
         answers.Answerer(model, budget=9)
     with pytest.raises(ConfigError, match="no tokenizer"):
         answers.Answerer(dataclasses.replace(model, tokenizer=None))
+
+
+def test_an_image_that_cannot_be_read_takes_its_own_answer_alone(model):
+    """Of 2 x 400 pixels: one side is more than a hundred times the other."""
+    sound, thin = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (2, 400))
+    ask = answers.Answerer(model, budget=4, rows=8)
+    questions = [([sound], "what?"), ([thin], "what?"), ([], "no red"), ([sound, thin], "yes")]
+    found = ask(questions, 4)
+    assert [str(found[place]) for place in (1, 3)] == ["image of mode RGB: 2 x 400 pixels; " + READ] * 2
+    assert [found[0], found[2]] == ask([questions[0], questions[2]], 4)
+    assert all(isinstance(found[place], BadSample) for place in (1, 3)) and ask([], 4) == []
+
+
+@pytest.mark.parametrize("rows", ["auto", "auto:4", "16", 16])
+def test_the_batch_size_is_read_as_lmms_eval_writes_it(model, rows):
+    assert answers.Answerer(model, rows=rows).rows == 16
+
+
+@pytest.mark.parametrize("rows", ["many", "0", -2, "1.5"])
+def test_another_batch_size_is_one_line(model, rows):
+    with pytest.raises(ConfigError, match=f"batch_size={rows}; expected a number of questions"):
+        answers.Answerer(model, rows=rows)
 
 
 def test_answers_are_kept_over_a_kill(tmp_path):
@@ -67,11 +91,11 @@ def test_the_table_has_our_rows_and_the_papers_marked(tmp_path):
     (tmp_path / "mine" / "eval" / "easy_vqa_16.json").write_text(json.dumps(dict(task="easy_vqa", budget=16)))
     lines = table.table([tmp_path / "mine", tmp_path / "other"]).split("\n")
     assert lines[0] == "| Method | Tokens | GQA | MME | POPE |"
-    assert lines[2:4] == ["| mine | 144 | 25.0* |  |  |", "| mine | 36 | 61.5 |  | 50.0 |"]
-    assert lines[4] == "| other | 1 |  | 1234.6 |  |"
+    assert lines[2] == "| mine | 36 | 61.5 |  | 50.0 |"  # a part of the questions is no result
+    assert lines[3] == "| other | 1 |  | 1234.6 |  |"
     assert "| Delta-LLaVA (paper) | 144 | 62.34 | 1466.52 | 86.77 |" in lines
     rows = [line for line in lines if line.startswith("| ")][1:]
-    assert all("(paper)" in line for line in rows[3:]) and len(rows) == 3 + len(table.PAPER)
+    assert all("(paper)" in line for line in rows[2:]) and len(rows) == 2 + len(table.PAPER)
     assert "mix protocols" in lines[-5] + lines[-4]
 
 
@@ -98,6 +122,41 @@ def test_what_is_not_installed_is_named(monkeypatch):
     with pytest.raises(ConfigError, match="java"):
         tasks.require(["gqa", "nocaps_val"])
     tasks.require(["gqa", "pope"])
+
+
+def test_a_local_copy_is_a_dataset_dict_with_the_tasks_split(tmp_path):
+    def message():
+        with pytest.raises(ConfigError) as caught:
+            tasks.local_copy("pope", tmp_path)
+        assert "\n" not in str(caught.value) and "save_to_disk(" in str(caught.value)
+        return str(caught.value)
+
+    copy = tmp_path / "pope"
+    assert f"expected {copy} to be a DatasetDict with the split 'test', but it does not exist" in message()
+    (copy / "test").mkdir(parents=True)
+    assert "nothing is saved there" in message()
+    (copy / "test" / "dataset_info.json").write_text("{}")  # as Dataset.save_to_disk(DIR/TASK/SPLIT) leaves it
+    assert "it holds a Dataset;" in message()
+    (copy / "dataset_dict.json").write_text(json.dumps(dict(splits=["train"])))
+    assert "it has the splits train;" in message()
+    (copy / "dataset_dict.json").write_text(json.dumps(dict(splits=["test"])))
+    assert tasks.local_copy("pope", tmp_path) == copy
+    with pytest.raises(ConfigError, match="knows no task 'mmmu'"):
+        tasks.local_copy("mmmu", tmp_path)
+
+
+def test_data_that_cannot_be_fetched_is_one_line_that_names_the_login():
+    class RetryError(Exception):  # tenacity's, which lmms-eval raises
+        class last_attempt:
+            exception = staticmethod(lambda: DatasetNotFoundError("Dataset 'a/b' is a gated dataset.\nMore."))
+
+    DatasetNotFoundError = type("DatasetNotFoundError", (Exception,), {"__module__": "datasets.exceptions"})
+    for error in (RetryError("<Future at 0x7f>"), RetryError.last_attempt.exception()):
+        line = tasks.not_fetched(error)
+        assert line.startswith("DatasetNotFoundError: Dataset 'a/b' is a gated dataset. Some") and "\n" not in line
+        assert "hf auth login" in line and "--offline" in line
+    RetryError.last_attempt.exception = staticmethod(lambda: KeyError("of a scorer"))
+    assert tasks.not_fetched(RetryError()) is tasks.not_fetched(KeyError("mine")) is None
 
 
 def test_mmbench_is_scored_without_gpt_where_there_is_no_key(monkeypatch):

@@ -156,10 +156,27 @@ def test_what_no_spreadsheet_holds_is_left_out(model, monkeypatch):
 
 
 def test_what_is_missing_is_named(local, tmp_path):
-    with pytest.raises(ConfigError, match="no .*mme/test; expected a data set saved there"):
+    with pytest.raises(ConfigError, match="expected .*mme to be a DatasetDict with the split 'test'"):
         write_offline(["mme"], tmp_path, tmp_path)
     with pytest.raises(ConfigError, match="knows no task 'mmmu'"):
         write_offline(["mmmu"], tmp_path, tmp_path)
+
+
+def test_a_picture_that_cannot_be_read_is_an_empty_answer_counted_and_listed(model, tmp_path, capsys):
+    import datasets
+    from PIL import Image
+
+    pictures = [Image.new("RGB", (40, 40), "red"), Image.new("RGB", (2, 400)), Image.new("RGB", (40, 40), "blue")]
+    rows = [row | dict(image=image) for (row, _), image in zip(local_tasks._rows("pope"), pictures)]  # noqa: B905
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict(test=table).save_to_disk(str(tmp_path / "pope"))
+    for _ in range(2):  # and again, where the other answers are kept
+        ours = lmms.DeltaLlava(model, budget=4, answers=tmp_path / "kept")
+        found = lmms.evaluate(ours, ["pope"], tmp_path / "out", offline=tmp_path)["pope"]
+        assert found["n"] == 3 and list(found["unread"]) == ["pope/test/1"]
+        said = capsys.readouterr().err
+        assert "1 answers are empty" in said and "pope/test/1: image of mode RGB: 2 x 400 pixels" in said
+    assert len(answers.Kept(tmp_path / "kept").read()) == 2
 
 
 def test_the_entry_points_manifest_names_our_class():

@@ -20,3 +20,12 @@ def workdir(tmp_path_factory):
     checkpoints.save_params(one.params)
     checkpoints.close()
     return folder
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Of a server of the tiny model."""
+    from servers import running
+
+    with running("--max-pixels=10000", "--max-body=200000") as address:
+        yield address

@@ -40,7 +40,7 @@ def prompt(length: int, images: int = 0, seed: int = 0) -> Tokenized:
     places = np.arange(1, 1 + 2 * images, 2, dtype=np.int32)
     ids[places] = 0
     nothing = np.zeros(length, np.int32)
-    return Tokenized(ids, nothing > 0, places, nothing, np.zeros((images, 2), np.int32))
+    return Tokenized(ids, nothing > 0, places, nothing, np.zeros((images, 0), np.int32))
 
 
 def visual(engine, pictures: list[np.ndarray], budget: int | None = None):

@@ -1,18 +1,21 @@
 """Texts: streamed pieces, stop texts, cancelling; and chats, whose carried caches equal a fresh prefill."""
 
+import dataclasses
 import inspect
 import textwrap
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import model, picture, visual
 from PIL import Image
 
 import deltallava_jax
-from deltallava_jax.data.conversation import TEMPLATES
+from deltallava_jax.data.conversation import TEMPLATES, end_ids
 from deltallava_jax.errors import BadSample, ConfigError
-from deltallava_jax.inference.generate import Engine, Text, bucket, prompt_batch
+from deltallava_jax.inference.generate import Clock, Engine, Text, bucket, prompt_batch
 from deltallava_jax.inference.model import Model
 from deltallava_jax.inference.sampling import Sampling
 
@@ -56,6 +59,101 @@ def test_the_example_of_a_docstring_runs(documented, workdir, tmp_path, monkeypa
     (tmp_path / "runs" / "easy_vqa").symlink_to(workdir)
     monkeypatch.chdir(tmp_path)
     exec(textwrap.dedent(code), {"deltallava_jax": deltallava_jax})
+
+
+def test_without_a_seed_each_answer_is_another_and_its_seed_repeats_it():
+    ask = lambda **more: model().stream(picture(), QUESTION, max_new_tokens=8, temperature=1.0, **more)
+    answers = [ask() for _ in range(8)]
+    assert len({answer.whole() for answer in answers}) > 1
+    assert ask(seed=answers[3].seed).whole() == answers[3].text
+    assert len({model().generate(picture(), QUESTION, max_new_tokens=8) for _ in range(2)}) == 1
+
+
+@pytest.mark.parametrize("seed", [None, 2**32 - 1])
+def test_in_a_chat_each_turn_has_a_seed_of_its_own(seed):
+    chat, seeds = model().chat(max_new_tokens=8, temperature=1.0, seed=seed), []
+    for _ in range(2):
+        chat.ask(QUESTION)
+        seeds.append(chat.last.seed)
+    assert seeds == [seed, 0] if seed else len(set(seeds)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "error", "words"),
+    [
+        ((QUESTION, picture()), {}, TypeError, "prompt is of type ndarray; expected a text"),
+        ((QUESTION, __file__), {}, ConfigError, "images='what color.*no file, but prompt=.*swapped"),
+        ((None, None), {}, TypeError, "prompt is of type NoneType"),
+        ((5, QUESTION), {}, TypeError, "images holds a value of type int; expected files"),
+        (([picture(), None], QUESTION), {}, TypeError, "images holds a value of type NoneType"),
+        (({"url": "a.png"}, QUESTION), {}, TypeError, "images holds a value of type dict"),
+        ((None, QUESTION), {"tempratur": 1}, TypeError, "unknown argument 'tempratur'; did you mean 'temperature'"),
+        ((None, QUESTION), {"stop": 5}, ConfigError, "stop=5; expected a text"),
+        ((None, QUESTION), {"max_new_tokens": "x"}, ConfigError, "max_new_tokens='x'; expected a whole number"),
+        ((None, QUESTION), {"budget": "x"}, ConfigError, "budget='x'; expected a whole number"),
+        ((None, QUESTION), {"budget": 4.0}, ConfigError, "budget=4.0; expected a whole number"),
+        ((None, QUESTION), {"budget": True}, ConfigError, "budget=True; expected a whole number"),
+        ((None, QUESTION), {"budget": 5}, ConfigError, "budget: delta makes 16, 4, 1"),
+    ],
+)
+def test_arguments_that_cannot_be_are_named(arguments, settings, error, words):
+    images, prompt = arguments
+    with pytest.raises(error, match=words):
+        model().stream(images, prompt, **settings)
+    with pytest.raises(error, match=words):
+        model().chat(**settings).stream(prompt, images)
+
+
+def test_a_model_says_what_it_is_in_three_lines():
+    lines = repr(model()).splitlines()
+    assert len(lines) == 3 and all(len(line) < 120 for line in lines)
+    total = sum(leaf.size for leaf in jax.tree.leaves(model().params["decoder"]))
+    assert f"decoder {total / 1000:.3g}K" in lines[0] and "delta projector" in lines[0] and "float32" in lines[0]
+    assert "16, 4, 1" in lines[1] and f"{model().tokenizer.vocab_size} tokens; template: brief" in lines[2]
+
+
+def test_compiling_is_timed_apart():
+    clock, function = Clock(), jax.jit(lambda x: jnp.sin(x) + 1.25)
+    with clock:
+        function(jnp.ones(3)).block_until_ready()
+    compiling = clock.compiling
+    with clock:
+        function(jnp.ones(3)).block_until_ready()
+    assert clock.compiling == compiling > 0 and clock.seconds > 0
+    nested, before = Clock(), time.perf_counter()
+    with nested:
+        jax.jit(lambda x: jax.jit(lambda y: jnp.cos(y) * 3.5)(x) - 1)(jnp.ones(4))
+    assert nested.seconds >= 0 and nested.compiling <= time.perf_counter() - before  # what is inside counts once
+
+
+def decoder_alone(template=None):
+    whole = model()
+    cfg = dataclasses.replace(whole.cfg, vision=None, projector=None)
+    return Model(cfg, {"decoder": whole.params["decoder"]}, whole.tokenizer, template)
+
+
+def test_a_decoder_alone_continues_one_text_and_needs_a_template_for_more():
+    bare, talks = decoder_alone(), decoder_alone("brief")
+    ids = lambda text: bare.tokenizer.encode(text)[0]
+    pairs = [("red?", "yes"), ("blue?", None)]
+    assert bare.ask([("red?", None)]).ids.tolist() == [bare.tokenizer.bos, *ids("red?")]
+    with pytest.raises(ConfigError, match="a decoder alone continues one text; for earlier turns .*--template"):
+        bare.ask(pairs)
+    assert talks.ask(pairs).ids.tolist() == model().ask(pairs).ids.tolist()
+    assert (bare.end, talks.end) == (bare.tokenizer.eos,) * 2
+    with pytest.raises(ConfigError, match="budget=4: the model has no vision tower"):
+        bare.stream(None, "red?", budget=4)
+    with pytest.raises(ConfigError, match="no vision tower"):
+        talks.stream(picture(), "red?")
+
+
+def test_another_template(workdir):
+    loaded = deltallava_jax.load(workdir, template="vicuna_v1")
+    assert loaded.template == "vicuna_v1" and deltallava_jax.load(workdir).template == "brief"
+    with pytest.raises(ConfigError, match="template is 'vicuna'; did you mean 'vicuna_v1'"):
+        deltallava_jax.load(workdir, template="vicuna")
+    with pytest.raises(ConfigError, match="template chatml closes answers with <|im_end|>, which is no token of this"):
+        deltallava_jax.load(workdir, template="chatml")
 
 
 def test_a_stop_text_ends_the_answer_and_is_no_part_of_it():
@@ -102,7 +200,7 @@ def test_a_carried_cache_equals_a_fresh_prefill(turn, template, monkeypatch):
     stop = text[5:8] if turn == "stop" else "never"
     encoded.clear()
     chat, conversation, shown = one.chat(budget=4, max_new_tokens=20, stop=stop), [], []
-    ending = one.tokenizer.encode(TEMPLATES[template].end)[0]
+    ending = end_ids(TEMPLATES[template], one.tokenizer)
     images = (picture(0), picture(2) if turn == "length" else None)
     for number, image in enumerate(images):
         answer = chat.stream(QUESTION, image)
@@ -129,7 +227,7 @@ def fresh(ids, places):
     from deltallava_jax.data.conversation import Tokenized
 
     nothing = np.zeros(len(ids), np.int32)
-    questions = np.zeros((len(places), 2), np.int32)
+    questions = np.zeros((len(places), 0), np.int32)
     return Tokenized(np.array(ids, np.int32), nothing > 0, np.array(places, np.int32), nothing, questions)
 
 

@@ -10,11 +10,15 @@ import pytest
 from models import model, picture
 from PIL import Image
 
+from deltallava_jax import cli
+from deltallava_jax.__main__ import parse
+
 ROOT = Path(__file__).parents[2]
 DOOR = [sys.executable, "-m", "deltallava_jax", "chat"]
 QUESTION = "what color is the shape?"
 STATISTICS = re.compile(
-    r"\[(\d+) tokens, the first after [\d.]+ s(, then [\d.]+ tokens/s)?(, compiling included)?(, stopped)?\]"
+    r"\[(\d+) tokens, the first after [\d.]+ m?s(, then [\d.,]+ tokens/s)?(, compiling took [\d.]+ m?s more)?"
+    r"(, seed \d+)?(, stopped)?\]"
 )
 
 
@@ -27,7 +31,7 @@ def image(tmp_path_factory):
 
 def test_a_conversation(workdir, image):
     lines = [f"/image '{image}'", QUESTION, "is it red?", "/budget 4", QUESTION, "/budget 4", QUESTION, "/budget 3",
-             "/budget x", "/image", "/image none.png", "/nothing", "/reset", "/help"]  # fmt: skip
+             "/budget \u00b2", "/image", "/image none.png", "/nothing", "/reset", "/help"]  # fmt: skip
     done = subprocess.run([*DOOR, workdir, "--max-new-tokens=8"], input="\n".join(lines), cwd=ROOT,
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -59,13 +63,34 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(workdir):
             text = ""
             while not (found := STATISTICS.search(text)):
                 text += door.stdout.readline()
-            assert found[4] and int(found[1]) < 6000
+            assert found[5] and int(found[1]) < 6000
             say("/reset")
             assert door.stdout.readline() == "the conversation begins anew\n"
             say("/quit")
             assert door.wait(timeout=60) == 0
         finally:
             door.kill()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["chat", "--image=nothere.png"], "error: image nothere.png: "),
+        (["gradcam", "--image=nothere.png", "--prompt=what?"], "error: image nothere.png: "),
+        (["chat", "--template=chatm"], "error: template is 'chatm'; did you mean 'chatml'?"),
+        (["chat", "--dtype=float8"], "error: .*float8"),
+        (["serve", "--template=chatm"], "error: template is 'chatm'; did you mean 'chatml'?"),
+        (["chat", "--stop="], "error: stop=.*none of them empty"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_one_line(workdir, command, words, capfd):
+    with pytest.raises(SystemExit) as ended:
+        options = parse([command[0], str(workdir), *command[1:]])
+        cli.run(lambda: options.main(options))
+    assert ended.value.code == 2
+    said = capfd.readouterr().err.splitlines()
+    assert re.match(words, said[-1]) and "Traceback" not in "".join(said)
 
 
 def test_a_folder_without_a_model_is_one_line(tmp_path):

@@ -126,6 +126,22 @@ def test_requests_enter_and_leave_slots_while_others_are_answered():
     assert [said[index] for index in range(4)] == expected
 
 
+def test_places_and_pictures_are_compared():
+    """A place without a picture would read NaN into the cache."""
+    engine, batch = model().engine, prompt_batch([prompt(9, 2)], 16)
+    one, two = visual(engine, [picture()]), visual(engine, [picture()] * 2)
+    with pytest.raises(ValueError, match="1 prompts with 2 image places each, but 1 images"):
+        engine.tokens(batch, *one, SHORT, end=-1)
+    with pytest.raises(ValueError, match="2 image places each, but 1 images"):
+        engine.encode(picture()[None], batch)
+    with pytest.raises(ValueError, match="2 image places each, but 0 images"):
+        engine.tokens(batch, sampling=SHORT, end=-1)
+    slots = engine.begin(batch, *two, [SHORT], -1)
+    assert all(np.isfinite(np.asarray(keys)).all() for cache in slots.caches for keys in cache.k)
+    with pytest.raises(ValueError, match="0 image places each, but 1 images"):
+        engine.extend(slots, prompt_batch([prompt(5)], 16), *one, SHORT, -1)
+
+
 def test_sharded_over_devices_is_the_same(workdir):
     plain, engine = model(), dl.load(workdir, tensor=2).engine
     kernel = engine.params["decoder"]["layers"][0]["gate"]["kernel"]

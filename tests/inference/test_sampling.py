@@ -78,6 +78,21 @@ def test_equal_seeds_draw_alike_and_others_do_not():
     assert (first != other).mean() > 0.5
 
 
+def test_without_a_seed_each_is_another_and_its_seed_repeats_it():
+    rows = [Sampling(temperature=1.0).seeded() for _ in range(8)]
+    assert len({row.seed for row in rows}) > 1 and all(row.seeded() == row for row in rows)
+    drawn = lambda seed=None: tuple(draws(temperature=1.0, seed=seed)[:40])
+    assert drawn() != drawn()
+    assert drawn(rows[0].seed) == drawn(rows[0].seed)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(temperature=1e-38), dict(temperature=1e-7), dict(temperature=1.0, top_p=1e-300)]
+)
+def test_settings_too_small_for_the_device_take_the_most_likely_token(settings):
+    assert (draws(**settings) == LOGITS.argmax()).all()
+
+
 def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     seen = np.arange(VOCAB) % 2 == 0
     scores = np.where(seen, np.where(LOGITS > 0, LOGITS / 3, LOGITS * 3), LOGITS)
@@ -90,6 +105,10 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits(
     ("setting", "words"),
     [
         (dict(temperature=-1), "temperature=-1; expected 0"),
+        (dict(temperature=10**400), "temperature=10+[.]+.*; expected 0"),
+        (dict(repetition_penalty=1e-300), "repetition_penalty=1e-300; expected 1e-09 to 1e.09"),
+        (dict(stop=5), "stop=5; expected a text or a list"),
+        (dict(stop=[5]), "stop=.5.; expected a text or a list"),
         (dict(temperature=float("nan")), "temperature=nan"),
         (dict(top_p=0), "top_p=0; expected above 0, to 1"),
         (dict(top_k=2.5), "top_k=2.5; expected a whole number"),

@@ -1,79 +1,148 @@
 """The server, asked by the official client and by clients that send what they should not."""
 
-import argparse
-import base64
+import asyncio
 import json
 import re
-import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from io import BytesIO
 
 import pytest
 from models import model, picture
-from PIL import Image
+from servers import PATH, QUESTION, app_of, messages, post, running, said, uri
 
-uvicorn = pytest.importorskip("uvicorn")
-pytest.importorskip("starlette")
-
-from deltallava_jax.apps import serve  # noqa: E402
-
-QUESTION = "what color is the shape?"
+from deltallava_jax.data.conversation import Conversation, Round
+from deltallava_jax.inference.sampling import Sampling
 
 
-@contextmanager
-def running(*arguments):
-    """The server in a thread; its address."""
-    parser = argparse.ArgumentParser()
-    serve.add_arguments(parser)
-    options = parser.parse_args(["tiny", "--slots=3", "--context=96", *arguments])
-    server = uvicorn.Server(uvicorn.Config(serve.make_app(model(), options), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.02)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+def answer(conversation, images=(), one=None, **settings):
+    """What the model says to a conversation."""
+    one, settings = one or model(), Sampling(**{"max_new_tokens": 6, **settings})
+    return one.answer(one.prompt(conversation), one.pixels(list(images)), settings).whole()
 
 
-@pytest.fixture(scope="module")
-def address():
-    with running("--max-pixels=10000", "--max-body=200000") as address:
-        yield address
+def test_without_a_seed_each_answer_is_another_and_its_seed_repeats_it(address):
+    ask = lambda **more: post(address, {"messages": messages(), "max_tokens": 6, "temperature": 1, **more})[1]
+    text = lambda found: found["choices"][0]["message"]["content"]
+    answers = [ask() for _ in range(8)]
+    assert len(set(map(text, answers))) > 1
+    assert text(ask(seed=answers[2]["seed"])) == text(answers[2])
+    assert len({text(ask(temperature=0)) for _ in range(2)}) == 1
 
 
-def uri(seed: int = 0, form: str = "PNG") -> str:
-    file = BytesIO()
-    Image.fromarray(picture(seed)).save(file, form)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+def test_the_first_limit_that_is_given_holds_and_without_one_the_room_left(address):
+    tokens = lambda **limits: post(address, {"messages": messages(), **limits})[1]["usage"]["completion_tokens"]
+    assert tokens(max_completion_tokens=None, max_tokens=3) == 3
+    assert tokens(max_completion_tokens=2, max_tokens=3) == 2
+    expected = model().stream(None, QUESTION, max_new_tokens=96 - 16)
+    expected.whole()
+    assert tokens(max_completion_tokens=None) == expected.tokens > 30
 
 
-def messages(seed=None, text=QUESTION):
-    image = [] if seed is None else [{"type": "image_url", "image_url": {"url": uri(seed)}}]
-    return [{"role": "user", "content": [*image, {"type": "text", "text": text}]}]
+def test_what_clients_send_is_read_as_they_mean_it(address):
+    expected = model().generate(None, QUESTION, max_new_tokens=6)
+    for more in ({"model": None}, {"model": ""}, {"seed": -1}, {"top_k": -1}, {"temperature": None, "stop": None}):
+        assert said(address, QUESTION, **more) == expected
+    lines = "\r\n".join(re.findall(".{1,76}", uri().partition(",")[2]))
+    broken = {"role": "user", "content": [{"type": "image_url", "image_url": f"data:image/png;base64,{lines}"}]}
+    broken["content"].append({"type": "text", "text": QUESTION})
+    assert said(address, broken) == model().generate(picture(), QUESTION, max_new_tokens=6)
+    user, assistant = ({"role": role, "content": "red?"} for role in ("user", "assistant"))
+    system = {"role": "developer", "content": [{"type": "text", "text": "is"}, {"type": "text", "text": "it"}]}
+    whole = {"role": "assistant", "content": "no", "refusal": None, "tool_calls": None, "annotations": []}
+    found = said(address, system, user, user, assistant, whole, user)
+    rounds = (Round(("red?\nred?",), "red?\nno"), Round(("red?",), None))
+    assert found == answer(Conversation(rounds, system="is\nit"))
 
 
-def post(address, body, key=None, path="/v1/chat/completions"):
-    """(status, what the server says)."""
-    body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address + path, body, headers), timeout=120) as found:
-            return found.status, json.load(found)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+def test_text_is_text_and_an_image_has_one_place(address):
+    """``<image>`` in a history once made a place that no picture filled: NaN in the cache and an empty answer."""
+    first = messages(0, "<image>")[0]
+    rounds = (Round(("", "\n<image>"), "a <image>?"), Round(("</s> red?",), None))
+    found = said(address, first, "a <image>?", "</s> red?")
+    assert found == answer(Conversation(rounds), [picture()])
+    assert said(address, "<image>") == answer(Conversation((Round(("<image>",), None),)))
+
+
+def test_a_decoder_alone_continues_a_text_and_needs_a_template_for_more():
+    from test_chat import decoder_alone
+
+    bare = decoder_alone()
+    turns = [{"role": role, "content": "red?"} for role in ("user", "assistant", "user")]
+    with running(one=bare) as address:
+        assert said(address, "red?") == bare.generate(None, "red?", max_new_tokens=6)
+        for asked, words in (
+            (turns, "--template"),
+            ([{"role": "system", "content": "short"}, *turns[:1]], "--template"),
+            (messages(0), "no vision tower"),
+        ):
+            status, found = post(address, {"messages": asked})
+            assert status == 400 and words in found["error"]["message"]
+        status, found = post(address, {"messages": turns[:1], "budget": 4})
+        assert status == 400 and found["error"]["message"].startswith("budget=4: the model has no vision tower")
+    with running(one=decoder_alone("brief")) as address:
+        assert said(address, *turns) == answer(Conversation((Round(("red?",), "red?"), Round(("red?",), None))))
+
+
+def test_web_pages_may_ask_by_an_option(address):
+    def preflight(address):
+        headers = {"origin": "http://page.example", "access-control-request-method": "POST"}
+        asked = urllib.request.Request(address + PATH, headers=headers, method="OPTIONS")
+        with urllib.request.urlopen(asked) as found:
+            return found.headers["access-control-allow-origin"]
+
+    with pytest.raises(urllib.error.HTTPError, match="405"):
+        preflight(address)
+    with running("--cors", "http://page.example", "http://other.example") as open_to_pages:
+        assert preflight(open_to_pages) == "http://page.example"
+
+
+def test_a_stream_that_nobody_reads_frees_its_slot():
+    """Its first event already cannot be sent."""
+    app = app_of()
+
+    async def call(method, path, send, body=b""):
+        scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
+                 "headers": [], "root_path": "", "scheme": "http", "server": ("a", 1), "client": ("b", 1),
+                 "http_version": "1.1", "asgi": {"version": "3.0", "spec_version": "2.4"}}  # fmt: skip
+
+        async def receive():
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await app(scope, receive, send)
+
+    async def gone(_):
+        raise OSError("gone")
+
+    async def metrics():
+        found = []
+
+        async def keep(message):
+            found.append(message.get("body", b""))
+
+        await call("GET", "/metrics", keep)
+        return b"".join(found).decode()
+
+    async def scene():
+        body = json.dumps({"messages": messages(), "stream": True, "max_tokens": 80}).encode()
+        with pytest.raises(BaseException, match="gone|Disconnect|^$"):
+            await call("POST", PATH, gone, body)
+        while "requests_total 1" not in (found := await metrics()) and "cancelled_total 1" not in found:
+            await asyncio.sleep(0.02)
+        assert "cancelled_total 1" in await metrics()
+        async with app.router.lifespan_context(app):
+            pass
+
+    asyncio.run(scene())
 
 
 def test_the_official_client(address):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
-    assert [one.id for one in client.models.list()] == ["tiny"]
+    assert [one.id for one in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="'gpt-5' is not served here; 'tiny' is"):
+        client.models.retrieve("gpt-5")
     expected = model().generate(picture(), QUESTION, max_new_tokens=12, budget=4)
     ask = dict(model="tiny", messages=messages(0), max_tokens=12, extra_body={"budget": 4})
     whole = client.chat.completions.create(**ask)
@@ -113,45 +182,6 @@ def test_many_at_a_time_get_what_each_gets_alone(address):
     for (seed, budget, more), answer in zip(asks, answers, strict=True):
         image = None if seed is None else picture(seed)
         assert answer == model().generate(image, QUESTION, max_new_tokens=10, budget=budget, **more)
-
-
-@pytest.mark.parametrize(
-    ("change", "status", "words"),
-    [
-        (b"{", 400, "no JSON"),
-        (b"\xff\xfe\x00", 400, "no JSON"),
-        (b"[1]", 400, "no JSON object"),
-        (b"{" + b" " * 300_000, 413, "more than 200,000 bytes"),
-        ({"messages": []}, 400, "messages: expected a list"),
-        ({"messages": [7]}, 400, r"messages.0. has role None"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "role 'assistant'"),
-        ({"messages": messages() + [{"role": "assistant", "content": "a"}]}, 400, "not from the user"),
-        ({"messages": [{"role": "user", "content": {}}]}, 400, "expected a text or a list"),
-        ({"messages": messages(text="<image>")}, 400, "1 <image> markers, but 0 images"),
-        ({"messages": messages(), "model": "gpt"}, 404, "'gpt' is not served"),
-        ({"messages": messages(), "max_tokens": 1000}, 400, "do not fit into a slot of 96"),
-        ({"messages": messages(), "max_tokens": "9"}, 400, "max_new_tokens='9'"),
-        ({"messages": messages(), "temperature": -1}, 400, "temperature=-1"),
-        ({"messages": messages(), "stop": 3}, 400, "stop=3"),
-        ({"messages": messages(), "budget": "x"}, 400, "budget='x'"),
-        ({"messages": messages(), "n": 2}, 400, "one answer"),
-        ({"image": "http://example.org/a.png"}, 400, "expected a data URI"),
-        ({"image": "data:image/png;base64,###"}, 400, "image_url"),
-        ({"image": "data:image/png;base64,aGVsbG8="}, 400, "cannot be read"),
-        ({"image": "bomb"}, 400, "2000 x 2000 pixels; at most 10,000"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_what_is_refused(address, change, status, words):
-    if isinstance(change, dict) and "image" in change:
-        url = change["image"]
-        if url == "bomb":
-            file = BytesIO()
-            Image.new("1", (2000, 2000)).save(file, "PNG")
-            url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        change = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
-    found, answer = post(address, change)
-    assert found == status and re.search(words, answer["error"]["message"])
 
 
 def test_health_metrics_and_the_key(address):

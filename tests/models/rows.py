@@ -43,21 +43,18 @@ def conversation(rng, length: int, images: int = 0, vocab: int = 97) -> Conversa
 
 def pack(rows: list[list[Conversation]], T: int, I: int) -> Batch:
     """One row of the batch per list of conversations; unused image places are black."""
-    B = len(rows)
-    tokens, segments = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
-    loss_mask = np.zeros((B, T), bool)
-    image_positions = np.full((B, I), T, np.int32)
-    images = np.zeros((B, I, SIDE, SIDE, 3), np.uint8)
+    batch = Batch.empty(len(rows), T, I, SIDE)
     for b, conversations in enumerate(rows):
         at = place = 0
         for number, one in enumerate(conversations, start=1):
             slots = slice(at, at + len(one.tokens))
-            tokens[b, slots], segments[b, slots], loss_mask[b, slots] = one.tokens, number, one.supervised
+            batch.tokens[b, slots], batch.segments[b, slots] = one.tokens, number
+            batch.loss_mask[b, slots] = one.supervised
             for offset, pixels in zip(np.flatnonzero(np.equal(one.tokens, 0)), one.images, strict=True):
-                image_positions[b, place], images[b, place] = at + offset, pixels
+                batch.image_positions[b, place], batch.images[b, place] = at + offset, pixels
                 place += 1
             at += len(one.tokens)
-    return Batch(*map(jnp.asarray, (tokens, loss_mask, segments, image_positions, images)))
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def random_params(init, cfg, seed: int = 0) -> dict:

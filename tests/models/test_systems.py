@@ -1,5 +1,6 @@
 """Every other system of the paper against the original code's outputs (tests/data/README.md), and what they share."""
 
+import dataclasses
 import functools
 
 import golden
@@ -7,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.config import ProjectorConfig, VisionConfig
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.models import projectors
+from deltallava_jax.models import projectors, vision
 from deltallava_jax.models.projectors import common, honeybee_d
 from deltallava_jax.models.vision import VisionFeatures
 
@@ -52,7 +53,7 @@ def test_m3_makes_every_scale_from_one_set_of_weights(tokens):
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 256])
 def test_mqt_answers_with_its_first_queries(tokens):
-    cfg = ProjectorConfig(name="mqt", out_width=64, head_dim=64)
+    cfg = ProjectorConfig(name="mqt", out_width=64)
     state = golden.state_dict("mqt") | {"pos_embed": np.asarray(common.half_table(16, 1024))}
     expected = golden.outputs("mqt")
     np.testing.assert_array_equal(state["pos_embed"][[0, 1, 17, 255]], expected["pos_embed_fp16_rows_0_1_17_255"])
@@ -87,7 +88,7 @@ def test_honeybee_c(scale_factor, tokens):
 
 @pytest.mark.parametrize("scale_factor, tokens, depth", [(2, 144, 2), (3, 64, 2), (2, 144, 6)])
 def test_honeybee_d(scale_factor, tokens, depth):
-    cfg = ProjectorConfig(name="honeybee_d", out_width=64, scale_factor=scale_factor, depth=depth, mlp_width=1024)
+    cfg = ProjectorConfig(name="honeybee_d", out_width=64, scale_factor=scale_factor, depth=depth)
     expected, shapes = golden.outputs("honeybee_dabs"), golden.read_json("honeybee_dabs_state_dict")
     shapes["query_position_embeddings.weight"] = [tokens, 1024]
     state = {
@@ -134,6 +135,24 @@ def test_fresh_parameters_make_every_budget_and_every_one_gets_a_gradient(name):
     fixed = {"mqt": "position", "resampler": "position", "honeybee_d": "points"}.get(name)
     for path, gradient in gradients.items():
         assert np.any(gradient) == (path != fixed), path
+
+
+@pytest.mark.parametrize("name", projectors.SYSTEMS)
+def test_no_images_make_no_tokens(name):
+    cfg = small(name)
+    features, text = golden.features(cfg, n=0), golden.inputs("text", (0, cfg.text_width))
+    tower = VisionConfig(image_size=16, patch_size=2, width=32, layers=6, heads=2, mlp_width=32)
+    cfg = dataclasses.replace(cfg, prune_layers=(1,))
+
+    def run(params, weights, images):
+        needs, prune = projectors.needs(cfg, tower.layers), projectors.pruning(params, cfg)
+        seen = vision.encode(weights, tower, images, needs, prune=prune)
+        return [projectors.project_valid(params, cfg, each, text)[0] for each in (features, seen)]
+
+    params = jax.eval_shape(lambda key: projectors.init_params(cfg, key), jax.random.key(0))
+    weights = jax.eval_shape(lambda key: vision.init_params(tower, key), jax.random.key(0))
+    made = jax.eval_shape(run, params, weights, jax.ShapeDtypeStruct((0, 16, 16, 3), np.uint8))
+    assert [tokens.shape for tokens in made] == [(0, projectors.budgets(cfg)[0], 48)] * 2
 
 
 @pytest.mark.parametrize("name", projectors.SYSTEMS)

@@ -1,20 +1,19 @@
 """Conversations against the ids and labels of LLaVA's own code (data/README.md)."""
 
+import dataclasses
+
 import golden
 import numpy as np
 import pytest
 
 from deltallava_jax.data import tokens
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, rounds, tokenize
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, Round, asked, read_turns, tokenize
 from deltallava_jax.errors import BadSample
 
 CASES = {case["name"]: case for case in golden.read_json("conversation")["cases"]}
 IMAGE_ID = -200
 # Where the original masks the whole sample, or collapses two images into one, ours differs.
-MASKED = {
-    "eos_string_inside": "It says </s> in red letters.",
-    "assistant_string_inside": "The text reads USER: hi ASSISTANT: hello.",
-}
+MASKED = ("eos_string_inside", "assistant_string_inside")
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +21,13 @@ def llama():
     return tokens.load(golden.DATA / "llama_tokenizer")
 
 
+def conversation(case):
+    return read_turns(case["source"], sum(turn["value"].count(IMAGE) for turn in case["source"]))
+
+
 def ours(case, template, tokenizer):
     """(ids with the original's image id, supervised spans)"""
-    found = tokenize(rounds(case["source"]), TEMPLATES[template], tokenizer)
+    found = tokenize(conversation(case), TEMPLATES[template], tokenizer)
     ids = found.ids.copy()
     ids[found.image_positions] = IMAGE_ID
     edges = np.flatnonzero(np.diff(found.loss_mask.astype(int), prepend=0, append=0))
@@ -43,22 +46,30 @@ def test_vicuna_v1(name, llama):
 CAPTIONS = {name: case["plain"] for name, case in CASES.items() if case["plain"] and "input_ids" in case["plain"]}
 
 
-@pytest.mark.parametrize("name", [name for name in CAPTIONS if name not in ("empty_answer", "two_images")])
+@pytest.mark.parametrize("name", sorted(CAPTIONS.keys() - {"empty_answer", "two_images", "eos_string_inside"}))
 def test_plain(name, llama):
     expected = CAPTIONS[name]
     ids, spans = ours(CASES[name], "plain", llama)
     assert ids == expected["input_ids"] and spans == expected["supervised_spans"]
 
 
-@pytest.mark.parametrize("name, answer", MASKED.items())
-def test_the_right_span_where_the_original_masks_the_sample(name, answer, llama):
-    expected = CASES[name]["vicuna_v1"]
+def test_the_right_span_where_the_original_masks_the_sample(llama):
+    expected = CASES["assistant_string_inside"]["vicuna_v1"]
     assert expected["all_masked"] and expected["mismatch_warning"]
-    ids, ((start, end),) = ours(CASES[name], "vicuna_v1", llama)
+    ids, ((start, end),) = ours(CASES["assistant_string_inside"], "vicuna_v1", llama)
     assert ids == expected["input_ids"] and end == len(ids) and ids[-1] == llama.eos
     assert ids[:start] == expected["generation_input_ids"]
-    plain = answer.replace("</s>", "")  # a special token is left out of what is decoded
-    assert llama.decode(ids[start:end]).split() == plain.split()
+    assert llama.decode(ids[start:end]) == "The text reads USER: hi ASSISTANT: hello."
+
+
+def test_the_name_of_the_end_token_in_an_answer_is_text(llama):
+    """The original trains the end token there, and masks the sample."""
+    expected = CASES["eos_string_inside"]["vicuna_v1"]
+    assert expected["all_masked"] and expected["input_ids"].count(llama.eos) == 2
+    ids, ((start, end),) = ours(CASES["eos_string_inside"], "vicuna_v1", llama)
+    assert ids[:start] == expected["generation_input_ids"]
+    assert end == len(ids) and ids.index(llama.eos) == end - 1
+    assert llama.decode(ids[start:end]) == "It says </s> in red letters."
 
 
 def test_an_empty_answer_is_refused_where_the_original_masks_it(llama):
@@ -79,13 +90,21 @@ def test_two_images_of_a_turn_stay_two(llama):
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("empty_answer", "two_images")])
 def test_prompts(name, llama):
-    pairs = rounds(CASES[name]["source"])
-    found = tokenize([*pairs[:-1], (pairs[-1][0], None)], TEMPLATES["vicuna_v1"], llama)
+    read = conversation(CASES[name])
+    (*earlier, last) = read.rounds
+    prompt = dataclasses.replace(read, rounds=(*earlier, Round(last.parts, None)))
+    found = tokenize(prompt, TEMPLATES["vicuna_v1"], llama)
     found.ids[found.image_positions] = IMAGE_ID
     assert found.ids.tolist() == CASES[name]["vicuna_v1"]["generation_input_ids"] or len(found.ids) > 2048
 
 
 def test_the_image_is_after_35_tokens(llama):
-    found = tokenize([(f"{IMAGE}\nwhat?", "a")], TEMPLATES["vicuna_v1"], llama)
+    found = tokenize(asked([("what?", "a")], 1), TEMPLATES["vicuna_v1"], llama)
     assert found.image_positions.tolist() == [35]
-    assert llama.decode(found.ids[slice(*found.questions[0])]) == "what?"
+
+
+def test_queccs_question_is_the_originals(llama):
+    """llava_arch.py tokenizes the question's text by itself (locuslab/llava-token-compression)."""
+    prompt = asked([("<image>\nWhat is it?", None)], 1)
+    found = tokenize(prompt, TEMPLATES["vicuna_v1"], llama, question_length=8)
+    assert found.questions.tolist() == [[1, 1724, 338, 372, 29973, -1, -1, -1]]

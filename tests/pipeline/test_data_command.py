@@ -5,11 +5,16 @@ import shutil
 
 import golden
 import pytest
+from PIL import Image
 
 from benchmarks.make_llava import FAULTS, make
 from deltallava_jax.__main__ import parse
+from deltallava_jax.config import DataConfig, VisionConfig
+from deltallava_jax.data import tokens
 from deltallava_jax.data.array_record import ArrayRecords
-from deltallava_jax.errors import ConfigError
+from deltallava_jax.data.llava_json import LlavaJson
+from deltallava_jax.data.pipeline import Rows
+from deltallava_jax.errors import ConfigError, TokenizerError
 
 LLAMA = golden.DATA / "llama_tokenizer"
 
@@ -47,20 +52,24 @@ def test_check_prints_and_writes_a_report_and_says_if_the_data_are_fit(folder, t
 
 def test_duplicate_ids_are_counted(folder, tmp_path):
     entries = json.loads((folder / "data.json").read_text())
-    entries[1]["id"] = entries[0]["id"]
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "this"}]
+    entries += [{"id": "twice", "conversations": turns}] * 2
     (folder / "twice.json").write_text(json.dumps(entries))
     report = tmp_path / "report.json"
     arguments = ["--json", folder / "twice.json", "--tokenizer", LLAMA, "--report", report, "--max-bad-fraction", 1]
     data("check", folder, *arguments)
     found = json.loads(report.read_text())
-    assert found["duplicate_ids"] == 1 and found["duplicate_examples"] == [entries[0]["id"]]
+    assert found["duplicate_ids"] == 1 and found["duplicate_examples"] == ["twice"]
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["--template", "llama"], "--template is 'llama'"),
-        (["--tokens", 2048], "has no room for an image of 2048 tokens"),
+        (["--tokens", 2048], "row_length=2048 cannot hold 1 images of 2048 tokens"),
+        (["--images", "nowhere"], "data.images: the image folder nowhere does not exist"),
+        (["--array-record", "too"], "expected --json FILE ... and --images FOLDER, or --array-record DIR"),
+        (["--json", golden.DATA], "data.json: .* is a folder; one that data build made is given as data.array_record"),
     ],
 )
 def test_check_refuses_what_cannot_be(folder, arguments, words):
@@ -68,12 +77,50 @@ def test_check_refuses_what_cannot_be(folder, arguments, words):
         data("check", folder, "--tokenizer", LLAMA, *arguments)
 
 
+def test_a_wrong_tokenizer_is_named_with_what_was_expected(folder, tmp_path):
+    with pytest.raises(TokenizerError, match="nothing.* is missing; expected a tokenizer.json, or a Hugging Face"):
+        data("check", folder, "--tokenizer", tmp_path / "nothing")
+
+
+def test_without_a_tokenizer_the_check_counts_with_the_one_that_training_makes(folder, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    data("check", folder, "--no-decode", "--max-bad-fraction", 1, "--report", report)
+    assert "counted with a tokenizer of 384 tokens made of these records" in capsys.readouterr().err
+    source = LlavaJson(folder / "data.json", folder)
+    own = tokens.train(source.texts(), 384)
+    rows = Rows(source, own, DataConfig(row_length=2048), VisionConfig())
+    plan = rows.plan((144,), 0)
+    missing = json.loads(report.read_text())["faults"]["missing"]
+    gone = [index for index in plan.records if not all(path.exists() for path in source[index].images)]
+    assert len(gone) == missing == 1
+    expected = plan.lengths[plan.records].sum() - plan.lengths[gone].sum()
+    assert json.loads(report.read_text())["text_tokens"] == expected
+
+
+def test_pictures_that_a_square_crop_cuts_are_counted(folder, tmp_path, capsys):
+    sizes = [(64, 64), (64, 50), (100, 50), (40, 100), (200, 30)]
+    entries = []
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a square"}]
+        entries.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    data("check", tmp_path, "--tokenizer", LLAMA)
+    out = capsys.readouterr().out
+    assert "3 of 5 pictures lose more than a quarter of their area with data.aspect=square" in out
+    assert "--config.data.aspect=pad keeps them whole" in out
+
+
 def test_build_takes_several_files_and_lists_what_it_left_out(folder, tmp_path, capsys):
     shutil.copy(folder / "data.json", folder / "again.json")
     out = tmp_path / "records"
     data("build", folder, "--json", folder / "data.json", folder / "again.json", "--out", out)
-    assert len(ArrayRecords(out)) == 2 * 28  # without the missing image and the one outside the folder
-    assert len((out / "faults.txt").read_text().splitlines()) == 4
-    assert "4 records were left out; they are listed in" in capsys.readouterr().err
+    assert len(ArrayRecords(out)) == 2 * (30 - len(FAULTS))
+    assert len((out / "faults.txt").read_text().splitlines()) == 2 * len(FAULTS)
+    told = capsys.readouterr().err
+    assert "16 records were left out, listed in" in told and "8 images that cannot be read" in told
+    options = parse(["data", "check", "--array-record", str(out), "--tokenizer", str(LLAMA), "--workers", "1"])
+    options.main(options)  # what build made is fit to train on
+    assert f"{2 * 22} records, {2 * 22} usable" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="was begun from other records"):
         data("build", folder, "--out", out)

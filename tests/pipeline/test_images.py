@@ -11,7 +11,7 @@ import tiny
 from golden import outputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from deltallava_jax.config import ASPECTS, DataConfig, VisionConfig, override, preset
 from deltallava_jax.data import easy_vqa, images
@@ -461,3 +461,46 @@ def test_an_extreme_size_is_refused(size):
 
 def test_a_thin_file_is_refused():
     assert_refused(encoded(Image.new("RGB", (1, 20000)), "PNG"), "1 x 20000 pixels")
+
+
+# ------------------------------------------------------------------ metadata
+
+
+def png_with(array: np.ndarray, kind: str, size: int) -> bytes:
+    """A PNG with compressed metadata of so many bytes."""
+    info = PngImagePlugin.PngInfo()
+    if kind == "zTXt":
+        info.add_text("workflow", "x" * size, zip=True)
+    if kind == "iTXt":
+        info.add_itxt("workflow", "x" * size, zip=True)
+    profile = bytes(size) if kind == "iCCP" else None
+    return encoded(Image.fromarray(array), "PNG", pnginfo=info, icc_profile=profile)
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "iCCP"])
+def test_much_metadata_does_not_hide_sound_pixels(kind):
+    array = pixels(16, 16)
+    content = png_with(array, kind, 5_000_000)
+    assert len(content) < 50_000
+    np.testing.assert_array_equal(load_image(content, 16), array)
+    start = content.index(kind.encode()) - 4
+    stop = start + 12 + int.from_bytes(content[start : start + 4])
+    chunk, rest = content[start:stop], content[:start] + content[stop:]
+    behind = rest.index(b"IEND") - 4  # the pixels
+    np.testing.assert_array_equal(load_image(rest[:behind] + chunk + rest[behind:], 16), array)
+
+
+def test_metadata_without_bounds_is_refused():
+    with pytest.raises(BadSample, match="too large"):
+        load_image(png_with(pixels(8, 8), "zTXt", 2**26 + 1), 8)
+
+
+def test_an_image_that_is_missing_is_told_from_one_that_cannot_be_read(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    for name, kind in (("none.png", "missing"), ("text.png/none.png", "missing"), ("text.png", "unreadable")):
+        with pytest.raises(BadSample) as caught:
+            load_image(tmp_path / name, 8)
+        assert caught.value.kind == kind
+    with pytest.raises(BadSample) as caught:
+        load_image(np.zeros((1, 200, 3), np.uint8), 8)
+    assert caught.value.kind == "unreadable"

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from deltallava_jax.config import DataConfig
-from deltallava_jax.data import lengths, llava_json
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, rounds, tokenize
+from deltallava_jax.data import array_record, lengths, llava_json, tokens
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, read_turns, tokenize
 from deltallava_jax.data.llava_json import LlavaJson, record_spans
-from deltallava_jax.data.sources import Mixture, training_source
+from deltallava_jax.data.records import Mixture
+from deltallava_jax.data.sources import training_source
 from deltallava_jax.errors import BadSample, ConfigError
 
 
@@ -136,18 +138,19 @@ def test_lengths_are_those_of_the_tokens_and_are_kept(tmp_path, cache, tokenizer
     source = LlavaJson(write(tmp_path, records), tmp_path)
     monkeypatch.setattr(lengths, "BATCH", 7)
     for template in TEMPLATES.values():
-        tokens, images = lengths.measure(source, template, tokenizer)
+        measured = lengths.measure(source, template, tokenizer)
+        tokens, images = measured.tokens, measured.images
         for index in range(30):
             try:
-                expected = tokenize(rounds(source[index].conversation), template, tokenizer)
-                whole = len(expected.image_positions) == len(source[index].images)
+                expected = tokenize(read_turns(source[index].conversation, 1), template, tokenizer)
+                whole = True
             except BadSample:
                 whole = False
             assert (tokens[index], images[index]) == ((len(expected.ids), 1) if whole else (0, 0))
         assert (tokens > 0).sum() == 9
     assert len(list(cache.glob("lengths/*.npz"))) == len(TEMPLATES)
     monkeypatch.setattr(lengths, "_measure", None)
-    np.testing.assert_array_equal(lengths.measure(source, template, tokenizer)[0], tokens)
+    np.testing.assert_array_equal(lengths.measure(source, template, tokenizer).tokens, tokens)
 
 
 def test_a_mixture_takes_each_file_as_often_as_its_weight_says(tmp_path):
@@ -161,3 +164,87 @@ def test_a_mixture_takes_each_file_as_often_as_its_weight_says(tmp_path):
     assert [source[i].id for i in range(40)] == [training_source(cfg)[i].id for i in range(40)]
     plain = training_source(DataConfig(dataset="llava", json=(str(a),), images=str(tmp_path)))
     assert isinstance(plain, LlavaJson) and source.fingerprint.startswith(plain.fingerprint)
+
+
+# ------------------------------------------------------------------ what a record may be
+
+
+def test_an_image_below_the_root_is_read_however_its_path_is_written(tmp_path, monkeypatch):
+    root, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    for folder in (root / "coco", root / "..foo", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "a.jpg").write_bytes(b"")
+    (root / "gqa").symlink_to(elsewhere)  # another disk, say
+    (tmp_path / "link").symlink_to(root)
+    paths = ["coco/a.jpg", "..foo/a.jpg", "coco/../..foo/a.jpg", "gqa/a.jpg", f"{root}/coco/a.jpg", f"{root}/gqa/a.jpg"]
+    paths += [f"{root}/../images/coco/a.jpg", f"{tmp_path}/link/coco/a.jpg"]
+    file = write(tmp_path, [record(number, image=image) for number, image in enumerate(paths)])
+    monkeypatch.chdir(tmp_path)
+    for written in (root, tmp_path / "link", "images", "link"):
+        source = LlavaJson(file, written)
+        assert [source[index].images[0].is_file() for index in range(len(paths))] == [True] * len(paths)
+
+
+@pytest.mark.parametrize(
+    "image", ["/{}s/a.jpg", "/{}/../a.jpg", "..", "gs://bucket/a.jpg", "/{}/../elsewhere/a.jpg", "/\ud83d.jpg"]
+)
+def test_an_image_outside_the_root_stays_a_fault(tmp_path, image):
+    source = LlavaJson(
+        write(tmp_path, [record(0, image=image.format(str(tmp_path / "images").lstrip("/")))]), tmp_path / "images"
+    )
+    with pytest.raises(BadSample, match="lies outside the image root") as caught:
+        source[0]
+    assert caught.value.kind == "outside"
+
+
+def test_paths_below_a_root_elsewhere(tmp_path, monkeypatch):
+    source = LlavaJson(write(tmp_path, [record(0)]), "gs://bucket/data")
+    within = lambda image: str(source._below(image, "record"))
+    assert within("coco/a.jpg") == within("gs://bucket/data/coco/a.jpg") == "gs://bucket/data/coco/a.jpg"
+    for image in ("gs://bucket/a.jpg", "gs://bucket/data/../a.jpg", "gs://bucket/data2/a.jpg", "/bucket/data/a.jpg"):
+        with pytest.raises(BadSample, match="lies outside"):
+            within(image)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        (dict(image=None, video="a.mp4"), "video", "is about a video"),
+        (dict(videos=["a.mp4"]), "video", "is about a video"),
+        (dict(image=None, images=["a.jpg"]), "malformed", 'has "images"; expected "image"'),
+    ],
+)
+def test_what_a_record_shows_beside_images_is_refused_by_name(tmp_path, changes, kind, words):
+    source = LlavaJson(write(tmp_path, [record(0, **changes), record(1, video=None)]), tmp_path)
+    with pytest.raises(BadSample, match=words) as caught:
+        source[0]
+    assert caught.value.kind == kind and source[1].images
+
+
+def test_a_record_without_end_of_depth_is_a_fault(tmp_path):
+    (tmp_path / "data.json").write_text('[{"id": ' + "[" * 100_000 + "]" * 100_000 + "}]")
+    with pytest.raises(BadSample, match="data.json#0"):
+        LlavaJson(tmp_path / "data.json", tmp_path)[0]
+
+
+ODD = [["hi"], [3, None], [{"from": "human"}], [{"from": "human", "value": 7}, {"from": "gpt", "value": "seven"}]]
+
+
+def test_turns_of_any_form_are_the_same_faults_in_both_formats(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_datasets")
+    image = tmp_path / "0.png"
+    Image.new("RGB", (4, 4)).save(image)
+    records = [record(number, image="0.png", conversations=turns) for number, turns in enumerate(ODD)]
+    source = LlavaJson(write(tmp_path, [*records, record(9, image="0.png")]), tmp_path)
+    built = tmp_path / "built"
+    built.mkdir()
+    monkeypatch.setattr(array_record, "examine", lambda source, index: (source[index],))  # an older folder holds them
+    array_record._write_shard((source, built, 0, 1))
+    array_record._write_metadata(built, [json.loads(array_record._report(built, 0, 1).read_text())])
+    (built / "source.json").write_text("{}")
+    for each in (source, array_record.ArrayRecords(built)):
+        assert list(each.texts()) == ["seven", '<image>\nwhat "is" {9}?', "a\\b 9 ]}"]
+        for index in range(len(ODD)):
+            with pytest.raises(BadSample, match="turn 0 .*type"):
+                read_turns(each[index].conversation, 1)
+        tokens.train(each.texts(), 300)

@@ -177,7 +177,7 @@ def test_a_row_that_cannot_hold_its_images(settings, words):
 
 
 def test_a_record_with_more_images_than_a_row_has_places():
-    with pytest.raises(ConfigError, match="3 images of 16 tokens"):
+    with pytest.raises(ConfigError, match="data.images_per_row=2, but a record has 3 images"):
         PackPlan(*mixed(), budgets=(16,), rows=2, row_length=512, images_per_row=2)
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,7 +18,8 @@ from deltallava_jax.data.easy_vqa import EasyVqa
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.packing import PackPlan
 from deltallava_jax.data.pipeline import Element, Rows, elements
-from deltallava_jax.data.sources import Record, training_source
+from deltallava_jax.data.records import Record
+from deltallava_jax.data.sources import training_source
 from deltallava_jax.errors import BadSample, ConfigError
 
 BRIEF = DataConfig(template="brief", independent_rounds=True)
@@ -55,10 +57,10 @@ def pairs_of(record: Record) -> list[tuple[str, str]]:
 def read_back(ids, loss_mask, tokenizer) -> list[tuple[str, str]]:
     """(question, answer) pairs of one conversation's tokens in the brief template."""
     edges = np.flatnonzero(np.diff(loss_mask.astype(int), prepend=0, append=0))
-    starts = [0, *edges[1::2]]
+    starts = [0, *edges[1::2]][: len(edges) // 2]
     return [
         (tokenizer.decode(ids[start:begin]), tokenizer.decode(ids[begin:end]))
-        for start, begin, end in zip(starts, edges[::2], edges[1::2], strict=True)
+        for start, begin, end in zip(starts, edges[::2], edges[1::2], strict=False)
     ]
 
 
@@ -117,13 +119,14 @@ def rows(few, tokenizer) -> Rows:
 
 
 def make_plan(rows: Rows, budgets=(16,), count=4, row_length=512) -> PackPlan:
-    return PackPlan(*rows.lengths(), budgets=budgets, rows=count, row_length=row_length)
+    lengths = rows.lengths()
+    return PackPlan(lengths.tokens, lengths.images, budgets=budgets, rows=count, row_length=row_length)
 
 
 def test_lengths_are_those_of_the_tokens(rows, few):
-    lengths, images = rows.lengths()
-    assert lengths.shape == images.shape == (60,) and (images == 1).all()
-    assert [len(rows.tokenize(few[i]).ids) for i in (0, 31, 59)] == lengths[[0, 31, 59]].tolist()
+    lengths = rows.lengths()
+    assert lengths.tokens.shape == lengths.images.shape == (60,) and (lengths.images == 1).all()
+    assert [len(rows.read(i, 512)[1].ids) for i in (0, 31, 59)] == lengths.tokens[[0, 31, 59]].tolist()
 
 
 def test_a_batch_holds_its_records_one_after_the_other(rows, few, tokenizer):
@@ -148,7 +151,7 @@ def test_a_batch_holds_its_records_one_after_the_other(rows, few, tokenizer):
             assert ids[0] == tokenizer.bos and segments[positions[number - 1]] == number
             assert read_back(ids, mask, tokenizer) == pairs_of(few[index])
             np.testing.assert_array_equal(batch.images[row, number - 1], pixels_of(few[index].images[0]))
-            np.testing.assert_array_equal(batch.branches[row, inside], rows.tokenize(few[index]).rounds)
+            np.testing.assert_array_equal(batch.branches[row, inside], rows.read(index, text)[1].rounds)
         assert not batch.branches[row, live:].any()
 
 
@@ -161,7 +164,7 @@ def test_rounds_that_see_each_other_have_no_branches(few, tokenizer, rows):
 
 
 def test_a_conversation_longer_than_the_row_is_cut(rows, few):
-    whole = rows.tokenize(few[0])
+    _, whole = rows.read(0, 20)
     batch, faults = rows.build([[0]], 20, 1)
     assert faults == () and len(whole.ids) > 20
     np.testing.assert_array_equal(batch.tokens[0], whole.ids[:20])
@@ -213,6 +216,12 @@ def test_elements_are_the_plans_steps(rows, plan, stream):
         assert element.batch.segments.max(axis=1).tolist() == [len(row) for row in step.rows]
 
 
+def test_steps_are_fractions_of_their_epochs(plan):
+    assert [plan.epochs_at(plan.steps_for(epochs)) for epochs in (1, 2, 3)] == [1, 2, 3]
+    assert plan.epochs_at(1) == 1 / plan.steps_for(1)
+    assert plan.epochs_at(plan.steps_for(1) + 1) == 1 + 1 / (plan.steps_for(2) - plan.steps_for(1))
+
+
 def test_an_epoch_asks_every_question_once(few, plan, stream, tokenizer):
     asked = Counter()
     for element in stream[: plan.steps_for(1)]:
@@ -230,15 +239,18 @@ def test_a_worker_process_makes_the_same_elements(rows, plan, stream):
     assert_equal(list(elements(rows, plan, 1, 4, workers=1)), stream[1:4])
 
 
-def test_the_shares_of_two_processes_make_up_the_batch(rows, plan, stream):
-    first, second = (list(elements(rows, plan, 0, 3, workers=0, process=p, processes=2)) for p in (0, 1))
-    joined = []
-    for a, b in zip(first, second, strict=True):
-        assert a.batch.tokens.shape[0] == b.batch.tokens.shape[0] == 2
-        fields = [f.name for f in dataclasses.fields(a.batch) if getattr(a.batch, f.name) is not None]
-        halves = {name: np.concatenate([getattr(a.batch, name), getattr(b.batch, name)]) for name in fields}
-        joined.append(Element(dataclasses.replace(a.batch, **halves), a.budget, a.faults + b.faults))
-    assert_equal(joined, stream[:3])
+def test_each_process_builds_the_rows_that_it_holds_and_tells_of_those_it_holds_first(folder, tokenizer):
+    folder[5].images[0].unlink()
+    rows = Rows(folder, tokenizer, BRIEF, TOWER)
+    plan = make_plan(rows, row_length=128)
+    (whole,) = elements(rows, plan, 0, 1, workers=0)
+    first, second = (
+        next(elements(rows, plan, 0, 1, workers=0, held=held))
+        for held in ({0: True, 2: True, 3: True}, {1: True, 2: False, 3: False})
+    )
+    for part, held in ((first, [0, 2, 3]), (second, [1, 2, 3])):
+        assert_equal([Element(part.batch, 1, ())], [Element(jax.tree.map(lambda x: x[held], whole.batch), 1, ())])  # noqa: B023
+    assert len(whole.faults) == 1 and sorted(first.faults + second.faults) == sorted(whole.faults)
 
 
 @pytest.mark.parametrize("aspect", ASPECTS)
@@ -305,14 +317,15 @@ def test_a_bad_record_is_a_hole_with_its_reason_and_its_neighbours_stay(folder, 
     assert sum(element.batch.segments.max(axis=1).sum() for element in stream) == 4
 
 
-@pytest.mark.parametrize(("markers", "images"), [(0, 1), (2, 1), (1, 0), (1, 2)])
+@pytest.mark.parametrize(("markers", "images"), [(2, 1), (1, 2), (3, 2)])
 def test_markers_and_images_must_agree(folder, tokenizer, markers, images):
     spoil(folder, 0, images=folder[0].images * images, conversation=as_turns(f"{IMAGE * markers} which?", "one"))
     rows = Rows(folder, tokenizer, BRIEF, TOWER)
     with pytest.raises(BadSample, match=f"{markers} <image> markers, but {images} images"):
-        rows.tokenize(folder[0])
-    lengths, counts = rows.lengths()
-    assert (lengths[0], counts[0]) == (0, 0) and (lengths[1:] > 0).all() and (counts[1:] == 1).all()
+        rows.read(0, 60)
+    found = rows.lengths()
+    assert (found.tokens[0], found.images[0]) == (0, 0)
+    assert (found.tokens[1:] > 0).all() and (found.images[1:] == 1).all()
 
 
 def test_an_image_beyond_the_cut_is_a_hole(folder, tokenizer):

@@ -8,6 +8,8 @@ import golden
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models
+from tokenizers import Tokenizer as Backend
 
 from deltallava_jax.data import tokens
 from deltallava_jax.errors import ConfigError
@@ -22,13 +24,14 @@ def small():
 
 def assert_same(a, b):
     assert a.encode(SAMPLE) == b.encode(SAMPLE)
+    assert a.encode(a.named(SAMPLE))[0] == b.encode(b.named(SAMPLE))[0]
     assert (a.bos, a.eos, a.vocab_size) == (b.bos, b.eos, b.vocab_size)
 
 
 def test_special_tokens_have_the_first_ids(small):
     assert (small.bos, small.eos) == (1, 2)
-    assert small.encode("<pad><s></s>")[0] == [0, 1, 2]
-    assert small.encode("hello</s>")[0][-1] == small.eos
+    assert small.encode(small.named("<pad><s></s>"))[0] == [0, 1, 2]
+    assert small.encode(small.named("hello</s>"))[0][-1] == small.eos
     assert small.encode("")[0] == [] and small.bos not in small.encode("hello")[0]
 
 
@@ -38,13 +41,13 @@ def test_frequent_words_are_one_token_and_the_vocabulary_is_bounded(small):
 
 
 def test_offsets_are_spans_of_the_text(small):
-    text = "hello world</s>hello"
+    text = small.named("hello world</s>hello")
     ids, offsets = small.encode(text)
-    assert [text[a:b] for a, b in offsets] == ["hello", " world", "</s>", "hello"] and len(ids) == 4
+    assert [text[a:b] for a, b in offsets] == ["hello", " world", small.named("</s>"), "hello"] and len(ids) == 4
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: "<" not in text))  # no special token
+@given(st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(["<s>$20</s> $15", "<pad>", "</s></s>"]))
 @example("e\u0301 \u00e9 \ufb01 \u200d \U0001f7e6 \x00 \ufeff <image>")
 def test_any_text_comes_back(small, text):
     ids, offsets = small.encode(text)
@@ -83,15 +86,93 @@ def test_a_broken_file_is_named(tmp_path, content):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(tokens.TokenizerError, match="missing.*restore") as caught:
+    with pytest.raises(tokens.TokenizerError, match="missing; expected a tokenizer.json, or a Hugging Face") as caught:
         tokens.load(tmp_path / "none.json")
     assert str(tmp_path / "none.json") in str(caught.value)
+    (tmp_path / "checkpoints").mkdir()  # a workdir
+    with pytest.raises(tokens.TokenizerError, match="missing.*restore"):
+        tokens.load(tmp_path)
+
+
+def test_half_a_surrogate_pair_in_a_text_is_no_end():
+    trained = tokens.train(["a \ud83d shape"] * 3, 300)
+    assert trained.decode(trained.encode("a \ud83d shape")[0]) == "a ? shape"
 
 
 def test_a_vocabulary_without_room_for_the_bytes():
     with pytest.raises(ConfigError, match="vocab_size=258.*259"):
         tokens.train(["a"], 258)
     assert tokens.train(["a"], 259).vocab_size == 259
+
+
+# ------------------------------------------------------------------ special tokens
+
+
+def unigram():
+    """Its pieces hold the names of the special tokens, and these are the likeliest."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("</", -1.0), ("s>", -1.0), *((c, -2.0) for c in "<>/sa ")]
+    return Backend(models.Unigram(pieces, unk_id=0)), ["<unk>", "<s>", "</s>"]
+
+
+def merges():
+    """As converters of SentencePiece models make them: merges that end in a special token."""
+    pieces = ["<unk>", "<s>", "</s>", *"<>/sa ", "</", "s>", "</s", "a</s>"]
+    pairs = [("<", "/"), ("s", ">"), ("</", "s>"), ("a", "</s>"), ("</", "s"), ("<", "s>")]
+    bpe = models.BPE({piece: i for i, piece in enumerate(pieces)}, pairs, unk_token="<unk>")
+    return Backend(bpe), ["<unk>", "<s>", "</s>"]
+
+
+def whole_words():
+    """As Llama 3's: a word of the vocabulary is that token, without merges."""
+    pieces = ["<unk>", "<s>", "</s>", *"<>/sa "]
+    bpe = models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", ignore_merges=True)
+    return Backend(bpe), ["<unk>", "<s>", "</s>"]
+
+
+@pytest.mark.parametrize("make", [unigram, merges, whole_words])
+def test_the_name_of_a_special_token_is_text_in_every_kind_of_vocabulary(make):
+    backend, names = make()
+    backend.add_special_tokens(names)
+    tokenizer = tokens.Tokenizer(backend)
+    for text in ("</s>", "a</s>", "<s>a</s> a", "<unk>", "a<<s>>a"):
+        ids = tokenizer.encode(text)[0]
+        assert not {1, 2} & set(ids) and tokenizer.lengths([text]) == [len(ids)]
+        assert "".join(backend.id_to_token(id) for id in ids if id) == text.replace("unk", "")  # whose letters it lacks
+    ids = tokenizer.encode("a" + tokenizer.named("</s>") + "</s>")[0]
+    assert ids.count(2) == 1 and ids[1] == 2
+
+
+def test_only_special_tokens_are_renamed_and_they_keep_their_ways(small):
+    backend = Backend.from_str(small._backend.to_str())
+    backend.add_tokens([AddedToken("<table>", normalized=False)])  # a word of the tokenizer's, not a special token
+    backend.add_special_tokens([AddedToken("<|end|>", rstrip=True), AddedToken("<|end|>2", lstrip=True)])
+    backend.add_tokens([AddedToken("<|fim|>", normalized=False)])  # one that its file does not mark
+    tokenizer = tokens.Tokenizer(backend)
+    text = "hello <table> <|end|> \n<table> <|end|>2 world"
+    ids, offsets = tokenizer.encode(tokenizer.named(text))
+    assert ids == backend.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode("hello <table>")[0] == backend.encode("hello <table>").ids
+    assert backend.token_to_id("<|end|>") not in tokenizer.encode(text)[0]
+    assert tokenizer.encode(tokenizer.named("<|fim|>"))[0] == [backend.token_to_id("<|fim|>")]
+    assert len(tokenizer.encode("<|fim|>")[0]) > 1
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.encode(again.named(text))[0] == ids and again is pickle.loads(pickle.dumps(tokenizer))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("<s/>a1 \n")))
+def test_a_text_without_their_names_has_the_ids_of_the_plain_tokenizer(llama_file, small, text):
+    for tokenizer in (llama_file, small):
+        if not any(name in text for name in ("<pad>", "<s>", "</s>", "<unk>")):
+            expected = tokenizer._backend.encode(text, add_special_tokens=False)
+            assert tokenizer.encode(text) == (expected.ids, expected.offsets)
+            assert tokenizer.encode(tokenizer.named(text))[0] == expected.ids
+        assert tokenizer.lengths([text]) == [len(tokenizer.encode(text)[0])]
+
+
+@pytest.fixture(scope="module")
+def llama_file():
+    return tokens.load(golden.DATA / "llama_tokenizer")
 
 
 # ------------------------------------------------------------------ SentencePiece
@@ -131,7 +212,8 @@ def llama_like(tmp_path_factory):
 
 def test_a_text_behind_an_end_begins_anew_unless_the_checkpoint_says_otherwise(llama_like, tmp_path):
     ours, theirs = llama_like
-    assert ours.encode("tokens</s>image")[0] == [*theirs.encode("tokens"), ours.eos, *theirs.encode("image")]
+    ended = lambda own: own.encode(own.named("tokens</s>image"))[0]
+    assert ended(ours) == [*theirs.encode("tokens"), ours.eos, *theirs.encode("image")]
     newer = tokens.load(sentencepiece_folder(tmp_path, legacy=False))
     assert newer.encode("tokens")[0] == theirs.encode("tokens")
-    assert newer.encode("tokens</s>image")[0] != ours.encode("tokens</s>image")[0]
+    assert ended(newer) != ended(ours)

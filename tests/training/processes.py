@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import tiny
 
 ROOT = tiny.FILE.parent.parent
 GUARD = 1200  # seconds: against hanging, not a measurement
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell; the processes would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def environment(devices=1):
@@ -39,16 +43,33 @@ def _run(*command, devices=1, variables={}):
 
 def start_several(count, workdir, *settings, devices=1):
     """``count`` processes as one run, each with so many devices."""
-    explicit = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", count, "--process"]
+    explicit = as_one_run(count)
     return [start(workdir, *settings, *explicit, number, devices=devices) for number in range(count)]
+
+
+def evaluate_several(count, workdir, *settings):
+    explicit = as_one_run(count)
+    return [evaluate(workdir, *settings, *explicit, number) for number in range(count)]
+
+
+def as_one_run(count):
+    """The options of each of ``count`` processes, but for its number."""
+    return ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", count, "--process"]
 
 
 def start_as_slurm(count, workdir, *settings):
     """The same with the variables of srun on one node."""
     job = free_port(61440) - 61440  # jax derives the coordinator's port from the job's number
-    shared = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(count)}
+    shared = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(count),
+              "SLURM_STEP_NUM_TASKS": str(count)}  # fmt: skip
     tasks = [{"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)} for number in range(count)]
     return [start(workdir, *settings, variables=shared | task) for task in tasks]
+
+
+def start_meshes(count, folder):
+    """tests/training/meshes.py as ``count`` processes with four devices in all; the results go into the folder."""
+    common = ["tests/training/meshes.py", folder, f"127.0.0.1:{free_port()}", count]
+    return [_run(*common, number, devices=4 // count) for number in range(count)]
 
 
 def free_port(start=0):
@@ -69,10 +90,10 @@ def finish(process, code=0):
 
 
 def lines(workdir):
-    """metrics.jsonl as dicts; the last one may still be written."""
+    """The steps of metrics.jsonl as dicts; the last one may still be written."""
     path = workdir / "metrics.jsonl"
     whole = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in whole]
+    return [record for record in map(json.loads, whole) if "loss" in record]
 
 
 def wait_for(workdir, steps, *processes):

@@ -16,7 +16,7 @@ from deltallava_jax.parallel.mesh import make_mesh, put_rows
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.training.step import TrainStep, init_state
 
-RECORD = {"faults": 0, "records": 0}
+RECORD = {"epoch": 0, "records": 0, "faults": 0}
 
 
 def on(devices, **mesh):

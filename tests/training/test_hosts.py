@@ -1,17 +1,36 @@
 """Several real processes as one run: the losses of one, each other's end noticed, resumed by any number of them."""
 
 import argparse
+import itertools
+import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 
+import jax
+import meshes
 import numpy as np
 import pytest
-from processes import GUARD, ROOT, environment, finish, free_port, lines, start, start_as_slurm, start_several, wait_for
+import tiny
+from processes import (
+    GUARD,
+    ROOT,
+    environment,
+    finish,
+    free_port,
+    lines,
+    start,
+    start_as_slurm,
+    start_meshes,
+    start_several,
+    wait_for,
+)  # fmt: skip
 
 from deltallava_jax.errors import ConfigError
+from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel import hosts
 from deltallava_jax.training.checkpoints import Checkpoints
 
@@ -42,8 +61,8 @@ def assert_told_of(process, other):
 
 
 def test_runs_of_several_processes(alone, tmp_path):
-    """Two processes, one killed; as many again, one of them told to stop; half as many; twice as many, the coordinator
-    killed: in all the same batches, and the losses of one process."""
+    """Two processes, one killed; as many again, told to stop; half as many; twice as many that hold the same rows, the
+    coordinator killed: in all the same batches, and the losses of one process."""
     sharded = (*SETTINGS, "--config.mesh.fsdp=2")
     first, second = start_several(2, tmp_path, *sharded, "--config.training.eval_every=6",
                                   "--config.evaluation.limit=64", devices=2)  # fmt: skip
@@ -57,11 +76,12 @@ def test_runs_of_several_processes(alone, tmp_path):
 
     first, second = start_several(2, tmp_path, *sharded, devices=2)
     wait_for(tmp_path, len(lines(tmp_path)) + 3, first, second)
+    os.killpg(first.pid, signal.SIGINT)  # Ctrl-C in its terminal; and the other one is told by its cluster
     second.send_signal(signal.SIGTERM)
-    (_, told), (_, silent) = finish(first), finish(second)
+    (_, told), (_, silent) = finish(first, code=130), finish(second)
     stopped = len(lines(tmp_path))
-    assert "resuming from step 5 of 60" in told and f"SIGTERM: saving step {stopped};" in told and stopped < 40
-    assert "decoder/embed" in told and not {"decoder/embed", "resuming", "SIGTERM:"} & set(silent.split())  # one logs
+    assert "resuming from step 5 of 60" in told and f"Ctrl-C: saving step {stopped};" in told and stopped < 40
+    assert "decoder (trained)" in told and not {"(trained):", "resuming", "saving"} & set(silent.split())  # one logs
     assert Checkpoints(tmp_path).latest() == stopped
 
     half = start(tmp_path, *SETTINGS)
@@ -69,7 +89,7 @@ def test_runs_of_several_processes(alone, tmp_path):
     half.kill()
     half.communicate()
 
-    coordinator, other = start_as_slurm(2, tmp_path, *sharded)
+    coordinator, other = start_as_slurm(2, tmp_path, *SETTINGS, "--config.mesh.tensor=2")
     wait_for(tmp_path, len(lines(tmp_path)) + 3, coordinator, other)
     coordinator.kill()
     assert_told_of(other, "process 0, the coordinator,")
@@ -80,6 +100,41 @@ def test_runs_of_several_processes(alone, tmp_path):
     for name in ("step", *COUNTS):
         assert of(ours, name) == of(alone[: len(ours)], name)
     np.testing.assert_allclose(of(ours, "loss"), of(alone[: len(ours)], "loss"), rtol=1e-4)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_every_mesh_gives_the_losses_and_parameters_of_one_device(one_device, processes, tmp_path):
+    """Whichever rows a process holds: some, all, those that another one holds too; and each fault is told once."""
+    if processes == 1:
+        results = meshes.train(jax.devices()[:4])
+        found = [(losses, params, [faults]) for losses, params, faults in results.values()]
+    else:
+        for process in start_meshes(processes, tmp_path):
+            finish(process)
+        parts = [json.loads((tmp_path / f"{processes}.{number}.json").read_text()) for number in range(processes)]
+        arrays = np.load(tmp_path / f"{processes}.npz")
+        found = [
+            (each[0][0], {path: arrays[f"{number}/{path}"] for path in one_device[1]}, [faults for _, faults in each])
+            for number, each in enumerate(zip(*parts, strict=True))
+        ]
+    assert len(found) == len(meshes.MESHES)
+    losses, params, faults = one_device
+    for ours, end, told in found:
+        np.testing.assert_allclose(ours, losses, rtol=1e-6)
+        for path, leaf in end.items():
+            np.testing.assert_allclose(leaf, params[path], atol=1e-6, err_msg=path)
+        assert sorted(itertools.chain(*told)) == sorted(faults)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """(losses, parameters, faults) of a mesh of one."""
+    (result,) = meshes.train(jax.devices()[:1], [(1, 1, 1)]).values()
+    losses, params, faults = result
+    assert losses[0] != losses[-1] and len(faults) > 1
+    before = flatten(meshes.make_params(tiny.get_config()))
+    assert all((leaf != before[path]).any() for path, leaf in params.items())
+    return losses, {path: np.asarray(leaf) for path, leaf in params.items()}, faults
 
 
 def test_processes_that_do_not_find_each_other_say_so():
@@ -107,6 +162,12 @@ SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID":
         ({}, False),
         (SRUN | {"SLURM_NTASKS": "2"}, True),
         (SRUN | {"SLURM_NTASKS": "1"}, False),
+        (SRUN | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, False),  # srun --pty in an allocation of four
+        (SRUN | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        (SRUN | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": ""}, True),
+        (SRUN | {"SLURM_NTASKS": ""}, False),
+        (SRUN, False),
+        ({"SLURM_NTASKS": "", "MEGASCALE_NUM_SLICES": ""}, False),
         ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, False),  # in a batch script, without srun
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
@@ -114,12 +175,19 @@ SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID":
     ],
 )
 def test_where_several_processes_are_recognised(monkeypatch, variables, expected):
-    for name in (*SRUN, "SLURM_NTASKS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
+    for name in (*SRUN, "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hosts, "glob", lambda pattern: [])  # no TPU here
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert hosts.several(options()) == expected
+
+
+def test_a_number_of_tasks_that_is_none_is_refused(monkeypatch):
+    for name, value in (SRUN | {"SLURM_STEP_NUM_TASKS": "2(x3)"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"SLURM_STEP_NUM_TASKS is '2\(x3\)', expected a number"):
+        hosts.several(options())
 
 
 def options(*arguments):

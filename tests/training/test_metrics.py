@@ -1,6 +1,7 @@
 """What a run tells: a line a step, speed and memory where they are due, and nothing twice after a restart."""
 
 import json
+from datetime import UTC, datetime, timedelta
 
 import jax
 import numpy as np
@@ -54,6 +55,29 @@ def test_after_a_restart_no_step_is_there_twice(tmp_path):
     assert [line["step"] for line in told(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert seen == [(4, 1.0), (5, 1.0), (6, 1.0)]
     assert "mfu" not in told(tmp_path)[-1]  # without a known peak
+
+
+def test_every_line_has_its_time_epoch_and_budget_and_evaluations_are_lines_of_their_own(tmp_path):
+    before = datetime.now(UTC)
+    metrics = Metrics(tmp_path, 0, 9, 2, budgets=(16, 4))
+    for step, budget in ((1, 16), (2, 4), (3, 16)):
+        metrics.push(step, values(), epoch=step / 4, budget=budget)
+    metrics.flush()
+    metrics.evaluated(3, {"easy_vqa_16": 0.5, "easy_vqa_4": 0.25})
+    metrics.close()
+    board = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert b"train/loss_4" in board and b"eval/easy_vqa_16" in board
+    metrics = Metrics(tmp_path, 3, 9, 2)  # goes on after the evaluation
+    metrics.push(4, values(), epoch=1.0)  # of all budgets
+    metrics.flush()
+    metrics.close()
+    found = told(tmp_path)
+    assert [line["step"] for line in found] == [1, 2, 3, 3, 4]
+    assert [line.get("budget") for line in found] == [16, 4, 16, None, None]
+    assert [line.get("epoch") for line in found] == [0.25, 0.5, 0.75, None, 1.0]
+    assert found[3]["evaluation"] == {"easy_vqa_16": 0.5, "easy_vqa_4": 0.25} and "loss" not in found[3]
+    times = [datetime.fromisoformat(line["time"]) for line in found]
+    assert times == sorted(times) and timedelta(seconds=-1) < times[0] - before and times[-1] <= datetime.now(UTC)
 
 
 def test_a_step_that_is_not_finite_is_not_written(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import GUARD, ROOT, environment, evaluate, finish, lines, start, wait_for
+from processes import GUARD, ROOT, environment, evaluate, evaluate_several, finish, lines, start, wait_for
 
 from deltallava_jax.training.checkpoints import Checkpoints
 
@@ -54,7 +55,7 @@ def test_killed_during_a_save_and_started_again_the_losses_are_the_same_to_the_b
     assert not list((tmp_path / "checkpoints").glob("*-tmp*"))  # what was cut short is gone
 
 
-def test_sigterm_during_a_save_saves_the_current_step(undisturbed, tmp_path):
+def test_sigterm_during_a_save_and_ctrl_c_save_the_current_step(undisturbed, tmp_path):
     process = start(tmp_path, *OFTEN, "--config.data.workers=1")
     wait_for(tmp_path, 50, process)
     wait_for_a_save(tmp_path, process)
@@ -63,8 +64,38 @@ def test_sigterm_during_a_save_saves_the_current_step(undisturbed, tmp_path):
     done = len(losses(tmp_path))
     assert f"SIGTERM: saving step {done}" in err and done < 160
     assert Checkpoints(tmp_path).latest() == done
-    finish(start(tmp_path, *LONG))
+    assert "leaked" not in err
+
+    process = start(tmp_path, *LONG, "--config.data.workers=1")
+    wait_for(tmp_path, done + 5, process)
+    os.killpg(process.pid, signal.SIGINT)  # as terminals do
+    _, err = finish(process, code=130)
+    stopped = len(losses(tmp_path))
+    assert f"Ctrl-C: saving step {stopped}; the same command resumes from it" in err and stopped < 160
+    assert Checkpoints(tmp_path).latest() == stopped
+
+    _, err = finish(start(tmp_path, *LONG, "--config.data.workers=1"))
     assert losses(tmp_path) == losses(undisturbed)
+    assert "leaked" not in err  # shared memory, at the end of Python
+    assert "\r" not in err and max(map(len, err.splitlines())) < 300  # stderr is no terminal
+    assert "training: 160 of 160 steps, loss" in err
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    program = """
+import os, signal, time
+from deltallava_jax.training.loop import _stopping
+with _stopping() as stop:
+    assert stop(1) is None
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop(2) == "Ctrl-C"
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(600)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=GUARD)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.splitlines()[-1] == "Ctrl-C: saving after this step; once more ends at once"
 
 
 def test_two_kills_at_random_change_nothing(tmp_path):
@@ -91,7 +122,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_ends_the_run_in_words_and_it_goes_on_when_there_is_room(undisturbed, small_disk):
     run = small_disk / "run"
-    _, err = finish(start(run, *OFTEN, "--config.training.keep_checkpoints=99"), code=1)
+    _, err = finish(start(run, *OFTEN, "--config.training.keep_checkpoints=99"), code=2)
     kept = Checkpoints(run).latest()
     (error,) = [line for line in err.splitlines() if line.startswith("error:")]
     assert f"No space left on device; the checkpoint of step {kept} is kept. Please make room on that disk" in error
@@ -111,12 +142,14 @@ def test_training_learns_and_leaves_what_it_says(undisturbed):
     assert 0.1 < lines(undisturbed)[-1]["host_memory"] < 32  # GiB
     assert (undisturbed / "tokenizer.json").exists() and (undisturbed / "config.json").exists()
     assert len(list((undisturbed / "checkpoints").iterdir())) == 2
+    table = (undisturbed / "parameters.txt").read_text()
+    assert "decoder/layers/q/kernel" in table and "projector (trained)" in table
 
 
 def test_eval_writes_the_report(undisturbed):
     out, _ = finish(evaluate(undisturbed, "--limit", 200, "--blind"))
     assert not (undisturbed / "eval" / "easy_vqa.json").exists()  # a control's result is never the run's
-    report = json.loads((undisturbed / "eval" / "easy_vqa_4_noise.json").read_text())
+    report = json.loads((undisturbed / "eval" / "easy_vqa_4_noise_limit200.json").read_text())
     assert report["task"] == "easy_vqa" and report["n"] == 200 and report["budget"] == 4
     assert report["images"] == "noise"
     assert sum(kind["n"] for kind in report["by_type"].values()) == 200
@@ -125,15 +158,29 @@ def test_eval_writes_the_report(undisturbed):
     assert f"{report['accuracy']:.4f}" in out
 
 
+def test_several_processes_share_the_questions_and_one_tells(undisturbed):
+    alone, _ = finish(evaluate(undisturbed, "--limit", 51))
+    results = {file: json.loads(file.read_text()) for file in (undisturbed / "eval").glob("*_limit51.json")}
+    assert len(results) == 2
+    for file in results:
+        file.unlink()
+    (told, _), (silent, _) = [finish(process) for process in evaluate_several(2, undisturbed, "--limit", 51)]
+    ours = lambda text: [line for line in text.splitlines() if not line.startswith("[Gloo]")]  # jax's library tells
+    without_seconds = lambda text: [re.sub(r"\d+\.\d  ", "", line) for line in ours(text)]
+    assert ours(silent) == [] and without_seconds(told) == without_seconds(alone)
+    for file, report in results.items():
+        assert json.loads(file.read_text()) | {"seconds": 0} == report | {"seconds": 0}
+
+
 def test_an_elastic_model_trains_and_answers_at_every_budget(tmp_path):
     _, err = finish(start(tmp_path, "--config.model.projector.scale_factor=(1,2,4,8)", "--config.training.steps=12",
                           "--config.training.eval_every=12", "--config.evaluation.limit=64"))  # fmt: skip
     assert all(f"at {budget} tokens" in err for budget in (64, 16, 4, 1))
     finish(evaluate(tmp_path, "--limit", 64))
     for budget in (64, 16, 4, 1):
-        report = json.loads((tmp_path / "eval" / f"easy_vqa_{budget}.json").read_text())
+        report = json.loads((tmp_path / "eval" / f"easy_vqa_{budget}_limit64.json").read_text())
         assert report["budget"] == budget and report["n"] == 64
-    _, err = finish(evaluate(tmp_path, "--budgets", "9"), code=1)
+    _, err = finish(evaluate(tmp_path, "--budgets", "9"), code=2)
     assert err.strip() == "error: delta makes 64, 16, 4, 1 tokens an image, not 9"
 
 
@@ -144,14 +191,14 @@ def test_bad_workdirs_are_refused_in_words(undisturbed, tmp_path):
         told = (
             f"error: {workdir} holds another model: model.{setting} is {now} now; the workdir was begun with {before}."
         )
-        _, err = finish(start(workdir, f"--config.model.{setting}={now}"), code=1)
+        _, err = finish(start(workdir, f"--config.model.{setting}={now}"), code=2)
         assert f"{told} Use its settings, or another --workdir" in err and "Traceback" not in err
 
     (workdir / "tokenizer.json").unlink()
     for process in (start(workdir, *LONG), evaluate(workdir)):
-        _, err = finish(process, code=1)
+        _, err = finish(process, code=2)
         assert f"error: tokenizer file {workdir / 'tokenizer.json'} is missing" in err and "Traceback" not in err
 
     assert (workdir / "checkpoints" / "160").is_dir()  # nothing was lost
-    _, err = finish(evaluate(tmp_path / "nowhere"), code=1)
+    _, err = finish(evaluate(tmp_path / "nowhere"), code=2)
     assert err.startswith("error:") and "config.json" in err

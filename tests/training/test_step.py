@@ -11,7 +11,6 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from deltallava_jax.config import MeshConfig, override
-from deltallava_jax.data.packing import PackPlan
 from deltallava_jax.data.pipeline import elements
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import vlm
@@ -94,7 +93,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch():
         split_up = override(cfg, {"optimizer.accumulation": str(parts)})
         return run(lambda p, b: gradients(split_up, p, frozen, b, jax.random.key(0), 4))(params, batch)
 
-    no_images = {name: getattr(batch, name)[:, :0] for name in ("image_positions", "images", "questions")}
+    no_images = {name: getattr(batch, name)[:, :0] for name in ("image_positions", "images")}
     assert of(4, dataclasses.replace(batch, **no_images), jax.make_jaxpr).out_avals
     (loss, count, grads), (loss4, count4, grads4) = of(1), of(4)
     assert count == count4 == batch.loss_mask.sum()
@@ -191,8 +190,7 @@ def test_the_schedule_warms_up_and_decays():
 def test_every_budget_is_the_mean_over_the_budgets():
     cfg = config(**{"model.projector.scale_factor": "(4,8)", "model.projector.drop_path": "0.0"})
     rows, _, _ = run_of(cfg)
-    plan = PackPlan(*rows.lengths(), budgets=(4,), rows=8, row_length=cfg.data.row_length)
-    batch = next(elements(rows, plan, 0, 1, workers=0)).batch
+    batch = next(elements(rows, rows.plan((4,), 0), 0, 1, workers=0)).batch
     params, _ = split(vlm.init_params(cfg.model, jax.random.key(1)), ())
     both = override(cfg, {"training.every_budget": "True"})
     mean = lambda cfg, budget: gradients(cfg, params, {}, batch, jax.random.key(0), budget)[0]

@@ -2,6 +2,8 @@
 
 Needs torch and transformers alone. The projector is in projector.py."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -21,6 +23,7 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer", "LlamaDecoderLayer", "Qwen2DecoderLayer"]
 
     def __init__(self, config):
@@ -35,6 +38,18 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def set_output_embeddings(self, value):
+        self.language_model.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """The decoder's embedding and head, and every config that names their size."""
+        embeddings = self.language_model.resize_token_embeddings(*args, **kwargs)
+        self.config.text_config.vocab_size = self.language_model.config.vocab_size
+        return embeddings
 
     def get_image_features(self, pixel_values, budget=None, question_ids=None, question_mask=None):
         """[n, 3, H, W] normalised pixels -> [n, budget, d] visual tokens, and which of them are there: [n, budget] or,
@@ -95,10 +110,14 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _question_states(self, ids, mask):
         """[n, d]: the last hidden state of each question, read by the decoder on its own; zeros for an empty one.
 
-        Of a question longer than ``question_length`` the end is read."""
+        Of a question longer than ``question_length`` the beginning is read, which is warned of."""
         longest = self.config.deltallava_projector["question_length"]
         mask = torch.ones_like(ids) if mask is None else mask
-        rows = [row[live.bool()][-longest:] for row, live in zip(ids, mask, strict=True)]
+        rows = [row[live.bool()] for row, live in zip(ids, mask, strict=True)]
+        if any(len(row) > longest for row in rows):
+            cut = f"a question is longer than the {longest} tokens that are read of it; the rest is cut off"
+            warnings.warn(cut, stacklevel=2)
+        rows = [row[:longest] for row in rows]
         lengths = torch.tensor([len(row) for row in rows], device=ids.device)
         # No token sees what follows it, so the padding on the right needs no mask.
         padded = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
@@ -166,18 +185,21 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        input_ids=None,
+        inputs=None,
         pixel_values=None,
         attention_mask=None,
         budget=None,
         question_ids=None,
         question_mask=None,
+        input_ids=None,
+        inputs_embeds=None,
         **kwargs,
     ):
-        """The new tokens alone; keyword arguments as of transformers' generate."""
-        embeddings, mask, _ = self._open(
-            input_ids, pixel_values, attention_mask, None, left=True,
-            budget=budget, question_ids=question_ids, question_mask=question_mask,
-        )  # fmt: skip
+        """The new tokens alone; inputs: another name of input_ids; keyword arguments as of transformers' generate."""
+        if inputs_embeds is None:
+            inputs_embeds, attention_mask, _ = self._open(
+                inputs if input_ids is None else input_ids, pixel_values, attention_mask, None, left=True,
+                budget=budget, question_ids=question_ids, question_mask=question_mask,
+            )  # fmt: skip
         kwargs.setdefault("generation_config", self.generation_config)
-        return self.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, **kwargs)
+        return self.language_model.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)

@@ -18,8 +18,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
 
-    def __init__(self, image_processor=None, tokenizer=None, question_end=None, **kwargs):
-        super().__init__(image_processor, tokenizer, **kwargs)
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, question_end=None, **kwargs):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.question_end = question_end
 
     def __call__(self, images=None, text=None, **kwargs):
@@ -29,6 +29,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
         inputs = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else text
+            if kwargs.get("add_special_tokens", True) and self.tokenizer.bos_token:
+                texts = [each.removeprefix(self.tokenizer.bos_token) for each in texts]  # the tokenizer puts it there
             inputs.update(self.tokenizer(texts, return_tensors=tensors, **kwargs))
             inputs.pop("token_type_ids", None)
             if self.question_end is not None:
@@ -39,12 +41,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
 
     def _questions(self, texts):
         """Ids and mask of every image's question, padded on the right."""
-        encoded = self.tokenizer(texts, return_offsets_mapping=True)
-        found = [
-            [token for token, (begin, end) in zip(ids, offsets, strict=True) if begin < stop and start < end]
-            for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-            for start, stop in self._spans(text)
-        ]
+        asked = [question for text in texts for question in self._asked(text)]
+        found = [list(self.tokenizer(question)["input_ids"]) if question else [] for question in asked]
         if not found:
             return {}
         length = max(1, *map(len, found))
@@ -53,15 +51,15 @@ class DeltaLlavaProcessor(ProcessorMixin):
             "question_mask": [[1] * len(ids) + [0] * (length - len(ids)) for ids in found],
         }
 
-    def _spans(self, text):
-        """Start and end, in characters, of each image's question: what follows the images of its turn."""
-        spans = []
+    def _asked(self, text):
+        """Each image's question: what follows the images of its turn, for the tokenizer by itself."""
+        questions = []
         for image in re.finditer(IMAGE, text):
             stop = text.find(self.question_end, image.end()) if self.question_end else len(text)
             stop = len(text) if stop < 0 else stop
             start = text.rfind(IMAGE, 0, stop) + len(IMAGE)
-            spans.append((start + text[start:stop].startswith("\n"), stop))
-        return spans
+            questions.append(text[start:stop].strip())
+        return questions
 
     def batch_decode(self, *args, **kwargs):
         return self.tokenizer.batch_decode(*args, **kwargs)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.kernels import devices
 
 KERNELS = {"splash": "tpu", "cudnn": "gpu"}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.kernels import devices
 from deltallava_jax.kernels.windowed_attention import reference
 from deltallava_jax.kernels.windowed_attention.vjp import attend

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from deltallava_jax.arrays import Array
 
 ROWS = 32  # windows a block: their accumulators stay in the registers of its 128 threads
 STAGE_BYTES = 2**16  # of keys and values on their way

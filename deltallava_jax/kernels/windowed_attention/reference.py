@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from deltallava_jax.arrays import Array
 
 
 def check(q, k, v, window: int) -> None:

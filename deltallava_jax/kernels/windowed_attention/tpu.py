@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from deltallava_jax.arrays import Array
 
 LANES = 128  # of a register, and the side of a tile of the matrix unit
 MIN_KEYS = 128  # of a step, where the grid has them

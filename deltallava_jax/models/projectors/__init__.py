@@ -19,9 +19,11 @@ import difflib
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.config import ProjectorConfig
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import layers, names
@@ -107,16 +109,21 @@ def reads_question(cfg: ProjectorConfig) -> bool:
     return getattr(system(cfg), "reads_question", False)
 
 
+def question_length(cfg: ProjectorConfig | None) -> int:
+    """Tokens of a question that are read at most; 0 for a projector that reads none, and for a model without one."""
+    return cfg.question_length if cfg and reads_question(cfg) else 0
+
+
 def project(
     params: layers.Params,
     cfg: ProjectorConfig,
     features: VisionFeatures,
-    text: Float[Array, "n d"] | None = None,
+    text: Float[Array, "n t"] | None = None,
     *,
     budget: int | None = None,
     key: Array | None = None,
 ) -> Float[Array, "n V d"]:
-    """Visual tokens of n images, in reading order.
+    """Visual tokens of n images, in reading order; n may be 0.
 
     text: for systems that read the question, its hidden state. budget: V, static; the largest by default.
     key: a random key switches training behaviour (stochastic depth) on. Raises ConfigError for a budget that the
@@ -128,7 +135,7 @@ def project_valid(
     params: layers.Params,
     cfg: ProjectorConfig,
     features: VisionFeatures,
-    text: Float[Array, "n d"] | None = None,
+    text: Float[Array, "n t"] | None = None,
     *,
     budget: int | None = None,
     key: Array | None = None,
@@ -140,6 +147,8 @@ def project_valid(
             f"features of grid {features.grid} and width {features.last.shape[-1]}; "
             f"the projector expects ({cfg.grid}, {cfg.grid}) and {cfg.in_width}"
         )
+    if features.last.shape[0] == 0:  # a reshape to "the rest" has no answer in an empty array
+        return jnp.zeros((0, budget, cfg.out_width), features.last.dtype), None
     with jax.named_scope(f"projector_{cfg.name}"):
         made = layers.bind(system(cfg), cfg, params)(features, text, budget, key)
     return made if isinstance(made, tuple) else (made, None)

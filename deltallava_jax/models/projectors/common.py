@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.config import ProjectorConfig
 from deltallava_jax.kernels.attention import attention
 from deltallava_jax.kernels.windowed_attention import choose, windowed_attention

@@ -5,8 +5,9 @@ One set of weights for every scale factor; the recipe averages the loss of all s
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.models.projectors import common
 from deltallava_jax.models.projectors.mlp import Mlp
 from deltallava_jax.models.vision import VisionFeatures

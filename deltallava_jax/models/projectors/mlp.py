@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.config import ProjectorConfig
 from deltallava_jax.models.layers import Linear, gelu, torch_default
 from deltallava_jax.models.names import Entry, linear

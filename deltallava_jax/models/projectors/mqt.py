@@ -8,8 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.config import ProjectorConfig
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.layers import LayerNorm, normal, trunc_normal
@@ -65,4 +66,4 @@ class Mqt(nnx.Module):
         if not {"query", "proj", "ln_v.weight"} <= set(shapes):
             return None
         queries, width = shapes["query"]
-        return dict(name="mqt", in_width=width, out_width=shapes["proj"][1], queries=queries, head_dim=64)
+        return dict(name="mqt", in_width=width, out_width=shapes["proj"][1], queries=queries)

@@ -7,8 +7,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.config import ProjectorConfig
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.layers import LayerNorm, Linear, gelu, torch_default, trunc_normal
@@ -40,7 +41,7 @@ class Quecc(nnx.Module):
         self.grid = cfg.grid
 
     def __call__(
-        self, features: VisionFeatures, text: Float[Array, "n d"] | None, budget: int, key: Array | None
+        self, features: VisionFeatures, text: Float[Array, "n t"] | None, budget: int, key: Array | None
     ) -> Float[Array, "n V d"]:
         if text is None:
             raise ValueError("quecc reads each image's question: text is its last hidden state, [n, text_width]")

@@ -5,8 +5,9 @@ Queries from the resized last features, keys and values from several layers, eac
 from __future__ import annotations
 
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.config import ProjectorConfig
 from deltallava_jax.models.layers import LayerNorm, Linear, gelu, resize_grid, trunc_normal
 from deltallava_jax.models.names import Entry, linear, norm

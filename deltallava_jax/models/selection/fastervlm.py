@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.config import ProjectorConfig
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.projectors import common

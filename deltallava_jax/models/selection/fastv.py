@@ -9,8 +9,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.config import DecoderConfig, FastVConfig
 from deltallava_jax.models import decoder
 from deltallava_jax.models.layers import Params

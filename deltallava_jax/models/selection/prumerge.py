@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
+from deltallava_jax.arrays import Array
 from deltallava_jax.config import ProjectorConfig
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.projectors import common

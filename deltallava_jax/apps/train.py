@@ -1,0 +1,118 @@
+"""Trains a model: python train.py --config configs/easy_vqa.py --workdir runs/easy_vqa
+
+The same command with the same --workdir resumes from the newest checkpoint. Any setting can be overridden:
+    python train.py --config configs/easy_vqa.py --workdir runs/s4 --config.model.projector.scale_factor=4
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import resource
+import sys
+import time
+from pathlib import Path
+
+from deltallava_jax import cli
+from deltallava_jax.config import Config, ModelConfig, load_config, override
+from deltallava_jax.parallel import hosts
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """(config, the other options) of a command line. Raises ConfigError."""
+    parser = argparse.ArgumentParser(
+        prog=cli.door("train"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="a Python file with get_config()")
+    parser.add_argument("--workdir", required=True, type=Path, help="checkpoints, metrics and results go here")
+    parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
+    parser.add_argument("--profile", metavar="N:M", help="writes a profiler trace of steps N to M to WORKDIR/profile")
+    hosts.add_arguments(parser)
+    known, rest = parser.parse_known_args(arguments)
+    cfg, changes = load_config(known.config), cli.overrides(rest, cli.door("train"))
+    if cfg.model == ModelConfig():  # it names none
+        from deltallava_jax.workdir import Workdir
+
+        model = Workdir(known.workdir).model_for(changes.get("init_from", cfg.init_from))
+        cfg = dataclasses.replace(cfg, model=model)
+    return override(cfg, changes), known
+
+
+def main(cfg: Config, options: argparse.Namespace) -> None:
+    import jax
+
+    from deltallava_jax.analysis.flops import StepOperations
+    from deltallava_jax.analysis.plan import memory_table, parameter_sums, parameter_table
+    from deltallava_jax.analysis.targets import peak_flops
+    from deltallava_jax.data.pipeline import Rows
+    from deltallava_jax.data.sources import training_source
+    from deltallava_jax.evaluation.validation import validation
+    from deltallava_jax.models import projectors
+    from deltallava_jax.parallel.mesh import make_mesh
+    from deltallava_jax.training import faults
+    from deltallava_jax.training.loop import train
+    from deltallava_jax.training.profile import parse_steps
+    from deltallava_jax.training.step import TrainStep, batch_shapes
+    from deltallava_jax.workdir import Workdir
+
+    began, workdir = time.monotonic(), Workdir(options.workdir)
+    cfg.model.require_whole("training")
+    cfg.data.check_use()
+    profile = parse_steps(options.profile) if options.profile else None
+
+    def say(line: str) -> None:
+        if hosts.leads():
+            print(line, file=sys.stderr, flush=True)
+
+    # ---------------------------------------------------------------- processes and devices
+    hosts.connect(options)
+    mesh = make_mesh(cfg)
+    budgets = projectors.budgets(cfg.model.projector)
+
+    # ---------------------------------------------------------------- data
+    source = training_source(cfg.data)
+    for note in workdir.begin(cfg, source.texts):
+        say(note)
+    tokenizer = workdir.tokenizer
+    evaluate = validation(cfg, tokenizer)
+    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, projectors.question_length(cfg.model.projector))
+    plan = rows.plan(budgets[:1] if cfg.training.every_budget else budgets, cfg.seed)
+    for line in faults.judge(plan, cfg.data.max_bad_fraction, workdir.path):
+        say(line)
+    steps = cfg.training.steps or plan.steps_for(cfg.training.epochs)
+
+    # ---------------------------------------------------------------- model
+    step = TrainStep(cfg, mesh, steps)
+    if hosts.leads():
+        workdir.parameters.write_text(parameter_table(step.shapes) + "\n")
+    say(parameter_sums(step.shapes))
+    say(
+        f"{len(plan.records):,} conversations, {len(plan.records) / plan.steps_for(1):.1f} a step, {steps:,} steps, "
+        f"budgets {budgets}, mesh {dict(mesh.shape)}"
+    )
+    first = plan.step(0)
+    if plan.cut:
+        say(f"{plan.cut:,} conversations are longer than a row's {plan.room.min()} text tokens and will be cut")
+    say(memory_table(step.shapes, step.compile(batch_shapes(cfg, mesh, first.text, first.images), first.budget)))
+
+    # ---------------------------------------------------------------- training
+    finished = train(
+        cfg, step, rows, plan, workdir.path, steps, evaluate=evaluate, profile=profile,
+        operations=StepOperations(step), peak=peak_flops(jax.devices()[0].device_kind),
+    )  # fmt: skip
+    if finished:
+        minutes = (time.monotonic() - began) / 60
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
+        say(
+            f"done in {minutes:.1f} min, {peak:.1f} GiB at most"
+            + (f"; next: {cli.door('eval')} --workdir {workdir}" if evaluate else "")
+        )
+
+
+def run(arguments: list[str]) -> None:
+    """The command, in a process of its own."""
+    hosts.supervise(arguments)
+    cli.run(lambda: main(*parse(arguments)), "interrupted, and nothing is lost; the same command goes on")

@@ -1,0 +1,86 @@
+"""The model card of an export."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from deltallava_jax.convert.read import Pretrained, read_json
+from deltallava_jax.data.conversation import TEMPLATES
+from deltallava_jax.models import projectors
+from deltallava_jax.workdir import Workdir
+
+FOR_TRANSFORMERS = """\
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained({name}{trust})
+processor = AutoProcessor.from_pretrained({name}{trust})
+content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+{generate}
+print(processor.decode(answer, skip_special_tokens=True))"""
+
+FOR_US = """\
+import deltallava_jax
+
+model = deltallava_jax.load({name})
+print(model.generate("picture.png", "What is this?"))"""
+
+
+def write_card(model: Pretrained, folder: Path, name: str, source: Path | None) -> None:
+    """README.md: what the model is, how it is asked, how it was trained, its results; the last two from ``source``
+    where that is a workdir."""
+    cfg = model.cfg
+    parts = [f"| {part} | {describe(getattr(cfg, part))} |" for part in ("vision", "projector", "decoder")]
+    task = "image-text-to-text" if cfg.whole else "text-generation" if cfg.decoder else "image-feature-extraction"
+    lines = [
+        "---", "library_name: transformers", f"pipeline_tag: {task}", "---", "", f"# {name}", "",
+        "Exported by deltallava_jax.", "",
+        "| Part | |", "|---|---|", *parts, f"| parameters | {model.size:,} |", "",
+    ]  # fmt: skip
+    if cfg.whole:
+        lines += ["```python", _code(model, folder, name), "```", "", _prompts(model.template), ""]
+    results = Workdir(source).reports() if source else []
+    shown = lambda r: r.get("images") or ("noise" if r["blind"] else "real")  # "blind": of earlier versions
+    if results:
+        lines += ["## Results", "", "| Task | Tokens an image | Images | Accuracy | n |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {r['task']} | {r['budget']} | {shown(r)} | {r['accuracy']:.4f} | {r['n']} |"
+            for r in results if "accuracy" in r
+        ] + [""]  # fmt: skip
+    if source is not None and Workdir(source).exists:
+        lines += ["## Training configuration", "", "```json", (source / "config.json").read_text().strip(), "```", ""]
+    (folder / "README.md").write_text("\n".join(lines))
+
+
+def _code(model: Pretrained, folder: Path, name: str) -> str:
+    """Python that asks the model in the folder ``name`` about picture.png."""
+    if "mm_vision_tower" in read_json(folder / "config.json"):
+        return FOR_US.format(name=json.dumps(name))
+    if not (folder / "modeling_deltallava.py").is_file():
+        generate = (
+            'answer = model.generate(**inputs, max_new_tokens=32)[0, inputs["input_ids"].shape[1] :]  # the new tokens'
+        )
+        return FOR_TRANSFORMERS.format(name=json.dumps(name), trust="", generate=generate)
+    budgets = projectors.budgets(model.cfg.projector)
+    generate = f"budget = {budgets[0]}  # visual tokens an image, of {', '.join(map(str, budgets))}\n"
+    generate += "answer = model.generate(**inputs, budget=budget, max_new_tokens=32)[0]"
+    return FOR_TRANSFORMERS.format(name=json.dumps(name), trust=", trust_remote_code=True", generate=generate)
+
+
+def _prompts(name: str) -> str:
+    template = TEMPLATES[name]
+    said = f"System text: {json.dumps(template.system_text)}" if template.system_text else "It has no system text."
+    return f"Prompts follow the template {name} (chat_template.jinja). {said}"
+
+
+def describe(part) -> str:
+    """The settings of a config section that are not its defaults, in one line."""
+    if part is None:
+        return "none"
+    changed = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if getattr(part, f.name) != f.default}
+    return ", ".join(f"{key} {value}" for key, value in changed.items()) or "defaults"

@@ -1,0 +1,254 @@
+"""Our models as folders that PyTorch loads: Hugging Face's layout and the original LLaVA layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from deltallava_jax.config import DecoderConfig, ModelConfig, VisionConfig, preset, to_dict
+from deltallava_jax.convert.families import decoder_family, tower_family
+from deltallava_jax.convert.folder import write_json
+from deltallava_jax.convert.processor import (
+    with_image_token,
+    write_chat_template,
+    write_padding_side,
+    write_processor,
+    write_prompting,
+)
+from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, Layout, Pretrained, read_json
+from deltallava_jax.convert.shards import SHARD_BYTES, write_weights
+from deltallava_jax.errors import ConversionError
+from deltallava_jax.models import projectors
+from deltallava_jax.models.layers import Params
+from deltallava_jax.models.names import flatten, unflatten
+from deltallava_jax.models.vision import check_needs
+
+HF = Layout("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.", True)
+HF_DECODER = Layout(decoder="model.", head="")
+HF_TOWER = Layout(vision="vision_model.")
+LLAVA = Layout("model.vision_tower.vision_tower.vision_model.", "model.mm_projector.", "model.", "", False)
+TORCH_MODULES = Path(__file__).parent / "torch_modules"
+
+
+def write_hf(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """A folder for transformers. An MLP model becomes a LlavaForConditionalGeneration, a decoder or a tower alone the
+    model of its family, any other projector brings its PyTorch code (trust_remote_code).
+
+    Raises ConversionError for a model with only some of its parts, one that prunes in its decoder, or a projector
+    without PyTorch code."""
+    cfg = model.cfg
+    _refuse_fastv(cfg, "hf")
+    if cfg.whole:
+        _write_whole_hf(model, folder, shard_bytes)
+    elif cfg.decoder and not (cfg.vision or cfg.projector):
+        layout = model.layout if _hf_kind(model.hf) == "part" else HF_DECODER
+        config = model.hf or decoder_family(cfg.decoder).to_hf(cfg.decoder)
+        _write(model, folder, layout, config, shard_bytes)
+    elif cfg.vision and not (cfg.decoder or cfg.projector):
+        layout = model.layout if _hf_kind(model.hf) == "part" else HF_TOWER
+        config = model.hf or tower_family(cfg.vision).to_hf(cfg.vision)
+        if "vision_config" in config:  # of a CLIPModel the tower remains
+            family = tower_family(cfg.vision)
+            config = {
+                "architectures": [family.architecture],
+                **config["vision_config"],
+                "model_type": family.model_type,
+            }
+        _write(model, folder, layout, config, shard_bytes)
+    else:
+        parts = ", ".join(part for part in ("vision", "projector", "decoder") if getattr(cfg, part))
+        raise ConversionError(f"--to hf: the model has only {parts}; expected a whole model, a decoder or a tower")
+
+
+def _write_whole_hf(model: Pretrained, folder: Path, shard_bytes: int) -> None:
+    cfg, plain = model.cfg, model.cfg.projector.name == "mlp"
+    if _hf_kind(model.hf) == "llava" and unchanged(model):
+        _write(model, folder, model.layout, model.hf, shard_bytes)
+    else:
+        token, tokenizer = with_image_token(model)
+        params, decoder = _with_room(model.params, cfg.decoder, token)
+        model = dataclasses.replace(
+            model, cfg=dataclasses.replace(cfg, decoder=decoder), params=params, extra={}, layout=None
+        )
+        config = _llava_config(model, token, plain)
+        _write(model, folder, HF if plain else dataclasses.replace(HF, hf_projector=False), config, shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(str(folder / "tokenizer.json"))
+        write_processor(model, folder, plain)
+        write_chat_template(model, folder)
+    write_prompting(model, folder)
+    write_padding_side(folder)
+    if not plain:
+        for file in (*TORCH_MODULES.glob("*_deltallava.py"), TORCH_MODULES / "projector_parts.py"):
+            shutil.copy(file, folder)
+        shutil.copy(projector_code(cfg.projector.name), folder / "projector.py")
+
+
+def projector_code(name: str) -> Path:
+    """The PyTorch code of a projector. Raises ConversionError if there is none."""
+    file = TORCH_MODULES / f"projector_{name.removesuffix('_plus')}.py"
+    if not file.is_file():
+        raise ConversionError(f"--to hf: there is no PyTorch code for the {name} projector")
+    return file
+
+
+def _refuse_fastv(cfg: ModelConfig, to: str) -> None:
+    """ConversionError for a model that prunes visual tokens inside its decoder: PyTorch's decoders do not."""
+    if cfg.fastv:
+        raise ConversionError(
+            f"--to {to} cannot express model.fastv, which drops visual tokens inside the decoder; the weights are the "
+            "plain model's: to export that one, set model.fastv to null in the workdir's config.json"
+        )
+
+
+def write_llava(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """A folder in the original LLaVA layout: names, shapes and config.json as haotian-liu/LLaVA's code reads them.
+
+    Raises ConversionError for a model that lacks projector or decoder, or that prunes in its decoder."""
+    cfg = model.cfg
+    _refuse_fastv(cfg, "llava")
+    if not (cfg.projector and cfg.decoder and cfg.vision):
+        raise ConversionError("--to llava needs tower, projector and decoder; this model lacks some of them")
+    if "mm_vision_tower" in model.hf and unchanged(model):
+        _write(model, folder, model.layout, model.hf, shard_bytes)
+        name = model.hf["mm_vision_tower"]
+        known = name.split("/")[-1] in KNOWN_TOWERS or Path(name).is_absolute()
+        if model.layout.vision is not None and not known:
+            (folder / name).mkdir(parents=True)
+            write_json(folder / name / "config.json", tower_family(cfg.vision).to_hf(cfg.vision))
+        write_prompting(model, folder)
+        return
+    vision = tower_family(cfg.vision)
+    published = next((name for name, key in KNOWN_TOWERS.items() if cfg.vision == preset(VisionConfig, key)), None)
+    owner = "openai" if cfg.vision.family == "clip" else "google"
+    tower = f"{owner}/{published}" if published else "vision_tower"
+    qwen = cfg.decoder.qkv_bias
+    config = (
+        decoder_family(cfg.decoder).to_hf(cfg.decoder)
+        | _kept_keys(model.hf)
+        | {
+            "model_type": "llava_qwen" if qwen else "llava_llama",
+            "architectures": ["LlavaQwenForCausalLM" if qwen else "LlavaLlamaForCausalLM"],
+            "mm_vision_tower": tower,
+            "mm_hidden_size": cfg.vision.width,
+            "mm_projector_type": "mlp2x_gelu" if cfg.projector.name == "mlp" else cfg.projector.name,
+            "mm_vision_select_layer": cfg.projector.select_layer,
+            "mm_vision_select_feature": "patch",
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False,
+            "image_aspect_ratio": model.aspect,
+            "scale_factor": cfg.projector.scale_factors[0],
+            PROJECTOR_KEY: to_dict(cfg.projector),
+        }
+    )
+    _write(model, folder, LLAVA, config, shard_bytes)
+    write_chat_template(model, folder)
+    write_prompting(model, folder)
+    if published is None:
+        (folder / tower).mkdir()
+        write_json(folder / tower / "config.json", vision.to_hf(cfg.vision))
+
+
+def _hf_kind(hf: dict) -> str | None:
+    """ "llava" or "part" for a Hugging Face config.json of a whole model or of a part of one, else None."""
+    if "text_config" in hf:
+        return "llava"
+    return None if "mm_vision_tower" in hf or not hf else "part"
+
+
+def unchanged(model: Pretrained) -> bool:
+    """Whether the kept config.json and its companions still describe the model."""
+    parts = lambda cfg: (cfg.vision, cfg.projector, cfg.decoder)
+    return model.origin is not None and (parts(model.origin), model.origin_aspect) == (parts(model.cfg), model.aspect)
+
+
+# ------------------------------------------------------------------ config.json
+
+
+def _llava_config(model: Pretrained, image_token: int, plain: bool) -> dict:
+    cfg = model.cfg
+    text = decoder_family(cfg.decoder).to_hf(cfg.decoder) | _kept_keys(model.hf)
+    vision = tower_family(cfg.vision).to_hf(cfg.vision)
+    if cfg.vision.family == "siglip":
+        vision["vision_use_head"] = False
+    config = {
+        "architectures": ["LlavaForConditionalGeneration" if plain else "DeltaLlavaForConditionalGeneration"],
+        "model_type": "llava" if plain else "deltallava",
+        "dtype": _main_dtype(model.params),
+        "image_token_index": image_token,
+        "text_config": text,
+        "vision_config": vision,
+        "tie_word_embeddings": cfg.decoder.tied_head,
+    }
+    if plain:
+        return config | {
+            "vision_feature_layer": cfg.projector.select_layer,
+            "vision_feature_select_strategy": "default" if cfg.vision.family == "clip" else "full",
+            "projector_hidden_act": "gelu",
+            "image_seq_length": cfg.projector.grid**2,
+        }
+    needs = projectors.needs(cfg.projector, cfg.vision.layers)
+    check_needs(cfg.vision, needs)
+    return config | {
+        PROJECTOR_KEY: to_dict(cfg.projector),
+        "select": {**to_dict(needs), "drop_cls": cfg.vision.family == "clip"},
+        "budgets": list(projectors.budgets(cfg.projector)),
+        "auto_map": {
+            "AutoConfig": "configuration_deltallava.DeltaLlavaConfig",
+            "AutoModel": "modeling_deltallava.DeltaLlavaForConditionalGeneration",
+            "AutoModelForImageTextToText": "modeling_deltallava.DeltaLlavaForConditionalGeneration",
+        },
+    }
+
+
+def _kept_keys(hf: dict) -> dict:
+    """What of the decoder's config in a source's config.json we do not hold ourselves and generation needs."""
+    text = hf.get("text_config", hf)
+    return {key: text[key] for key in ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+            if key in text}  # fmt: skip
+
+
+def _untied(config: dict) -> dict:
+    """config.json without a true tie_word_embeddings, also in its text_config."""
+    config = config | {"tie_word_embeddings": False} if config.get("tie_word_embeddings") else config
+    return config | {"text_config": _untied(config["text_config"])} if "text_config" in config else config
+
+
+def _main_dtype(params: Params) -> str:
+    sizes: dict[str, int] = {}
+    for leaf in jax.tree.leaves(params):
+        sizes[str(leaf.dtype)] = sizes.get(str(leaf.dtype), 0) + leaf.size
+    return max(sizes, key=sizes.get)
+
+
+def _with_room(params: Params, cfg: DecoderConfig, token: int) -> tuple[Params, DecoderConfig]:
+    """Embedding and head with a row for the image token; new rows are the mean of the others, so never the answer."""
+    if token < cfg.vocab_size:
+        return params, cfg
+    size = -(-(token + 1) // 64) * 64
+    flat = flatten(params)
+    for path, axis in (("decoder/embed/embedding", 0), ("decoder/head/out/kernel", 1)):
+        if path in flat:
+            leaf = flat[path]
+            mean = jnp.mean(leaf, axis, keepdims=True, dtype=jnp.float32).astype(leaf.dtype)
+            flat[path] = jnp.concatenate([leaf, jnp.repeat(mean, size - cfg.vocab_size, axis)], axis)
+    return unflatten(flat), dataclasses.replace(cfg, vocab_size=size)
+
+
+def _write(model: Pretrained, folder: Path, layout: Layout, config: dict, shard_bytes: int) -> None:
+    """Kept files, config.json and the weights, in shards of at most ``shard_bytes``."""
+    if model.cfg.decoder and not model.cfg.decoder.tied_head:  # a source may say tied and hold another matrix
+        config = _untied(config)
+    held = {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)}
+    for key in ("dtype", "torch_dtype"):
+        if key in config and config[key] not in held:  # the parameters were cast
+            config = config | {key: _main_dtype(model.params)}
+    for file in model.kept:
+        shutil.copy(file, folder / file.name)
+    if not (folder / "config.json").is_file() or read_json(folder / "config.json") != config:
+        write_json(folder / "config.json", config)
+    write_weights(model, folder, layout, shard_bytes)

@@ -1,0 +1,68 @@
+"""A model that answers, from any folder that holds one. Imported with the package, so what it needs comes later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deltallava_jax.inference.model import Model
+
+
+def load(path: str | Path, *, dtype: str | None = None, tensor: int = 1, template: str | None = None) -> Model:
+    """The newest model of a workdir, or of a folder in Hugging Face's or the original LLaVA layout.
+
+        model = deltallava_jax.load("runs/easy_vqa")
+        model.generate("shape.png", "what color is the shape?")
+
+    dtype: of the parameters and of computing, e.g. "bfloat16"; by default tower and projector are as they are saved
+    and the decoder's matrices in the dtype of computing. tensor: devices that share every layer, each of which reads
+    its share alone, so that the model is nowhere whole and nowhere twice. template: of prompts, e.g. "chatml", in place
+    of the model's own; a decoder alone has none of its own, and continues texts. Raises ConversionError,
+    CheckpointError or WeightMismatch, whose messages name the file and what was expected; ConfigError for a template
+    that is not known or does not fit, for more devices than there are, or a number that does not divide a layer."""
+    import dataclasses
+
+    import jax
+    from jax.sharding import NamedSharding, SingleDeviceSharding
+
+    from deltallava_jax.config import DTYPES, dtype_name
+    from deltallava_jax.convert.read import read
+    from deltallava_jax.data import tokens
+    from deltallava_jax.errors import ConfigError
+    from deltallava_jax.inference.model import Model, check_template
+    from deltallava_jax.models.decoder import MATRICES, unstacked
+    from deltallava_jax.parallel import rules
+    from deltallava_jax.parallel.mesh import tensor_mesh
+    from deltallava_jax.workdir import Workdir
+
+    if template is not None:
+        check_template(template)
+    path, dtype = Path(path), dtype_name(dtype)
+    if tensor < 1:
+        raise ConfigError(f"tensor={tensor}; expected the number of devices that share every layer, 1 or more")
+    mesh = tensor_mesh(tensor) if tensor > 1 else None
+    first = SingleDeviceSharding(jax.local_devices()[0])
+    shard = lambda name, shape: NamedSharding(mesh, rules.spec_for(name, shape, mesh)) if mesh else first
+    home = Workdir(path)
+    if home.exists:
+        config = home.config
+        cfg, own, aspect = config.model, config.data.template, config.data.aspect
+
+        def place(name, saved):
+            matrix = name.startswith("decoder/") and name.endswith(MATRICES)
+            kind = dtype or (cfg.dtype if matrix else saved.dtype)
+            return jax.ShapeDtypeStruct(saved.shape, kind, sharding=shard(name, saved.shape))
+
+        params = home.params(place)
+        if cfg.decoder:
+            params["decoder"] = unstacked(params["decoder"], cfg.decoder, donate=True)
+    else:
+        model = read(path, dtype=dtype, shard=shard, unstacked=True)
+        cfg, params, own, aspect = model.cfg, model.params, model.template, model.aspect
+    if dtype in DTYPES:
+        cfg = dataclasses.replace(cfg, dtype=dtype)
+    folder = path if path.is_dir() else path.parent
+    tokenizer = tokens.load(folder) if any((folder / name).is_file() for name in tokens.FILES) else None
+    model = Model(cfg, params, tokenizer, own if cfg.whole else None, aspect)
+    return model if template is None else model.with_template(template)
