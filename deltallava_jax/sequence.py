@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from deltallava_jax.arrays import Array
 
@@ -26,7 +26,7 @@ class Batch:
     loss_mask: True at tokens that are to be predicted.
     segments: 1, 2, ... for the conversations of a row, each a contiguous block; 0 is padding.
     image_positions: index into tokens of each image's placeholder, ascending; T where the place is unused.
-    images: pixels, normalised on the device.
+    images: pixels, normalised on the device; floats are normalised already.
     questions: token ids of the question that belongs to each image, for systems that read it: its text by itself, BOS
         first; -1 behind its end.
     branches: within a conversation, 0 for what all its rounds share, 1, 2, ... for rounds that see the shared part but
@@ -37,7 +37,7 @@ class Batch:
     loss_mask: Bool[Array, "B T"]
     segments: Int[Array, "B T"]
     image_positions: Int[Array, "B I"]
-    images: UInt8[Array, "B I H W 3"]
+    images: UInt8[Array, "B I H W 3"] | Float[Array, "B I H W 3"]
     questions: Int[Array, "B I Q"] | None = None
     branches: Int[Array, "B T"] | None = None
 

@@ -31,7 +31,7 @@ def init_params(cfg: ModelConfig, key: Array) -> Params:
 def visual_tokens(
     params: Params,
     cfg: ModelConfig,
-    images: UInt8[Array, "n H W 3"],
+    images: UInt8[Array, "n H W 3"] | Float[Array, "n H W 3"],
     batch: Batch | None = None,
     *,
     budget: int | None = None,
@@ -60,7 +60,7 @@ def visual_tokens(
     return by_rows(visual), valid, features.penalty
 
 
-def in_passes(encode, images: UInt8[Array, "n H W 3"], passes: int):
+def in_passes(encode, images: UInt8[Array, "n H W 3"] | Float[Array, "n H W 3"], passes: int):
     """``encode`` of n / passes images at a time, every ``passes``-th: so each pass takes its share of every row."""
     parts = jax.lax.map(encode, jnp.swapaxes(images.reshape(-1, passes, *images.shape[1:]), 0, 1))
     whole = lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) if x.ndim > 1 else x.sum()
