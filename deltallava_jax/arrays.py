@@ -5,4 +5,5 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray | jax.ShapeDtypeStruct  # jax's, traced or not; numpy's on the host; a shape alone
+# jax's, traced or not; numpy's on the host; a shape alone, also as a compiled program tells what it takes
+Array = jax.Array | np.ndarray | jax.ShapeDtypeStruct | jax.stages.ArgInfo

@@ -147,7 +147,7 @@ REFUSED = {
     f"{CHECK} records.json --images pictures --tokenizer text": "text",
     f"{CHECK} records.json --images pictures --tokenizer binary": "binary",
     f"{CHECK} records.json --images pictures --template nowhere": "nowhere",
-    f"{CHECK} records.json --images pictures --row-length 3": "--row-length 3",
+    f"{CHECK} records.json --images pictures --row-length 3": "row_length=3",
     f"{CHECK} records.json --images pictures --report nowhere/report.json": "nowhere/report.json",
     "data build --json nowhere.json --images pictures --out new": "nowhere.json",
     "data build --json records.json --images pictures --out text": "text",
