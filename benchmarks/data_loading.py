@@ -83,7 +83,7 @@ def peer(folder: Path, records: list[int], tokenizer, workers: int) -> dict:
     return measure(loader, count)
 
 
-def ours(rows, records: list[int], workers: int) -> dict:
+def ours(rows, workers: int) -> dict:
     from deltallava_jax.data.pipeline import elements
 
     plan = rows.plan((BUDGET,), 0)
@@ -198,7 +198,7 @@ def main() -> None:
     rows = Rows(Chosen(source, sound), tokenizer, cfg, VisionConfig())
     results = {"ours": [], "peer": []}
     for _ in range(2):  # in turns
-        results["ours"].append(ours(rows, sound, options.workers))
+        results["ours"].append(ours(rows, options.workers))
         results["peer"].append(peer(options.folder, sound, tokenizer, options.workers))
     rate = {name: max(run["images"] / run["seconds"] for run in runs) for name, runs in results.items()}
     report = {

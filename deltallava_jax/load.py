@@ -29,15 +29,16 @@ def load(path: str | Path, *, dtype: str | None = None, tensor: int = 1, templat
     from deltallava_jax.config import DTYPES, dtype_name
     from deltallava_jax.convert.read import read
     from deltallava_jax.data import tokens
+    from deltallava_jax.data.conversation import known_template
     from deltallava_jax.errors import ConfigError
-    from deltallava_jax.inference.model import Model, check_template
+    from deltallava_jax.inference.model import Model
     from deltallava_jax.models.decoder import MATRICES, unstacked
     from deltallava_jax.parallel import rules
     from deltallava_jax.parallel.mesh import tensor_mesh
     from deltallava_jax.workdir import Workdir
 
     if template is not None:
-        check_template(template)
+        known_template(template)
     path, dtype = Path(path), dtype_name(dtype)
     if tensor < 1:
         raise ConfigError(f"tensor={tensor}; expected the number of devices that share every layer, 1 or more")

@@ -28,7 +28,7 @@ from deltallava_jax.errors import CheckpointError, ConfigError
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.parallel import hosts
-from deltallava_jax.training.checkpoints import Checkpoints, Place, as_saved
+from deltallava_jax.training.checkpoints import Checkpoints, Place, as_saved, has_finished
 
 # Settings of the model that may change when a run goes on: how it is computed, not what.
 FREE = ("dtype", "remat", "loss_chunk", "tower_images")
@@ -157,7 +157,7 @@ class Workdir:
     def model_for(self, init_from: str) -> ModelConfig:
         """The model of a run whose configuration names none: that of the run that goes on here, else that of the
         workdir it begins with, else the default."""
-        home = self if self.exists else Workdir(init_from) if init_from else None
+        home = self if has_finished(self.path) else Workdir(init_from) if init_from else None
         return home.config.model if home else ModelConfig()
 
     def begin(self, cfg: Config, texts: Callable[[], Iterable[str]]) -> list[str]:

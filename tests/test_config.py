@@ -86,6 +86,14 @@ def count(init_params, cfg) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))))
 
 
+def test_configurations_find_the_error_that_they_raise(tmp_path):
+    """As those of version 0.1.0 do, which may have been copied."""
+    file = tmp_path / "mine.py"
+    file.write_text("from deltallava_jax import config as c\ndef get_config(): raise c.ConfigError('expected a stage')")
+    with pytest.raises(ConfigError, match="^expected a stage$"):
+        load_config(file)
+
+
 def test_preset_takes_changes():
     assert preset(DecoderConfig, "vicuna_7b", layers=2) == DecoderConfig(layers=2)
 

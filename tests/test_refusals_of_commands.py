@@ -136,6 +136,7 @@ REFUSED = {
     "eval.py --workdir first --tasks nowhere": "nowhere",
     "eval.py --workdir first --tasks easy_vqa --budgets 9": "9",
     "eval.py --workdir first --tasks easy_vqa --budgets few": "few",
+    "eval.py --workdir first --tasks easy_vqa --config.data.template=nowhere": "data.template is 'nowhere'",
     "eval.py --workdir first --tasks easy_vqa --limit -5": "--limit -5",
     "eval.py --workdir first --tasks easy_vqa --batch 0": "--batch 0",
     "eval.py --workdir first --tasks easy_vqa --config.model.fastv.keep=few": "model.fastv",

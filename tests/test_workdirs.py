@@ -237,6 +237,9 @@ def test_a_configuration_without_a_model_has_the_sources(begun, tmp_path):
     assert parse("new").model == Config().model
     with pytest.raises(ConfigError, match="no config.json"):
         parse("new", f"--config.init_from={tmp_path / 'nowhere'}")
+    (tmp_path / "ended" / "checkpoints").mkdir(parents=True)  # before its first checkpoint: the command begins anew
+    Workdir(tmp_path / "ended").write(config(model__projector__scale_factor=2), None)
+    assert parse("ended", *from_source).model == config().model
 
 
 # ------------------------------------------------------------------ results

@@ -49,6 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> None:
     hosts.connect(options)
+    from deltallava_jax.data.conversation import known_template
     from deltallava_jax.evaluation import TASKS
     from deltallava_jax.evaluation.tasks import require
     from deltallava_jax.models import decoder, projectors
@@ -61,6 +62,7 @@ def main(options: argparse.Namespace) -> None:
     say = print if hosts.leads() else lambda _: None
     cfg = override(workdir.config, options.overrides)
     cfg.model.require_whole("evaluation")
+    known_template(cfg.data.template, setting="data.template")
     tasks = options.tasks.split(",") if options.tasks else [cfg.data.dataset]
     if official := [task for task in tasks if task not in TASKS]:
         require(official)

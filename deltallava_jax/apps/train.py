@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import resource
-import sys
 import time
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
 
     def say(line: str) -> None:
         if hosts.leads():
-            print(line, file=sys.stderr, flush=True)
+            cli.say(line)
 
     # ---------------------------------------------------------------- processes and devices
     hosts.connect(options)

@@ -37,6 +37,7 @@ from deltallava_jax.config.values import (
     to_dict,
     workdir_config,
 )
+from deltallava_jax.errors import ConfigError  # configurations raise it as config.ConfigError
 
 __all__ = [
     "ABLATIONS",
@@ -45,6 +46,7 @@ __all__ = [
     "PRESETS",
     "ROW_AXES",
     "Config",
+    "ConfigError",
     "DataConfig",
     "DecoderConfig",
     "EvaluationConfig",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from deltallava_jax.config.checks import require, require_at_least
 from deltallava_jax.config.model import DTYPES, ModelConfig
@@ -52,9 +51,9 @@ class DataConfig:
         require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction}; expected 0 to 1")
 
     def check_use(self) -> None:
-        """ConfigError for a setting of another data set, which training would ignore, and for a missing image folder.
+        """ConfigError for a setting of another data set, which training would ignore.
 
-        Apart from the other checks: configurations of runs that have been are read on any machine."""
+        Apart from the other checks: configurations of runs that have been are read as they are."""
         other = ("turns",) if self.dataset == "llava" else ("json", "weights", "images", "array_record")
         home = "easy_vqa" if self.dataset == "llava" else "llava"
         for name in other:
@@ -62,10 +61,6 @@ class DataConfig:
             require(
                 not value, f"data.{name}={value!r} is read with data.dataset={home}; data.dataset is {self.dataset!r}"
             )
-        require(
-            self.array_record or not self.images or "://" in self.images or Path(self.images).is_dir(),
-            f"data.images={self.images!r} is no folder",
-        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from deltallava_jax import config
 from deltallava_jax.config import ASPECTS, ModelConfig, ProjectorConfig, VisionConfig, from_dict, preset, renamed
 from deltallava_jax.convert.arrays import load_array, unstacked_arrays
 from deltallava_jax.convert.chat_template import FALLBACK, template_of
@@ -182,12 +182,9 @@ def read_projector(path: Path, dtype: str | None = None) -> Pretrained:
 def read_json(path: Path) -> dict:
     """A JSON object; ConversionError if the file is missing or is none."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ConversionError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
+        return config.read_json(path)
+    except ConfigError as error:
+        raise ConversionError(str(error)) from error
 
 
 def _is_kept(file: Path) -> bool:

@@ -10,6 +10,7 @@ import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
+from deltallava_jax.data import cache
 from deltallava_jax.data.check import examine
 from deltallava_jax.data.llava_json import LlavaJson
 from deltallava_jax.data.records import Mixture, Record, texts
@@ -94,8 +95,8 @@ def _write_shard(task: tuple[LlavaJson | Mixture, Path, int, int]) -> int:
         size, count = size + len(example), count + 1
     writer.close()
     part.rename(path)
-    report.parent.mkdir(exist_ok=True)
-    report.write_text(json.dumps({"records": count, "bytes": size, "faults": faults}))
+    with cache.writing(report) as written:
+        written.write_text(json.dumps({"records": count, "bytes": size, "faults": faults}))
     return records
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
+import secrets
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -12,6 +15,19 @@ from pathlib import Path
 def folder() -> Path:
     """$DELTALLAVA_CACHE, or ~/.cache/deltallava_jax."""
     return Path(os.environ.get("DELTALLAVA_CACHE", Path.home() / ".cache" / "deltallava_jax"))
+
+
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[Path]:
+    """A path beside ``file`` to write, which takes its place when the block ends well: whole, whichever processes of
+    whichever hosts write the same file meanwhile."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{secrets.token_hex(8)}.{file.name}")
+    try:
+        yield part
+        part.rename(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @functools.cache

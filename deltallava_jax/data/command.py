@@ -46,13 +46,12 @@ def _check(options: argparse.Namespace) -> None:
     from deltallava_jax.config import DataConfig, DecoderConfig, VisionConfig, preset
     from deltallava_jax.data import tokens
     from deltallava_jax.data.check import check, table
-    from deltallava_jax.data.conversation import TEMPLATES
+    from deltallava_jax.data.conversation import known_template
     from deltallava_jax.data.pipeline import Rows
     from deltallava_jax.data.sources import training_source
     from deltallava_jax.errors import ConfigError
 
-    if options.template not in TEMPLATES:
-        raise ConfigError(f"--template is {options.template!r}; known: {', '.join(TEMPLATES)}")
+    known_template(options.template, setting="--template")
     if bool(options.array_record) == bool(options.json and options.images):
         raise ConfigError("expected --json FILE ... and --images FOLDER, or --array-record DIR")
     cfg = DataConfig(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deltallava_jax.config.checks import nearest
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import BadSample, ConfigError
 
@@ -232,6 +233,17 @@ TEMPLATES = {
     # The least text: for models trained from scratch on short questions.
     "brief": Template(user="{}", assistant=""),
 }
+
+
+def known_template(name: str, tokenizer: Tokenizer | None = None, *, setting: str = "template") -> Template:
+    """The template of a name. Raises ConfigError, which names the setting, for one that is not known, or whose end of
+    an answer is no token of the tokenizer."""
+    if name not in TEMPLATES:
+        raise ConfigError(f"{setting} is {name!r}{nearest(name, TEMPLATES)}")
+    end = TEMPLATES[name].end
+    if tokenizer is not None and end.startswith("<") and len(end_ids(TEMPLATES[name], tokenizer)) != 1:
+        raise ConfigError(f"{setting} {name} closes answers with {end}, which is no token of this tokenizer")
+    return TEMPLATES[name]
 
 
 def end_ids(template: Template, tokenizer: Tokenizer) -> list[int]:

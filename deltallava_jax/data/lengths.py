@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from dataclasses import dataclass
 
@@ -65,10 +64,8 @@ def measure(source: Source, template: Template, tokenizer: Tokenizer) -> Lengths
         bar.update(stop - start)
     bar.close()
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.npz")
-        np.savez(part, tokens=counts[:, 0], images=counts[:, 1], notes=[notes[kind] for kind in NOTES])
-        part.rename(file)
+        with cache.writing(file) as part:
+            np.savez(part, tokens=counts[:, 0], images=counts[:, 1], notes=[notes[kind] for kind in NOTES])
     return Lengths(counts[:, 0], counts[:, 1], notes)
 
 

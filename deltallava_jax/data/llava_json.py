@@ -92,9 +92,8 @@ class LlavaJson:
         key = hashlib.sha256(f"{self.file} {source.stat().mtime}".encode()).hexdigest()[:24]
         copy = cache.folder() / "files" / f"{key}{source.suffix}"
         if not copy.is_file():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            source.copy(f"{copy}.part")
-            Path(f"{copy}.part").rename(copy)
+            with cache.writing(copy) as part:
+                source.copy(part)
         return copy
 
     def _make_index(self) -> None:
@@ -109,11 +108,9 @@ class LlavaJson:
                 spans = record_spans(data, bar.update)
             except ValueError as error:
                 raise ConfigError(f"data.json: {self.file} is cut off: {error}") from error
-        self.index.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-        part = self.index.with_suffix(f".{os.getpid()}.npz")
-        np.savez(part, spans=spans, fingerprint=digest)
-        part.rename(self.index)
+        with cache.writing(self.index) as part:
+            np.savez(part, spans=spans, fingerprint=digest)
 
     def _open(self) -> None:
         with np.load(self.index) as index:

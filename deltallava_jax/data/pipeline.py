@@ -17,7 +17,7 @@ import grain
 import numpy as np
 
 from deltallava_jax.config import DataConfig, VisionConfig
-from deltallava_jax.data.conversation import TEMPLATES, Tokenized, end_ids, tokenize
+from deltallava_jax.data.conversation import TEMPLATES, Tokenized, known_template, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.lengths import Lengths, measure, read
 from deltallava_jax.data.packing import Plan, plan_for, require_room
@@ -47,14 +47,8 @@ class Rows:
         self, source: Source, tokenizer: Tokenizer, cfg: DataConfig, vision: VisionConfig, question_length: int = 0
     ):
         """question_length: tokens of a question that the projector reads; 0: it reads none."""
-        if cfg.template not in TEMPLATES:
-            raise ConfigError(f"data.template is {cfg.template!r}; known: {', '.join(TEMPLATES)}")
-        end = TEMPLATES[cfg.template].end
-        if end.startswith("<") and len(end_ids(TEMPLATES[cfg.template], tokenizer)) != 1:
-            raise ConfigError(
-                f"data.template {cfg.template} closes answers with {end}, which is no token of this tokenizer"
-            )
-        if cfg.independent_rounds and not TEMPLATES[cfg.template].user.startswith("{}"):
+        template = known_template(cfg.template, tokenizer, setting="data.template")
+        if cfg.independent_rounds and not template.user.startswith("{}"):
             raise ConfigError(f"data.independent_rounds needs a template without a question prefix, not {cfg.template}")
         self.source, self.tokenizer, self.cfg, self.vision = source, tokenizer, cfg, vision
         self.question_length = question_length

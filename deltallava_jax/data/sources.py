@@ -20,7 +20,7 @@ def training_source(cfg: DataConfig) -> Source:
         if cfg.array_record:
             return ArrayRecords(cfg.array_record)
         if "://" not in cfg.images and not Path(cfg.images).is_dir():
-            raise ConfigError(f"data.images: the image folder {cfg.images} does not exist")
+            raise ConfigError(f"data.images={cfg.images!r} is no folder")
         sources = [LlavaJson(file, cfg.images) for file in cfg.json]
         weights = cfg.weights or (1.0,) * len(sources)
         return sources[0] if weights == (1.0,) else Mixture(sources, weights)

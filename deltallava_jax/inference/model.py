@@ -15,15 +15,14 @@ import numpy as np
 from PIL import Image
 
 from deltallava_jax.config import ModelConfig
-from deltallava_jax.config.checks import nearest
 from deltallava_jax.data.conversation import (
     TEMPLATES,
     Conversation,
-    Template,
     Tokenized,
     asked,
     end_id,
     end_ids,
+    known_template,
     tokenize,
 )
 from deltallava_jax.data.images import load_image
@@ -71,9 +70,7 @@ class Model:
     def with_template(self, name: str) -> Model:
         """The same model, prompted by another template. Raises ConfigError for one that is not known, or whose end of
         an answer is no token of this tokenizer."""
-        end = check_template(name).end
-        if self.tokenizer is not None and end.startswith("<") and len(end_ids(TEMPLATES[name], self.tokenizer)) != 1:
-            raise ConfigError(f"template {name} closes answers with {end}, which is no token of this tokenizer")
+        known_template(name, self.tokenizer)
         return dataclasses.replace(self, template=name)
 
     @functools.cached_property
@@ -272,13 +269,6 @@ def plain_prompt(prompt: str, tokenizer: Tokenizer, *, continues: bool = False) 
     return Tokenized(
         np.array(ids, np.int32), nothing.astype(bool), np.zeros(0, np.int32), nothing, np.zeros((0, 0), np.int32)
     )
-
-
-def check_template(name: str) -> Template:
-    """The template of a name. Raises ConfigError for one that is not known."""
-    if name not in TEMPLATES:
-        raise ConfigError(f"template is {name!r}{nearest(name, TEMPLATES)}")
-    return TEMPLATES[name]
 
 
 def _check(prompt: str, images: Pictures) -> None:

@@ -213,6 +213,13 @@ class Checkpoints:
             self._manager.close()
 
 
+def has_finished(workdir: str | Path) -> bool:
+    """Whether a workdir holds a finished checkpoint. By its folders alone, without JAX's devices, which must not be
+    asked for before several processes are connected."""
+    folder = Path(workdir).absolute() / "checkpoints"
+    return folder.is_dir() and ocp.utils.any_checkpoint_step(folder) is not None
+
+
 def as_saved(path: str, saved: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """A parameter as it was saved, whole on this process's first device."""
     return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0]))

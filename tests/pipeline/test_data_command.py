@@ -67,7 +67,7 @@ def test_duplicate_ids_are_counted(folder, tmp_path):
     [
         (["--template", "llama"], "--template is 'llama'"),
         (["--tokens", 2048], "row_length=2048 cannot hold 1 images of 2048 tokens"),
-        (["--images", "nowhere"], "data.images: the image folder nowhere does not exist"),
+        (["--images", "nowhere"], "data.images='nowhere' is no folder"),
         (["--array-record", "too"], "expected --json FILE ... and --images FOLDER, or --array-record DIR"),
         (["--json", golden.DATA], "data.json: .* is a folder; one that data build made is given as data.array_record"),
     ],

@@ -71,7 +71,7 @@ def test_few_broken_records_of_many_end_nothing(tmp_path, tokenizer, seed, packe
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_countedwith_more_images_than_a_row_holds_is_left_out_alone(tmp_path, tokenizer, packed):
+def test_a_record_with_more_images_than_a_row_holds_is_left_out_alone(tmp_path, tokenizer, packed):
     records = [record(number) for number in range(301)]
     records[7] = record(7, images=40)
     rows = rows_of(tmp_path, records, tokenizer, packed=packed)
@@ -104,7 +104,7 @@ def test_what_a_row_is_too_short_for_is_the_same_fault_before_training_and_in_a_
         with pytest.raises(BadSample, match=f"data.json#{index} ") as caught:
             rows.read(index, plan.room[index])
         assert caught.value.kind == kinds[index]
-        assert rows.build([[index]], plan.room[index], 2)[1] == (str(caught.value),)
+        assert rows.build([[index]], int(plan.room[index]), 2)[1] == (str(caught.value),)
     stream = list(elements(rows, plan, 0, plan.steps_for(1), workers=0))
     assert not any(element.faults for element in stream)
     found = check(rows.source, plan, 1)["faults"]
@@ -144,6 +144,19 @@ def test_what_other_code_has_counted_is_counted_again(tmp_path, tokenizer, cache
     monkeypatch.setattr(kept, "version", lambda: "of another version")
     assert rows.lengths().tokens.tolist() == expected.tolist()
     assert len(LlavaJson(tmp_path / "data.json", tmp_path)) == 2
+
+
+def test_processes_that_write_one_file_at_the_same_time_leave_it_whole(cache):
+    """Those of several hosts may have the same number."""
+    file = cache / "lengths" / "x.npz"
+    with kept.writing(file) as one, kept.writing(file) as other:
+        one.write_text("of one")
+        other.write_text("of other")
+    assert file.read_text() == "of one" and list(file.parent.iterdir()) == [file]
+    with pytest.raises(KeyError), kept.writing(file) as cut:
+        cut.write_text("of o")
+        raise KeyError
+    assert file.read_text() == "of one" and list(file.parent.iterdir()) == [file]
 
 
 def test_the_version_is_of_the_code_itself(tmp_path):

@@ -174,8 +174,8 @@ def test_a_conversation_longer_than_the_row_is_cut(rows, few):
 
 
 def test_an_unknown_template_names_the_known_ones(few, tokenizer):
-    with pytest.raises(ConfigError, match="data.template is 'llama'; known: vicuna_v1, plain, chatml, llama_3, brief"):
-        Rows(few, tokenizer, DataConfig(template="llama"), TOWER)
+    with pytest.raises(ConfigError, match="data.template is 'alpaca'; known: vicuna_v1, plain, chatml, llama_3, brief"):
+        Rows(few, tokenizer, DataConfig(template="alpaca"), TOWER)
 
 
 def test_independent_rounds_need_a_template_without_a_prefix(few, tokenizer):
