@@ -18,9 +18,11 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+import tests.shapes  # noqa: E402, F401 (the hook finds it by name)
+
 # Shapes and dtypes that functions of these packages state are checked at every call, before any of them is imported.
 CHECKED = ["deltallava_jax.sequence", "deltallava_jax.models", "deltallava_jax.kernels"]
-install_import_hook(CHECKED, "beartype.beartype")
+install_import_hook(CHECKED, "tests.shapes.checked")
 
 
 @pytest.fixture(autouse=True, scope="module")

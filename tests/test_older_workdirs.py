@@ -44,7 +44,19 @@ def test_it_answers_as_it_did(name, home, tmp_path, monkeypatch, capsys):
 def test_it_goes_on_as_it_would_have(name, home, monkeypatch, capsys):
     make_mesh = mesh.make_mesh
     monkeypatch.setattr(mesh, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
-    door.main(*door.parse(["--config", "config.py", "--workdir", name, "--config.training.steps=6", *STAGE[name]]))
+    door.main(
+        *door.parse(
+            [
+                "--config",
+                "config.py",
+                "--workdir",
+                name,
+                "--config.training.steps=6",
+                "--config.data.aspect=square",
+                *STAGE[name],
+            ]
+        )
+    )
     told = capsys.readouterr().err
     assert "note: training.steps is 6 now; the workdir was begun with 4" in told
     assert "resuming from step 4 of 6" in told and "init_from" not in told
