@@ -30,7 +30,7 @@ PROCESSES = ("train", "eval")  # may be one of several processes, and have a run
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Options of one command, with ``main`` to run it. Only that command's module is imported."""
     parser = argparse.ArgumentParser(
-        prog="python -m deltallava_jax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=cli.program(), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, line) in COMMANDS.items():

@@ -34,9 +34,14 @@ def overrides(rest: list[str], command: str) -> dict[str, str]:
     return found
 
 
+def program() -> str:
+    """How the commands are called where this one was."""
+    return "deltallava" if Path(sys.argv[0]).name == "deltallava" else "python -m deltallava_jax"
+
+
 def door(name: str) -> str:
     """How a command is called from where this one was: "python train.py" beside the files, else "deltallava train"."""
-    beside = Path(f"{name}.py").is_file() and Path(sys.argv[0]).name != "deltallava"
+    beside = Path(f"{name}.py").is_file() and program() != "deltallava"
     return f"python {name}.py" if beside else f"deltallava {name}"
 
 

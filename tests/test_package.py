@@ -84,7 +84,7 @@ def test_the_command_runs_from_any_folder(installed, tmp_path, command):
     code = f"import sys; sys.argv = ['deltallava', *{[command, '--help'] if command else ['--help']}]"
     done = run(installed, tmp_path, "-c", f"{code}; from deltallava_jax.__main__ import main; main()")
     assert done.returncode == 0 and done.stderr == ""
-    expected = [f"deltallava {command} "] if command else ["train", "eval", "convert", "plan"]
+    expected = [f"deltallava {command} "] if command else ["usage: deltallava ", "train", "eval", "convert", "plan"]
     assert all(word in done.stdout for word in expected)
 
 

@@ -70,7 +70,7 @@ def main(options: argparse.Namespace) -> None:
 def base_model(options: argparse.Namespace):
     """Tower, projector and decoder that were asked for; by default CLIP-L/14-336, Delta and Vicuna-7B."""
     cfg = load_config(options.config) if options.config else Config()
-    cfg = override(cfg, cli.overrides(options.overrides, "python -m deltallava_jax flops")).model
+    cfg = override(cfg, cli.overrides(options.overrides, f"{cli.program()} flops")).model
     cfg.require_whole("a count of operations")
     if not options.tower and not options.decoder:
         return cfg

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> None:
     target = parse_target(options.target)
-    cfg = override(load_config(options.config), cli.overrides(options.overrides, "python -m deltallava_jax plan"))
+    cfg = override(load_config(options.config), cli.overrides(options.overrides, f"{cli.program()} plan"))
     if options.mesh:
         cfg = replace(cfg, mesh=parse_mesh(options.mesh))
     if options.text < 0:
