@@ -37,6 +37,8 @@ FREE_AT_BEGIN = FREE + (
     "decoder.initializer_range", "projector.initializer_range", "projector.drop_path",
     "projector.scale_factor", "projector.tokens", "projector.keep_ratio",
 )  # fmt: skip
+# Of the data: how the model is asked, afterwards too, and by what config.json says.
+ASKED = ("data.aspect", "data.template")
 COMPARED = 2**20  # frozen parameters that are compared with those of a source
 
 
@@ -165,8 +167,9 @@ class Workdir:
         tokenizer that is trained on ``texts()``; of a run that goes on it compares the configuration. Every process
         calls it, one writes.
 
-        Returns lines about settings that differ from those the run began with. Raises ConfigError for another model, a
-        source that is none, a tokenizer with more tokens than the decoder, TokenizerError, CheckpointError."""
+        Returns lines about settings that differ from those the run began with. Raises ConfigError for another model or
+        another way to ask it, a source that is none, a tokenizer with more tokens than the decoder; TokenizerError,
+        CheckpointError."""
         checkpoints, notes = Checkpoints(self.path), []
         going_on = checkpoints.latest() is not None
         if going_on:
@@ -199,7 +202,8 @@ class Workdir:
             tokenizer.save(self._tokenizer_file)
 
     def same_model(self, cfg: Config) -> list[str]:
-        """ConfigError if the workdir holds another model than ``cfg`` has; lines about other settings that differ."""
+        """Lines about settings that differ. Raises ConfigError if the workdir holds another model than ``cfg`` has, or
+        one that is asked in another way."""
         now, before = (to_dict(_found_from_anywhere(one)) for one in (cfg, self.config))
         for key, new, old in differences(now["model"], before["model"]):
             if key not in FREE:
@@ -208,10 +212,13 @@ class Workdir:
                     f"its settings, or another --workdir; with --config.init_from={self} that begins with these "
                     "weights, where they fit"
                 )
-        return [
-            f"note: {key} is {new!r} now; the workdir was begun with {old!r}"
-            for key, new, old in differences(now, before)
-        ]
+        notes = []
+        for key, new, old in differences(now, before):
+            told = f"{key} is {new!r} now; the workdir was begun with {old!r}"
+            if key in ASKED:
+                raise ConfigError(f"{self}: {told}. Go on with --config.{key}={old}, or use another --workdir")
+            notes.append(f"note: {told}")
+        return notes
 
     # ------------------------------------------------------------------ what training and evaluation tell
 

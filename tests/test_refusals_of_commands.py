@@ -73,7 +73,7 @@ def main_of(arguments: list[str]):
 
 TRAIN = "train.py --workdir new --config"
 OWN = f"{TRAIN} config.py --config.data.rows=8"  # its data are the records and pictures of the folder
-GO_ON = "train.py --config config.py --config.data.rows=8 --workdir"
+GO_ON = "train.py --config config.py --config.data.rows=8 --config.data.aspect=square --workdir"
 CHECK = "data check --workers 1 --tokenizer first --template brief --json"
 MODEL = "nowhere text folder bare weights cut_config binary_config no_checkpoint no_params".split()
 ASK = "gradcam --prompt what? --out heat.png --image"
@@ -124,6 +124,7 @@ REFUSED = {
     f"{GO_ON} binary_tokenizer": "binary_tokenizer/tokenizer.json",
     f"{GO_ON} no_tokenizer": "no_tokenizer/tokenizer.json is missing",
     f"{GO_ON} first --config.model.decoder.heads=1": "model.decoder.heads",
+    f"{GO_ON} first --config.data.aspect=pad": "Go on with --config.data.aspect=square",
     "eval.py --workdir nowhere": "nowhere",
     "eval.py --workdir text": "text",
     "eval.py --workdir folder": "folder",

@@ -177,6 +177,15 @@ def test_another_model_is_refused(begun, changes, told):
         begun.begin(config(**changes), list)
 
 
+@pytest.mark.parametrize(("key", "now", "then"), [("aspect", "squash", "pad"), ("template", "plain", "brief")])
+def test_another_way_to_ask_the_model_is_refused(begun, key, now, then):
+    """eval.py and exports read it in config.json."""
+    assert getattr(begun.config.data, key) == then
+    told = f"data.{key} is {now!r} now; the workdir was begun with {then!r}. Go on with --config.data.{key}={then}, or"
+    with pytest.raises(ConfigError, match=told):
+        begun.begin(config(**{f"data__{key}": now}), list)
+
+
 def test_a_part_that_is_switched_on_or_off_is_another_model(begun):
     cfg = config()
     scaled = dataclasses.replace(
