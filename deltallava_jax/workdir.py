@@ -167,9 +167,11 @@ class Workdir:
 
         Returns lines about settings that differ from those the run began with. Raises ConfigError for another model, a
         source that is none, a tokenizer with more tokens than the decoder, TokenizerError, CheckpointError."""
-        notes, going_on = [], Checkpoints(self.path).latest() is not None
+        checkpoints, notes = Checkpoints(self.path), []
+        going_on = checkpoints.latest() is not None
         if going_on:
             notes = self.same_model(cfg)
+            checkpoints.require_optimizer(checkpoints.latest())
         elif cfg.init_from:
             _check_source(cfg)
         if not going_on and hosts.leads():  # the others read what it writes

@@ -22,8 +22,7 @@ import tests.shapes  # noqa: E402, F401 (the hook finds it by name)
 
 # Shapes and dtypes that functions of these packages state are checked at every call, before any of them is imported.
 CHECKED = ["deltallava_jax.sequence", "deltallava_jax.models", "deltallava_jax.kernels"]
-if not os.environ.get("UNCHECKED_SHAPES"):
-    install_import_hook(CHECKED, "tests.shapes.checked")
+install_import_hook(CHECKED, "tests.shapes.checked")
 
 
 @pytest.fixture(autouse=True, scope="module")

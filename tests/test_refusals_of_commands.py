@@ -49,7 +49,6 @@ def home(tmp_path_factory):
         ("no_tokenizer", "tokenizer.json", None),
         ("no_checkpoint", "checkpoints/4", None),
         ("no_params", "checkpoints/4/params/_METADATA", None),
-        ("no_manifest", "checkpoints/4/params/manifest.ocdbt", None),
     ):
         broken = shutil.copytree(home / "first", home / name)
         if content is not None:
@@ -245,7 +244,7 @@ def test_what_may_not_be_read_is_one_line(home, tmp_path, monkeypatch, capfd, li
     [
         (f"train.py --config {EASY_VQA} --workdir text", "text"),
         ("eval.py --workdir binary_config", "binary_config/config.json"),
-        ("eval.py --workdir no_manifest --tasks easy_vqa", "no_manifest"),
+        ("-m deltallava_jax demo nowhere", "error: "),  # also where gradio is not installed
         ("-m deltallava_jax gradcam first --prompt what? --image nowhere.png --out heat.png", "nowhere.png"),
     ],
 )
@@ -256,3 +255,13 @@ def test_in_a_process_of_its_own(home, line, words):
         command, cwd=home, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
     )
     assert_one_line(done.returncode, done.stderr, words)
+
+
+@pytest.mark.parametrize(
+    "line", ["serve first --port 99999", "demo first --port -1", "chat first --tensor few", "moon"]
+)
+def test_a_value_of_another_kind_is_the_parsers_to_refuse(line, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        commands.parse(line.split())
+    *_, last = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "error: " in last

@@ -54,9 +54,13 @@ def trained_from(source: str | Path, folder: Path, params: dict, *, begins: bool
         folder.mkdir(parents=True)
         Workdir(folder).write(cfg, TOKENIZER)
     trained, frozen = split(params, FROZEN)
+    save(folder, jax.tree.map(lambda leaf: leaf + 0.125, trained), frozen)
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def save(folder: str | Path, trained: dict, frozen: dict | None = None) -> None:
     saver = Checkpoints(folder, create=True)
-    saver.save(3, TrainState(jnp.int32(3), jax.tree.map(lambda leaf: leaf + 0.125, trained), frozen, {}), {})
+    saver.save(3, TrainState(jnp.int32(3), trained, frozen or {}, {"count": jnp.int32(3)}), {})
     saver.wait()
     saver.close()
 
@@ -140,15 +144,13 @@ def begun(tmp_path):
     """A workdir with a checkpoint."""
     cfg = config()
     Workdir(tmp_path / "run").begin(cfg, lambda: ["what color is the shape? red"])
-    saver = Checkpoints(tmp_path / "run", create=True)
-    saver.save_params(tiny.random_params(cfg.model))
-    saver.close()
+    save(tmp_path / "run", tiny.random_params(cfg.model))
     return Workdir(tmp_path / "run")
 
 
 def test_a_run_that_goes_on_is_compared_with_its_beginning(begun):
     written = (begun.path / "config.json").read_text()
-    assert begun.config == config() and begun.tokenizer.vocab_size <= 384 and begun.latest == 0
+    assert begun.config == config() and begun.tokenizer.vocab_size <= 384 and begun.latest == 3
     assert begun.begin(config(), list) == []
     changed = config(optimizer__lr=2e-3, model__dtype="bfloat16", model__remat="full")
     assert begun.begin(changed, list) == [
@@ -192,7 +194,7 @@ def test_the_same_source_by_another_path_is_no_change(begun, tmp_path, monkeypat
     cfg = dataclasses.replace(config(), init_from="run")
     Workdir("second").begin(cfg, list)
     assert json.loads(Path("second/config.json").read_text())["init_from"] == str(tmp_path / "run")
-    Checkpoints("second", create=True).save_params(tiny.random_params(cfg.model))
+    save("second", tiny.random_params(cfg.model))
     assert Workdir("second").begin(cfg, list) == []
 
 

@@ -39,7 +39,7 @@ STYLE = """
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=shared.port, default=7860)
     parser.add_argument("--max-bytes", type=int, default=2**23, help="of an uploaded file")
     parser.add_argument("--max-pixels", type=int, default=2**24, help="of an image")
     parser.add_argument("--max-new-tokens", type=int, default=Sampling().max_new_tokens, help="of an answer")

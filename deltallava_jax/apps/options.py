@@ -14,6 +14,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor", type=int, default=1, help="devices that share every layer, for a large model")
 
 
+def port(text: str) -> int:
+    """A port number; beyond the last one the system would take another without a word."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected 0 to 65535")
+    return int(text)
+
+
 def load_model(options: argparse.Namespace):
     from deltallava_jax import load
 

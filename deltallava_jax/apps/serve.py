@@ -34,7 +34,7 @@ from deltallava_jax.inference.sampling import Sampling
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=shared.port, default=8000)
     parser.add_argument("--name", help="of the model in the protocol; the folder's by default")
     parser.add_argument("--api-key", default=os.environ.get("DELTALLAVA_API_KEY"), help="asked of every request")
     parser.add_argument("--cors", nargs="+", default=[], metavar="ORIGIN", help="web pages that may ask; * for all")

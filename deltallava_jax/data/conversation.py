@@ -146,15 +146,16 @@ def _parts(question: str) -> tuple[str, ...]:
 def asked(pairs: Sequence[tuple[str, str | None]], images: int, system: str | None = None) -> Conversation:
     """The conversation of (question, answer) pairs about so many images, as a prompt gives them.
 
-    ``<image>`` in a question is a place for an image; without any the images go before the last question, each on a
-    line of its own. An answer is text, whatever it holds. Raises ConfigError for more or fewer places than images."""
+    ``<image>`` in a question is a place for an image, a lone one before the question's text, as in training; without
+    any the images go before the last question, each on a line of its own. An answer is text, whatever it holds. Raises
+    ConfigError for more or fewer places than images."""
     markers = sum(question.count(IMAGE) for question, _ in pairs)
     if markers not in (0, images):
         raise ConfigError(f"the prompt holds {markers} {IMAGE} markers, but {images} images are given")
     *earlier, (last, answer) = pairs
     if not markers:
         last = f"{IMAGE}\n" * images + last
-    rounds = [Round(tuple(question.split(IMAGE)), said) for question, said in (*earlier, (last, answer))]
+    rounds = [Round(_parts(question), said) for question, said in (*earlier, (last, answer))]
     return Conversation(tuple(rounds), system or None)
 
 

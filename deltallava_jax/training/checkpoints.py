@@ -84,19 +84,23 @@ class Checkpoints:
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, dict]:
         """The state of a step, in the shapes, dtypes and shardings of ``shapes``, and its record.
 
-        Raises CheckpointError if the checkpoint holds other parameters, no optimizer, or cannot be read."""
+        Raises CheckpointError if the checkpoint holds other parameters, no or another optimizer, or cannot be read."""
         params = {"trained": shapes.trained, "frozen": shapes.frozen}
         saved = self._saved_params(step)
-        if not (self.path / str(step) / "optimizer").is_dir():
+        self.require_optimizer(step)
+        self._compare(step, saved, params)
+        optimizer = {"step": shapes.step, "moments": shapes.optimizer}
+        arrays = lambda tree: sorted(leaf.shape for leaf in jax.tree.leaves(tree))
+        if (kept := arrays(self._saved_optimizer(step))) and kept != arrays(optimizer):
             raise CheckpointError(
-                f"checkpoint {self.path / str(step)} holds parameters alone; train in another --workdir with "
+                f"checkpoint {self.path / str(step)} holds the state of another optimizer; go on with the "
+                f"optimizer.name of {self.path.parent / 'config.json'}, or train in another --workdir with "
                 f"--config.init_from={self.path.parent}"
             )
-        self._compare(step, saved, params)
         items = self._restore(
             step,
             params=ocp.args.StandardRestore(params),
-            optimizer=ocp.args.StandardRestore({"step": shapes.step, "moments": shapes.optimizer}),
+            optimizer=ocp.args.StandardRestore(optimizer),
             record=ocp.args.JsonRestore(),
         )
         params, optimizer = items["params"], items["optimizer"]
@@ -104,6 +108,14 @@ class Checkpoints:
             TrainState(optimizer["step"], params["trained"], params["frozen"], optimizer["moments"]),
             items["record"],
         )
+
+    def require_optimizer(self, step: int) -> None:
+        """CheckpointError for a checkpoint to begin from, not to go on with."""
+        if not (self.path / str(step) / "optimizer").is_dir():
+            raise CheckpointError(
+                f"checkpoint {self.path / str(step)} holds parameters alone; train in another --workdir with "
+                f"--config.init_from={self.path.parent}"
+            )
 
     def restore_params(self, step: int, cfg: ModelConfig, place: Place | None = None) -> Params:
         """The parameters of a step alone; by default in the saved dtypes, whole on this process's first device.
@@ -140,6 +152,13 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # tensorstore raises bare Exception where the file of an array is missing
             raise self._damaged(step, _brief(error)) from error
+
+    def _saved_optimizer(self, step: int):
+        """Shapes of the optimizer's state; None where they cannot be read, and ``_restore`` will say why."""
+        try:
+            return self._manager.item_metadata(step)["optimizer"]
+        except (ValueError, KeyError, OSError, TypeError):
+            return None
 
     def _saved_params(self, step: int) -> dict:
         try:

@@ -17,7 +17,7 @@ KNOWN = (ConfigError, ConversionError, tokens.TokenizerError, WeightMismatch, Ch
 LLAMA = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=320, hidden_size=32, intermediate_size=48,
     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_act="silu", rms_norm_eps=1e-5,
-    rope_theta=10000.0, tie_word_embeddings=False,
+    rope_theta=10000.0, tie_word_embeddings=False, eos_token_id=2,
 )  # fmt: skip
 CLIP = dict(
     architectures=["CLIPVisionModel"], model_type="clip_vision_model", image_size=32, patch_size=8, hidden_size=64,

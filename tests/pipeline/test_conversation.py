@@ -107,7 +107,7 @@ def test_a_prompt_is_the_beginning_of_the_conversation_it_asks_for(template, tur
     [
         ("no image here?", 0),
         (f"{IMAGE}\nwhat is it?", 1),
-        (f"what is it?\n{IMAGE}", 1),
+        (f"what is it?\n{IMAGE}{IMAGE}", 2),
         (f"{IMAGE}{IMAGE} which of the two?", 2),
         (f"is {IMAGE} left of {IMAGE} or of {IMAGE}", 3),
     ],
@@ -321,7 +321,8 @@ def test_half_a_surrogate_pair_does_not_stop_the_run(tokenizer):
 
 def test_a_prompt_has_its_images_where_it_marks_them_or_before_the_last_question():
     assert asked([("a", "b"), ("c", None)], 2).rounds == (Round(("a",), "b"), Round(("", "\n", "\nc"), None))
-    assert asked([(f"a {IMAGE}", "b"), ("c", None)], 1).rounds == (Round(("a ", ""), "b"), Round(("c",), None))
+    assert asked([(f"a {IMAGE}", "b"), ("c", None)], 1).rounds == (Round(("", "\na"), "b"), Round(("c",), None))
+    assert asked([(f"a {IMAGE} b {IMAGE}", None)], 2).rounds == (Round(("a ", " b ", ""), None),)
     for question, images in ((IMAGE, 0), (IMAGE, 2), (IMAGE * 2, 1)):
         with pytest.raises(ConfigError, match=f"<image> markers, but {images} images are given"):
             asked([(question, None)], images)
@@ -339,7 +340,7 @@ def test_an_answer_of_the_history_is_text():
 def test_each_image_knows_its_question(template, tokenizer):
     pairs = [(f"{IMAGE}\n{IMAGE}\nwhat color is the shape?", "blue"), (f"is there {IMAGE} a triangle?", "no")]
     tokenized = tokenize(talk(pairs), template, tokenizer, question_length=20)
-    words = ["what color is the shape?"] * 2 + ["a triangle?"]
+    words = ["what color is the shape?"] * 2 + ["is there  a triangle?"]
     assert tokenized.questions.shape == (3, 20) and (tokenized.questions[:, 0] == tokenizer.bos).all()
     for ids, text in zip(tokenized.questions, words, strict=True):
         assert ids[ids >= 0].tolist() == [tokenizer.bos, *tokenizer.encode(text)[0]]  # as a text by itself
@@ -355,3 +356,9 @@ def test_a_question_is_whole_up_to_the_limit_and_it_is_said_where_it_is_cut(toke
         assert question_ids(text, tokenizer, len(ids)).tolist() == ids
     with pytest.warns(UserWarning, match=r"longer than the 3 tokens .*\(projector.question_length\)"):
         assert question_ids(text, tokenizer, 3).tolist() == ids[:3]
+
+
+@pytest.mark.parametrize("question", ["what <image> is it?", "<image>\nwhat is it?", "what is it? ", "<image>"])
+def test_a_prompt_has_the_form_that_was_trained_on(question):
+    turns = [{"from": "human", "value": question}]
+    assert asked([(question, None)], 1).rounds == read_turns(turns, 1).rounds

@@ -14,12 +14,13 @@ import tiny
 from deltallava_jax.config import MeshConfig, OptimizerConfig, from_dict, load_config, override, to_dict
 from deltallava_jax.config.run import Config
 from deltallava_jax.data.pipeline import elements
+from deltallava_jax.errors import CheckpointError
 from deltallava_jax.models import vlm
 from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.parallel.mesh import make_mesh, put_rows
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.training.optimizer import kinds, make_optimizer, schedule
-from deltallava_jax.training.step import TrainStep, init_state
+from deltallava_jax.training.step import TrainStep, init_state, state_shapes
 
 
 def orthogonalised(matrix, iterations):
@@ -117,6 +118,12 @@ def test_muon_resumes_to_the_bit_and_shards_over_eight_devices(tmp_path):
     for name in ("q", "down"):
         assert moments[name]["kernel"].sharding == end.trained["decoder"]["layers"][name]["kernel"].sharding
         assert moments[name]["kernel"].addressable_shards[0].data.size == moments[name]["kernel"].size // 4
+
+    other = override(cfg, {"optimizer.name": "adamw"})
+    with pytest.raises(
+        CheckpointError, match="state of another optimizer; go on with the optimizer.name of .*config.json"
+    ):
+        saved.restore(2, state_shapes(other, mesh, 4))
 
 
 def test_the_first_moment_of_both_halves_has_its_dtype():
