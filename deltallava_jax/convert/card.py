@@ -53,7 +53,9 @@ def write_card(model: Pretrained, folder: Path, name: str, source: Path | None) 
             for r in results if "accuracy" in r
         ] + [""]  # fmt: skip
     if source is not None and Workdir(source).exists:
-        lines += ["## Training configuration", "", "```json", (source / "config.json").read_text().strip(), "```", ""]
+        config = read_json(source / "config.json")
+        config["init_from"] = Path(config.get("init_from", "")).name  # cards are published, where folders lie is not
+        lines += ["## Training configuration", "", "```json", json.dumps(config, indent=2), "```", ""]
     (folder / "README.md").write_text("\n".join(lines))
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProce
 
 import deltallava_jax  # noqa: E402
 from deltallava_jax.config import Config, DataConfig, to_dict  # noqa: E402
+from deltallava_jax.convert.card import write_card  # noqa: E402
 from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
 from deltallava_jax.convert.read import read  # noqa: E402
 from deltallava_jax.convert.workdir import open_model, write_workdir  # noqa: E402
@@ -206,6 +207,8 @@ def test_what_generation_needs_comes_through_both_stages(chat_model, tmp_path):
     out = tmp_path / "hf"
     out.mkdir()
     write_hf(open_model(folders[2]), out)
+    write_card(made, out, "x", folders[2])
+    assert '"init_from": "pretrain"' in (out / "README.md").read_text()
     config = json.loads((out / "config.json").read_text())["text_config"]
     generation = json.loads((out / "generation_config.json").read_text())
     assert (config["max_position_embeddings"], config["pad_token_id"], generation["pad_token_id"]) == (640, 0, 0)
