@@ -285,7 +285,7 @@ def attention_row(
     return jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).mean((1, 2))
 
 
-def finish(params: Params, cfg: DecoderConfig, hidden: Float[Array, "B Q d"]) -> Float[Array, "B Q d"]:
+def finish(params: Params, cfg: DecoderConfig, hidden: Float[Array, "... d"]) -> Float[Array, "... d"]:
     """The final norm."""
     return bind(Head, cfg, params["head"]).norm(hidden)
 
