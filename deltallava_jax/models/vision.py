@@ -131,7 +131,7 @@ class Layer(nnx.Module):
     def keys(self, x: Float[Array, "n N C"]) -> Float[Array, "n N C"]:
         return self.k(self.attention_norm(x))
 
-    def cls_attention(self, x: Float[Array, "n N C"], how: str) -> Float[Array, "n N"]:
+    def cls_attention(self, x: Float[Array, "n N C"], how: str) -> Float[Array, "n P"]:
         """The CLS row of this layer's attention, CLS column dropped after the softmax."""
         heads = {"head_mean": self.heads, "one_head": 1}[how]
         y = self.attention_norm(x)

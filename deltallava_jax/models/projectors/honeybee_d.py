@@ -72,7 +72,7 @@ class DeformableLayer(nnx.Module):
         return self.sampled(rearrange(total, "n t h d -> n t (h d)"))
 
 
-def _directions(key, shape) -> np.ndarray:
+def _directions(key, shape) -> Array:
     """Offsets to start with: each head looks in a direction of its own, its points 1, 2, ... cells away."""
     heads = shape[0] // (2 * POINTS)
     angles = 2 * np.pi * np.arange(heads) / heads

@@ -21,7 +21,7 @@ from deltallava_jax.models.names import Entry, linear, norm
 from deltallava_jax.models.projectors.mlp import Mlp
 from deltallava_jax.models.selection.evit import Evit, keep_ratio
 from deltallava_jax.models.selection.fastervlm import select
-from deltallava_jax.models.vision import Layer, Needs, VisionFeatures
+from deltallava_jax.models.vision import Needs, VisionFeatures
 
 EPS = 1e-5
 PENALTY = 2.0
@@ -52,9 +52,7 @@ class DynamicVit(Mlp):
         for stage in range(len(cfg.prune_layers)):
             setattr(self, f"predictor{stage}", Predictor(cfg, rngs=rngs))
 
-    def prune(
-        self, stage: int, layer: Layer, x: Float[Array, "n N C"], kept: Float[Array, "n P"] | None, key: Array | None
-    ):
+    def prune(self, stage: int, layer, x: Float[Array, "n N C"], kept: Float[Array, "n P"] | None, key: Array | None):
         """A layer of the tower behind a predictor (see vision.Prune)."""
         patches, share = x[:, 1:], keep_ratio(self.cfg) ** (stage + 1)
         if kept is None:

@@ -16,7 +16,7 @@ from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.projectors import common
 from deltallava_jax.models.projectors.mlp import Mlp
 from deltallava_jax.models.selection.fastervlm import select
-from deltallava_jax.models.vision import Layer, Needs
+from deltallava_jax.models.vision import Needs
 
 KEEP_RATIO = 0.7
 
@@ -27,7 +27,7 @@ def keep_ratio(cfg: ProjectorConfig) -> float:
 
 
 class Evit(Mlp):
-    def prune(self, stage: int, layer: Layer, x: Float[Array, "n N C"], kept: None, key: Array | None):
+    def prune(self, stage: int, layer, x: Float[Array, "n N C"], kept: None, key: Array | None):
         """A layer of the tower with fewer tokens behind it (see vision.Prune)."""
         scores, x = layer.cls_attention(x, "head_mean"), layer.attend(x)
         x, patches = x[:, :1], x[:, 1:]
