@@ -4,6 +4,7 @@ The cache lies beside pytest's own and is shared by the tests of a run, its work
 
 import gc
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -18,11 +19,11 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-import tests.shapes  # noqa: E402, F401 (the hook finds it by name)
-
-# Shapes and dtypes that functions of these packages state are checked at every call, before any of them is imported.
+# Shapes and dtypes that functions of these packages state are checked at every call, where requirements-dev.txt is
+# installed.
 CHECKED = ["deltallava_jax.sequence", "deltallava_jax.models", "deltallava_jax.kernels"]
-install_import_hook(CHECKED, "tests.shapes.checked")
+if find_spec("beartype"):
+    install_import_hook(CHECKED, "tests.shapes.checked")
 
 
 @pytest.fixture(autouse=True, scope="module")
