@@ -205,5 +205,5 @@ def test_what_cannot_be_counted_is_one_line(capsys, arguments, message):
 def test_a_missing_plot_library_is_named(capsys, monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    with pytest.raises(ConfigError, match="plots. matplotlib|or matplotlib"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[plots\]', or matplotlib"):
         run(capsys, "--plots", str(tmp_path))
