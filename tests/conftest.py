@@ -23,6 +23,8 @@ from jaxtyping import install_import_hook  # noqa: E402
 # installed.
 CHECKED = ["deltallava_jax.sequence", "deltallava_jax.models", "deltallava_jax.kernels"]
 if find_spec("beartype"):
+    import tests.shapes  # noqa: F401 (the hook finds it by name)
+
     install_import_hook(CHECKED, "tests.shapes.checked")
 
 
