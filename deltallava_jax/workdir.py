@@ -173,8 +173,8 @@ class Workdir:
         checkpoints, notes = Checkpoints(self.path), []
         going_on = checkpoints.latest() is not None
         if going_on:
-            notes = self.same_model(cfg)
             checkpoints.require_optimizer(checkpoints.latest())
+            notes = self.same_model(cfg)
         elif cfg.init_from:
             _check_source(cfg)
         if not going_on and hosts.leads():  # the others read what it writes
