@@ -85,6 +85,8 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(workdir):
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
 def test_what_cannot_be_is_one_line(workdir, command, words, capfd):
+    if command[0] == "serve":
+        pytest.importorskip("uvicorn")
     with pytest.raises(SystemExit) as ended:
         options = parse([command[0], str(workdir), *command[1:]])
         cli.run(lambda: options.main(options))
