@@ -37,10 +37,12 @@ def build(source: LlavaJson | Mixture, folder: Path, workers: int) -> dict:
     shards = max(1, -(-len(source) // SHARD))
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "source.json"
-    about = {"fingerprint": source.fingerprint, "records": len(source)}
-    if begun.exists() and json.loads(begun.read_text()) != about:
+    about = json.dumps({"fingerprint": source.fingerprint, "records": len(source)})
+    if not begun.exists():
+        with cache.writing(begun) as written:
+            written.write_text(about)
+    elif begun.read_text() != about:
         raise ConfigError(f"{folder} was begun from other records; give a new folder, or remove it first")
-    begun.write_text(json.dumps(about))
     missing = [number for number in range(shards) if not _report(folder, number, shards).exists()]
     tasks = [(source, folder, number, shards) for number in missing]
     with (

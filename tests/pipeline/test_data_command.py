@@ -124,3 +124,7 @@ def test_build_takes_several_files_and_lists_what_it_left_out(folder, tmp_path, 
     assert f"{2 * 22} records, {2 * 22} usable" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="was begun from other records"):
         data("build", folder, "--out", out)
+    about = out / "source.json"
+    about.write_text(about.read_text()[:-3])  # cut off
+    with pytest.raises(ConfigError, match="remove it first"):
+        data("build", folder, "--json", folder / "data.json", folder / "again.json", "--out", out)
