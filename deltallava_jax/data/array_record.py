@@ -42,7 +42,8 @@ def build(source: LlavaJson | Mixture, folder: Path, workers: int) -> dict:
         with cache.writing(begun) as written:
             written.write_text(about)
     elif begun.read_text() != about:
-        raise ConfigError(f"{folder} was begun from other records; give a new folder, or remove it first")
+        why = "was begun from other records, or its source.json is damaged"
+        raise ConfigError(f"{folder} {why}; give a new folder, or remove it first")
     missing = [number for number in range(shards) if not _report(folder, number, shards).exists()]
     tasks = [(source, folder, number, shards) for number in missing]
     with (
