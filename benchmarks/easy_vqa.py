@@ -207,20 +207,20 @@ def size(workdir: Path) -> dict:
     import jax
 
     from deltallava_jax.config import workdir_config
-    from deltallava_jax.models import projectors, vision, vlm
+    from deltallava_jax.models import systems, vision, vlm
 
     cfg = workdir_config(workdir).model
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     shapes = jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0)))
-    needs = projectors.needs(cfg.projector, cfg.vision.layers)
+    needs = systems.needs(cfg.projector, cfg.vision.layers)
     pixels = jax.ShapeDtypeStruct((1, cfg.vision.image_size, cfg.vision.image_size, 3), jax.numpy.float32)
-    prune = lambda params: projectors.pruning(params["projector"], cfg.projector)
+    prune = lambda params: systems.pruning(params["projector"], cfg.projector)
     see = lambda params, x: vision.encode(params["vision"], cfg.vision, x, needs, prune=prune(params))
     features = jax.eval_shape(see, shapes, pixels)
     text = jax.ShapeDtypeStruct((1, cfg.decoder.width), jax.numpy.float32)
     flops = {}
-    for budget in projectors.budgets(cfg.projector):
-        project = jax.jit(lambda p, f, t, b=budget: projectors.project(p, cfg.projector, f, t, budget=b))
+    for budget in systems.budgets(cfg.projector):
+        project = jax.jit(lambda p, f, t, b=budget: systems.project(p, cfg.projector, f, t, budget=b))
         flops[str(budget)] = project.lower(shapes["projector"], features, text).compile().cost_analysis()["flops"]
     return {"parameters": count(shapes), "projector_parameters": count(shapes["projector"]), "projector_flops": flops}
 
@@ -242,7 +242,7 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
     from deltallava_jax.data import tokens as tokenizers
     from deltallava_jax.data.pipeline import Rows, elements
     from deltallava_jax.data.sources import training_source
-    from deltallava_jax.models import projectors
+    from deltallava_jax.models import systems
     from deltallava_jax.parallel.mesh import make_mesh, put_rows
     from deltallava_jax.training.step import TrainStep, init_state
 
@@ -253,8 +253,8 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
         )
         mesh, source = make_mesh(cfg, jax.devices()[:1]), training_source(cfg.data)
         tokenizer = tokenizers.train(source.texts(), cfg.model.decoder.vocab_size)
-        rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, projectors.question_length(cfg.model.projector))
-        budget = next((b for b in projectors.budgets(cfg.model.projector) if b <= tokens), GRID**2)
+        rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, systems.question_length(cfg.model.projector))
+        budget = next((b for b in systems.budgets(cfg.model.projector) if b <= tokens), GRID**2)
         plan = rows.plan((budget,), cfg.seed)
         element = next(elements(rows, plan, 0, 1, workers=0))
         return {

@@ -195,11 +195,11 @@ class Recipe:
         from deltallava_jax.config import workdir_config
         from deltallava_jax.data.pipeline import Rows, elements
         from deltallava_jax.data.sources import training_source
-        from deltallava_jax.models import projectors, vlm
+        from deltallava_jax.models import systems, vlm
 
         cfg, model = workdir_config(workdir), load(workdir)
         found = {"train": {}, "held_out": {}}
-        for budget in projectors.budgets(model.cfg.projector):
+        for budget in systems.budgets(model.cfg.projector):
             measure = jax.jit(lambda p, batch, b=budget: vlm.loss_sum(p, model.cfg, batch, None, train=False, budget=b))
             for of, measured in found.items():
                 measured[budget] = {}
@@ -221,14 +221,14 @@ class Recipe:
         from deltallava_jax import load
         from deltallava_jax.config import override, workdir_config
         from deltallava_jax.evaluation.answers import Answerer
-        from deltallava_jax.models import projectors
+        from deltallava_jax.models import systems
 
         cfg = override(workdir_config(workdir), changes or {}).model
         model = dataclasses.replace(load(workdir), cfg=cfg)
         held = self.read("test")
         seen = [dict(each, image=each["image"].replace(HELD_OUT, SEEN, 1)) for each in held[::2]]
         found = {"held_out": {}, "train": {}}
-        for budget in projectors.budgets(cfg.projector):
+        for budget in systems.budgets(cfg.projector):
             answerer = Answerer(model, budget=budget, rows=min(32, len(held)))
             for of, test in (("held_out", held), ("train", seen)):
                 said = answerer([([self.data / "images" / each["image"]], NAME) for each in test], NEW_TOKENS)
@@ -241,10 +241,10 @@ def projector_size(workdir: Path) -> int:
     import jax
 
     from deltallava_jax.config import workdir_config
-    from deltallava_jax.models import projectors
+    from deltallava_jax.models import systems
 
     cfg = workdir_config(workdir).model.projector
-    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: projectors.init_params(cfg, jax.random.key(0)))))
+    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: systems.init_params(cfg, jax.random.key(0)))))
 
 
 def scores(said: list[str], names: list[str]) -> dict[str, float]:

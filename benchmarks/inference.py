@@ -141,7 +141,7 @@ def by_budget(options: argparse.Namespace) -> list[dict]:
     from deltallava_jax import load
     from deltallava_jax.data.conversation import Tokenized
     from deltallava_jax.inference.generate import Engine, bucket, prompt_batch
-    from deltallava_jax.models import projectors
+    from deltallava_jax.models import systems
 
     engine = load(options.workdir).engine if options.workdir else Engine(*random_model(options.random))
     cfg, rng, results = engine.cfg, np.random.default_rng(0), []
@@ -153,7 +153,7 @@ def by_budget(options: argparse.Namespace) -> list[dict]:
         one = Tokenized(ids, nothing > 0, np.ones(1, np.int32), nothing, np.zeros((1, 0), np.int32))
         batch, side = prompt_batch([one] * rows, bucket(len(ids))), cfg.vision.image_size
         pixels = rng.integers(0, 256, (rows, side, side, 3)).astype(np.uint8)
-        known = projectors.budgets(cfg.projector)
+        known = systems.budgets(cfg.projector)
         look = {budget: functools.partial(engine.encode, pixels, batch, budget=budget) for budget in known}
         for visual in look.values():
             ours(engine, batch, visual, options.new)  # compiles
@@ -222,7 +222,7 @@ def compile_for(options: argparse.Namespace) -> list[dict]:
     from deltallava_jax.inference import slots as device
     from deltallava_jax.inference.generate import bucket, prompt_batch
     from deltallava_jax.inference.sampling import Sampling, controls
-    from deltallava_jax.models import decoder, projectors, vlm
+    from deltallava_jax.models import decoder, systems, vlm
 
     place = SingleDeviceSharding(targets.devices(target)[0])
     there = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
@@ -237,7 +237,7 @@ def compile_for(options: argparse.Namespace) -> list[dict]:
     nothing = np.zeros(TEXT + 1, np.int32)
     one = Tokenized(nothing, nothing > 0, np.ones(1, np.int32), nothing, np.zeros((1, 0), np.int32))
     side, length = cfg.vision.image_size, bucket(len(nothing))
-    for rows, budget in itertools.product(map(int, options.batches.split(",")), projectors.budgets(cfg.projector)):
+    for rows, budget in itertools.product(map(int, options.batches.split(",")), systems.budgets(cfg.projector)):
         batch, said = prompt_batch([one] * rows, length), controls([Sampling(max_new_tokens=options.new)] * rows, -1)
         visual = like((rows, budget, cfg.decoder.width), jnp.bfloat16)
         read = functools.partial(device.prefill, capacity=bucket(length + budget - 1 + options.new))

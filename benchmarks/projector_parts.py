@@ -35,16 +35,16 @@ def fusion(target, batch: int) -> list[dict]:
     from jax.sharding import PartitionSpec as P
 
     from deltallava_jax.analysis import targets
-    from deltallava_jax.config import ProjectorConfig
+    from deltallava_jax.config import system_config
     from deltallava_jax.models.layers import bind, init
-    from deltallava_jax.models.projectors.delta import Delta
+    from deltallava_jax.models.systems.delta import Delta
 
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=targets.devices(target)[:1])
     placed = lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16", sharding=NamedSharding(mesh, P()))
     make = lambda *shape: placed(jax.ShapeDtypeStruct(shape, "bfloat16"))
     rows = []
     for budget in BUDGETS:
-        cfg = ProjectorConfig(scale_factor=round((576 / budget) ** 0.5))
+        cfg = system_config(scale_factor=round((576 / budget) ** 0.5))
         params = jax.tree.map(placed, jax.eval_shape(lambda cfg=cfg: init(Delta, cfg, jax.random.key(0))))
         side, width = round(budget**0.5), cfg.width
         levels = make(batch, cfg.grid, cfg.grid, cfg.level_count * cfg.in_width)
@@ -95,12 +95,11 @@ def convolution(rounds: int) -> list[dict]:
     import jax.numpy as jnp
     from kernels import best
 
-    from deltallava_jax.config import ProjectorConfig
-    from deltallava_jax.models.projectors.delta import grouped_convolution, split_channels
+    from deltallava_jax.models.systems.delta import grouped_convolution, split_channels
 
     cpu = jax.devices()[0].platform == "cpu"
     batch, dtype = (8, jnp.float32) if cpu else (64, jnp.bfloat16)
-    cfg = ProjectorConfig()
+    cfg = system_config()
     width, group = split_channels(cfg)[1], cfg.block_head_dim
     kernel = 0.05 * jax.random.normal(jax.random.key(0), (3, 3, group, width), dtype)
     conv = lambda x, kernel, groups: jax.lax.conv_general_dilated(

@@ -55,15 +55,15 @@ def ours(cfg, state, arrays, dtype) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from deltallava_jax.models import projectors
+    from deltallava_jax.models import systems
     from deltallava_jax.models.vision import VisionFeatures
 
     features = VisionFeatures(**{name: jnp.asarray(x, dtype) for name, x in arrays.items()}, grid=(cfg.grid, cfg.grid))
-    held = [jax.tree.map(jnp.asarray, projectors.from_torch(state, cfg))]
-    forward = jax.jit(lambda params, features: projectors.project(params, cfg, features))
+    held = [jax.tree.map(jnp.asarray, systems.from_torch(state, cfg))]
+    forward = jax.jit(lambda params, features: systems.project(params, cfg, features))
 
     def update(params, features):
-        loss = lambda params: projectors.project(params, cfg, features).astype(jnp.float32).sum()
+        loss = lambda params: systems.project(params, cfg, features).astype(jnp.float32).sum()
         return jax.tree.map(lambda p, g: p - RATE * g, params, jax.grad(loss)(params))
 
     step = jax.jit(update, donate_argnums=0)
@@ -110,12 +110,12 @@ def measure(budget: int, options, platform: str) -> dict:
     import numpy as np
     from kernels import best
 
-    from deltallava_jax.config import ProjectorConfig
-    from deltallava_jax.models import projectors
+    from deltallava_jax.config import system_config
+    from deltallava_jax.models import systems
 
-    cfg = ProjectorConfig(out_width=options.out_width, scale_factor=round((576 / budget) ** 0.5), drop_path=0.0)
-    params = projectors.init_params(cfg, jax.random.key(0))
-    state = {name: np.asarray(value) for name, value in projectors.to_torch(params, cfg).items()}
+    cfg = system_config(out_width=options.out_width, scale_factor=round((576 / budget) ** 0.5), drop_path=0.0)
+    params = systems.init_params(cfg, jax.random.key(0))
+    state = {name: np.asarray(value) for name, value in systems.to_torch(params, cfg).items()}
     arrays = draw(cfg, options.batch)
     cpu = platform == "cpu"
     dtype, on = ("float32", "cpu") if cpu else ("bfloat16", "cuda")

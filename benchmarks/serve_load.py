@@ -126,10 +126,10 @@ def memory(process: int) -> float:
 
 def main(options: argparse.Namespace) -> int:
     import deltallava_jax
-    from deltallava_jax.models import projectors
+    from deltallava_jax.models import systems
 
     model = deltallava_jax.load(options.model)
-    budgets = projectors.budgets(model.cfg.projector)
+    budgets = systems.budgets(model.cfg.projector)
     address = f"http://127.0.0.1:{options.port}"
     command = [sys.executable, "-m", "deltallava_jax", "serve", str(options.model), f"--port={options.port}"]
     server = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stderr=subprocess.DEVNULL)

@@ -125,12 +125,12 @@ class Load:
 
     def batch(self):
         """Random tokens and pixels, images where conversations begin, their second halves supervised."""
-        from deltallava_jax.models import projectors
+        from deltallava_jax.models import systems
         from deltallava_jax.sequence import Batch
 
         cfg, plan, rng, side = self.cfg, self.plan, np.random.default_rng(0), self.cfg.model.vision.image_size
         B, T, I = len(self.first.rows), self.text, self.images
-        batch = Batch.empty(B, T, I, side, question=projectors.question_length(cfg.model.projector))
+        batch = Batch.empty(B, T, I, side, question=systems.question_length(cfg.model.projector))
         batch.tokens[:] = rng.integers(3, cfg.model.decoder.vocab_size, (B, T), np.int32)
         for row, records in enumerate(self.first.rows):
             start = placed = 0

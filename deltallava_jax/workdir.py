@@ -268,8 +268,8 @@ class Workdir:
 
 
 def differences(now: dict, before: dict, where: str = "") -> Iterator[tuple[str, object, object]]:
-    """(dotted key, value now, value before) of what differs between two configurations as dicts, by key."""
-    for key in sorted({**now, **before}):
+    """(dotted key, value now, value before) of what differs between two configurations as dicts; names first."""
+    for key in sorted({**now, **before}, key=lambda key: (key != "name", key)):
         one, other = now.get(key), before.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
             yield from differences(one, other, f"{where}{key}.")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from deltallava_jax.config import ProjectorConfig
-from deltallava_jax.models import projectors
+from deltallava_jax.models import systems
 from deltallava_jax.models.vision import VisionFeatures
 
 DATA = Path(__file__).parent / "data"
@@ -47,13 +47,13 @@ def outputs(name: str) -> dict[str, np.ndarray]:
 
 def projector_shapes(cfg: ProjectorConfig):
     """The parameters of a projector as shapes, without drawing any."""
-    return jax.eval_shape(lambda: projectors.init_params(cfg, jax.random.key(0)))
+    return jax.eval_shape(lambda: systems.init_params(cfg, jax.random.key(0)))
 
 
 def projector_state(cfg: ProjectorConfig) -> dict[str, np.ndarray]:
     """Weights by the formula under the torch names of any projector."""
     empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, bool), projector_shapes(cfg))
-    return {key: param(key, value.shape) for key, value in projectors.to_torch(empty, cfg).items()}
+    return {key: param(key, value.shape) for key, value in systems.to_torch(empty, cfg).items()}
 
 
 def features(cfg: ProjectorConfig, n: int = 2) -> VisionFeatures:
@@ -62,7 +62,7 @@ def features(cfg: ProjectorConfig, n: int = 2) -> VisionFeatures:
     attention = np.exp(inputs("cls_attention", (n, patches + 1)))
     return VisionFeatures(
         last=inputs("x_single", (n, patches, cfg.in_width)),
-        levels=inputs("x_multi", (n, patches, cfg.level_count * cfg.in_width)),
+        levels=inputs("x_multi", (n, patches, getattr(cfg, "level_count", 4) * cfg.in_width)),
         cls_attention=(attention / attention.sum(1, keepdims=True))[:, 1:],
         keys=inputs("keys", (n, patches, cfg.in_width)),
         grid=(cfg.grid, cfg.grid),

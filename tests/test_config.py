@@ -11,6 +11,7 @@ import pytest
 
 from deltallava_jax.config import (
     PRESETS,
+    SYSTEMS,
     Config,
     DataConfig,
     DecoderConfig,
@@ -27,10 +28,13 @@ from deltallava_jax.config import (
     override,
     preset,
     renamed,
+    settings_of,
+    system_config,
     to_dict,
+    workdir_config,
 )
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.models import decoder, projectors, vision
+from deltallava_jax.models import decoder, systems, vision
 
 EASY = override(
     load_config(Path(__file__).parents[1] / "configs" / "easy_vqa.py"),
@@ -104,7 +108,7 @@ def test_compose_fits_the_projector_between_any_tower_and_decoder(vision_name, d
     tower, text = preset(VisionConfig, vision_name), preset(DecoderConfig, decoder_name)
     p = compose(tower, text, dict(scale_factor=tower.grid)).projector
     assert (p.grid, p.in_width, p.out_width) == (tower.grid, tower.width, text.width)
-    assert projectors.budgets(p) == (1,)
+    assert systems.budgets(p) == (1,)
 
 
 # ------------------------------------------------------------------ JSON
@@ -199,7 +203,7 @@ def test_overrides_are_checked_together_so_that_presets_can_change_the_widths():
     )
     assert cfg.model.decoder == preset(DecoderConfig, "vicuna_7b", layers=2)
     assert cfg.model.vision == preset(VisionConfig, "clip_l_14_336")
-    assert projectors.budgets(cfg.model.projector) == (144, 64, 4)
+    assert systems.budgets(cfg.model.projector) == (144, 64, 4)
     assert (cfg.training.steps, cfg.training.epochs, cfg.data) == (5, EASY.training.epochs, EASY.data)
     assert override(EASY, {}) == EASY
 
@@ -222,7 +226,7 @@ def test_overrides_are_checked_together_so_that_presets_can_change_the_widths():
         ("optimizer.lr", "1e999", ["optimizer.lr", "inf", "finite number"]),
         ("training.steps", "9" * 400, ["training.steps", "finite number", "99...99"]),
         ("model.vision.image_std", "(1e999, 1, 1)", ["model.vision.image_std", "inf", "finite number"]),
-        ("model.projector.keep_ratio", "1e999", ["model.projector.keep_ratio", "float", "inf"]),
+        ("model.projector.mix_ratio", "1e999", ["model.projector.mix_ratio", "inf", "finite number"]),
         ("optimizer.lr", "True", ["optimizer.lr", "float", "True"]),
         ("data.independent_rounds", "1", ["data.independent_rounds", "bool", "1"]),
         ("model.projector.levels", "3", ["model.projector.levels", "tuple[int, ...]", "3"]),
@@ -293,48 +297,61 @@ DELTA = dict(grid=8, in_width=128, out_width=64, head_dim=32, scale_factor=2)
         (DecoderConfig, dict(initializer_range=0.0), ["decoder.initializer_range=0.0", "more than 0"]),
         (DecoderConfig, dict(norm_eps=-1e-5), ["decoder.norm_eps=-1e-05", "more than 0"]),
         (DecoderConfig, dict(rope_base=float("nan")), ["decoder.rope_base=nan", "more than 0"]),
-        (ProjectorConfig, dict(initializer_range=0.0), ["projector.initializer_range=0.0", "more than 0"]),
-        (ProjectorConfig, dict(embed_width=-128), ["projector.embed_width=-128", "0 or more"]),
-        (ProjectorConfig, dict(select_layer=0), ["projector.select_layer=0", "-1, the last"]),
-        (ProjectorConfig, dict(levels=(-1, 1, 2, 3)), ["projector.levels=(-1, 1, 2, 3)", "0 or more"]),
-        (ProjectorConfig, dict(prune_layers=(-1, 2)), ["projector.prune_layers=(-1, 2)", "0 or more"]),
-        (ProjectorConfig, dict(tokens=(4, 0)), ["projector.tokens=(4, 0)", "1 or more"]),
+        (system_config, dict(initializer_range=0.0), ["projector.initializer_range=0.0", "more than 0"]),
+        (system_config, dict(embed_width=-128), ["projector.embed_width=-128", "0 or more"]),
+        (system_config, dict(select_layer=0), ["projector.select_layer=0", "-1, the last"]),
+        (system_config, dict(levels=(-1, 1, 2, 3)), ["projector.levels=(-1, 1, 2, 3)", "0 or more"]),
+        (system_config, dict(name="evit", prune_layers=(-1, 2)), ["projector.prune_layers=(-1, 2)", "0 or more"]),
+        (system_config, dict(name="fastervlm", tokens=(4, 0)), ["projector.tokens=(4, 0)", "1 or more"]),
         (TrainingConfig, dict(epochs=-1.0, steps=5), ["training.epochs=-1.0", "0 or more"]),
         (TrainingConfig, dict(llavolta=((8, -2),)), ["training.llavolta", "(8, -2)"]),
         (Config, dict(seed=2**32), ["config.seed=4294967296", "less than 2**32"]),
         (DecoderConfig, dict(heads=5), ["decoder.heads=5", "decoder.width=4096"]),
         (DecoderConfig, dict(kv_heads=5), ["decoder.kv_heads=5", "decoder.heads=32"]),
         (DecoderConfig, dict(width=96), ["head width 3", "even"]),
-        (ProjectorConfig, dict(variant="new"), ["projector.variant", "'new'", "release, paper"]),
-        (ProjectorConfig, dict(ablation="no"), ["projector.ablation", "'no'", "none, no_emhsa, no_delta, no_tb"]),
-        (ProjectorConfig, dict(levels=(1, 2)), ["projector.levels has 2", "level_count is 4"]),
-        (ProjectorConfig, dict(level_count=5), ["level_count=5", "projector.levels"]),
-        (ProjectorConfig, dict(head_dim=48), ["projector.head_dim=48", "128"]),
-        (ProjectorConfig, dict(head_dim=0), ["projector.head_dim=0", "1 or more"]),
-        (ProjectorConfig, dict(block_head_dim=-32), ["projector.block_head_dim=-32", "1 or more"]),
-        (ProjectorConfig, dict(block_head_dim=128), ["projector.block_head_dim=128", "two heads in width 128"]),
+        (system_config, dict(variant="new"), ["projector.variant", "'new'", "release, paper"]),
+        (system_config, dict(ablation="no"), ["projector.ablation", "'no'", "none, no_emhsa, no_delta, no_tb"]),
+        (system_config, dict(levels=(1, 2)), ["projector.levels has 2", "level_count is 4"]),
+        (system_config, dict(level_count=5), ["level_count=5", "projector.levels"]),
+        (system_config, dict(head_dim=48), ["projector.head_dim=48", "128"]),
+        (system_config, dict(head_dim=0), ["projector.head_dim=0", "1 or more"]),
+        (system_config, dict(block_head_dim=-32), ["projector.block_head_dim=-32", "1 or more"]),
+        (system_config, dict(block_head_dim=128), ["projector.block_head_dim=128", "two heads in width 128"]),
         (
-            ProjectorConfig,
+            system_config,
             dict(variant="paper", in_width=112, embed_width=128),
             ["projector.block_head_dim=32", "112"],
         ),
-        (ProjectorConfig, dict(in_width=6, head_dim=2, block_head_dim=2), ["projector.in_width=6", "multiple of 4"]),
-        (ProjectorConfig, dict(embed_width=256), ["projector.embed_width=256", "release", "in_width=128"]),
-        (ProjectorConfig, dict(window=0), ["projector.window=0", "1 or more"]),
-        (ProjectorConfig, dict(reduction=0), ["projector.reduction=0", "1 or more"]),
-        (ProjectorConfig, dict(window=3), ["projector.window=3", "4x4 query grid"]),
-        (ProjectorConfig, dict(window=4, scale_factor=(2, 4)), ["projector.window=4", "2x2 query grid"]),
-        (ProjectorConfig, dict(reduction=5), ["projector.reduction=5", "4x4 query grid"]),
+        (system_config, dict(in_width=6, head_dim=2, block_head_dim=2), ["projector.in_width=6", "multiple of 4"]),
+        (system_config, dict(embed_width=256), ["projector.embed_width=256", "release", "in_width=128"]),
+        (system_config, dict(window=0), ["projector.window=0", "1 or more"]),
+        (system_config, dict(reduction=0), ["projector.reduction=0", "1 or more"]),
+        (system_config, dict(window=3), ["projector.window=3", "4x4 query grid"]),
+        (system_config, dict(window=4, scale_factor=(2, 4)), ["projector.window=4", "2x2 query grid"]),
+        (system_config, dict(reduction=5), ["projector.reduction=5", "4x4 query grid"]),
     ],
 )
 def test_each_part_checks_itself(kind, values, words):
-    base = DELTA if kind is ProjectorConfig else {}
+    base = settings_of(values.get("name", "delta"), DELTA) if kind is system_config else {}
     kind(**base)
     assert_error(lambda: kind(**{**base, **values}), *words)
 
 
-def test_fields_that_a_system_does_not_use_are_not_checked():
-    ProjectorConfig(name="mlp", grid=7, in_width=6, scale_factor=5, head_dim=9)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **settings: system_config("mlp", **settings),
+        lambda **settings: from_dict(ProjectorConfig, {"name": "mlp", **settings}, "projector."),
+        lambda **settings: renamed(system_config("mlp"), settings),
+        lambda **settings: compose(VisionConfig(), DecoderConfig(), {"name": "mlp", **settings}),
+        lambda **settings: override(
+            Config(), {"model.projector.name": "mlp"} | {f"model.projector.{k}": str(v) for k, v in settings.items()}
+        ),
+    ],
+)
+def test_a_setting_of_another_system_is_refused_with_its_owners(make):
+    assert_error(lambda: make(queries=16), "projector.queries", "mlp", "it is a setting of mqt, resampler")
+    assert_error(lambda: make(grit=24), "projector.grit", "did you mean 'grid'")
 
 
 @pytest.mark.parametrize(
@@ -354,9 +371,9 @@ def test_levels_must_be_layers_of_the_tower():
 
 
 def test_an_unknown_projector_names_the_nearest():
-    cfg = ProjectorConfig(name="delt")
-    assert_error(lambda: projectors.system(cfg), "projector.name", "'delt'", "did you mean 'delta'")
-    assert_error(lambda: projectors.system(dataclasses.replace(cfg, name="xyz")), "'xyz'", "known: delta, mlp")
+    for make in (system_config, lambda name: from_dict(ProjectorConfig, {"name": name})):
+        assert_error(lambda make=make: make(name="delt"), "projector.name", "'delt'", "did you mean 'delta'")
+        assert_error(lambda make=make: make(name="xyz"), "'xyz'", "known: delta, mlp")
 
 
 # ------------------------------------------------------------------ published settings
@@ -377,16 +394,16 @@ PUBLISHED = {  # read off each public release; a width of 1024 in heads of 128 h
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_system_named_alone_has_its_published_settings(name):
-    alone, before = ProjectorConfig(name=name), dataclasses.replace(Config(), name="x")
+    alone, before = system_config(name=name), dataclasses.replace(Config(), name="x")
     named = override(before, {"model.projector.name": name}).model.projector
-    for cfg in (alone, named, from_dict(ProjectorConfig, {"name": name}), renamed(ProjectorConfig(), {"name": name})):
+    for cfg in (alone, named, from_dict(ProjectorConfig, {"name": name}), renamed(system_config(), {"name": name})):
         assert {field: getattr(cfg, field) for field in PUBLISHED[name]} == PUBLISHED[name]
         assert from_dict(ProjectorConfig, json.loads(json.dumps(to_dict(cfg)))) == cfg
 
 
 def test_a_setting_beside_the_name_is_kept():
-    assert ProjectorConfig(name="mqt", head_dim=128).head_dim == 128
-    assert dataclasses.replace(ProjectorConfig(name="mqt", head_dim=128), queries=64).head_dim == 128
+    assert system_config(name="mqt", head_dim=128).head_dim == 128
+    assert dataclasses.replace(system_config(name="mqt", head_dim=128), queries=64).head_dim == 128
     for settings in ({"head_dim": "128", "name": "mqt"}, {"name": "mqt", "head_dim": "128"}):
         cfg = override(Config(), {f"model.projector.{key}": text for key, text in settings.items()})
         assert cfg.model.projector.head_dim == 128
@@ -396,16 +413,67 @@ def test_a_setting_beside_the_name_is_kept():
 
 
 def test_of_the_published_scale_factors_those_that_divide_the_grid_are_taken():
-    assert projectors.budgets(ProjectorConfig(name="m3", grid=8)) == (64, 16, 4, 1)
-    assert projectors.budgets(ProjectorConfig(name="m3")) == (576, 144, 36, 9, 1)
+    assert systems.budgets(system_config(name="m3", grid=8)) == (64, 16, 4, 1)
+    assert systems.budgets(system_config(name="m3")) == (576, 144, 36, 9, 1)
 
 
-def test_a_system_without_weights_takes_the_place_of_the_one_that_was_trained():
-    """As eval.py does on an MLP's workdir, whose config.json holds every field."""
-    trained = from_dict(Config, json.loads(json.dumps(to_dict(override(EASY, {"model.projector.name": "mlp"})))))
-    for name in ("fastervlm", "prumerge"):
-        cfg = override(trained, {"model.projector.name": name}).model.projector
-        assert cfg == dataclasses.replace(trained.model.projector, name=name)
+# ------------------------------------------------------------------ config.json of earlier versions
+
+# Every system's settings, as every config.json held them; head_dim, scale_factor, select_layer, mlp_width by system.
+EVERY = dict(
+    grid=8, in_width=128, out_width=128, scale_factor=2, embed_width=0, select_layer=-1, levels=[], level_count=4,
+    head_dim=128, block_head_dim=32, rank=16, mix_ratio=0.75, drop_path=0.1, initializer_range=0.02, reduction=1,
+    window=1, mlp_width=4096, variant="release", ablation="none", queries=256, tokens=[], keep_ratio=None,
+    prune_layers=[6, 12, 18], fuse=True, reproduce_duplicates=False, text_width=0, question_length=64, depth=0,
+    closing=False,
+)  # fmt: skip
+
+
+def workdir_of(folder, **projector):
+    values = to_dict(EASY)
+    values["model"]["projector"] = EVERY | projector
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_settings_of_every_system_are_read_as_the_one_systems(tmp_path, name, recwarn):
+    own = dict(
+        quecc=dict(scale_factor=4),
+        m3=dict(scale_factor=[1, 2, 4, 8]),
+        mqt=dict(head_dim=64),
+        honeybee_d=dict(mlp_width=1024),
+    )
+    small = dict(prune_layers=[0, 1]) if name in ("evit", "dynamicvit") else {}
+    given = dict(name=name, select_layer=-1) | own.get(name, {}) | small
+    found = workdir_config(workdir_of(tmp_path, **given)).model.projector
+    sizes = dict(grid=8, in_width=128, out_width=128, select_layer=-1)
+    assert found == system_config(name, **sizes, **{key: tuple(value) for key, value in small.items()})
+    assert not recwarn.list  # what every run wrote is nothing to tell
+
+
+def test_a_setting_that_was_given_to_another_system_is_left_out_and_said_once(tmp_path):
+    folder = workdir_of(tmp_path, name="mlp", queries=16, rank=4)
+    with pytest.warns(
+        UserWarning, match="config.json: mlp does not have .* rank=4 .delta., queries=16 .mqt, resam"
+    ) as said:
+        assert workdir_config(folder).model.projector == system_config(
+            "mlp", grid=8, in_width=128, out_width=128, select_layer=-1
+        )
+    assert len(said) == 1
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("queries", "querys"))
+    assert_error(lambda: workdir_config(folder), "projector.querys", "mlp")
+
+
+def test_a_system_without_weights_takes_the_place_of_the_one_that_was_trained(tmp_path):
+    """As eval.py does on an MLP's workdir, today's or one whose config.json holds every field."""
+    now = from_dict(Config, json.loads(json.dumps(to_dict(override(EASY, {"model.projector.name": "mlp"})))))
+    sizes = dict(grid=8, in_width=128, out_width=128, select_layer=-1)
+    for trained in (now, workdir_config(workdir_of(tmp_path, name="mlp"))):
+        for name in ("fastervlm", "prumerge", "random"):
+            asked = {"model.projector.tokens": "(4,)", "model.projector.name": name}
+            cfg = override(trained, asked).model.projector
+            assert cfg == system_config(name, tokens=(4,), **sizes)
 
 
 # ------------------------------------------------------------------ devices

@@ -12,12 +12,12 @@ from deltallava_jax.config import (
     Config,
     DecoderConfig,
     ModelConfig,
-    ProjectorConfig,
     RopeScaling,
     VisionConfig,
     from_dict,
     override,
     preset,
+    system_config,
     to_dict,
     workdir_config,
 )
@@ -82,8 +82,8 @@ def test_a_model_of_nothing_is_refused():
 
 def test_parts_that_are_there_must_still_fit():
     tower, decoder = VisionConfig(image_size=224), DecoderConfig(width=2048)
-    assert_error(lambda: ModelConfig(tower, ProjectorConfig(), None), "projector.grid=24", "16x16")
-    assert_error(lambda: ModelConfig(None, ProjectorConfig(), decoder), "projector.out_width=4096", "2048")
+    assert_error(lambda: ModelConfig(tower, system_config(), None), "projector.grid=24", "16x16")
+    assert_error(lambda: ModelConfig(None, system_config(), decoder), "projector.out_width=4096", "2048")
     assert ModelConfig(tower, None, decoder).vision == tower
 
 

@@ -7,8 +7,7 @@ import pytest
 from benchmarks.easy_vqa import PROTOCOL
 from deltallava_jax.config import OptimizerConfig, load_config, override, to_dict
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.models import projectors
-from deltallava_jax.models.selection import llavolta
+from deltallava_jax.models import llavolta, systems
 
 ROOT = Path(__file__).parent.parent / "configs"
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file.name != "llava.py"]  # the base of others
@@ -20,9 +19,9 @@ STAGES = {file: ("", ":pretrain", ":finetune") if file.parent.name == "llava_sys
 def test_it_loads_and_its_parts_fit(file, stage):
     cfg = load_config(f"{file}{stage}")
     projector = cfg.model.projector
-    needs = projectors.needs(projector, cfg.model.vision.layers)
+    needs = systems.needs(projector, cfg.model.vision.layers)
     assert 0 < needs.last <= cfg.model.vision.layers
-    assert projectors.budgets(projector)[0] < cfg.data.row_length
+    assert systems.budgets(projector)[0] < cfg.data.row_length
     llavolta.check(cfg)
     if file.parent.name == "llava_systems":
         assert cfg.name == f"{file.stem}{stage.replace(':', '_') or '_finetune'}"
@@ -32,7 +31,7 @@ def test_it_loads_and_its_parts_fit(file, stage):
 
 def test_every_system_has_a_configuration():
     of = {load_config(file).model.projector.name for file in FILES if file.parent.name == "llava_systems"}
-    assert of == set(projectors.SYSTEMS)
+    assert of == set(systems.SYSTEMS)
 
 
 @pytest.mark.parametrize("stage, words", [("third", "stages pretrain and finetune"), ("", "stages pretrain")])

@@ -42,12 +42,12 @@ def make_run(cfg: c.Config, source=None):
     from deltallava_jax.data import tokens
     from deltallava_jax.data.pipeline import Rows
     from deltallava_jax.data.sources import training_source
-    from deltallava_jax.models import projectors
+    from deltallava_jax.models import systems
 
     source = source or training_source(cfg.data)
     tokenizer = tokens.train(source.texts(), cfg.model.decoder.vocab_size)
-    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, projectors.question_length(cfg.model.projector))
-    return rows, rows.plan(projectors.budgets(cfg.model.projector), cfg.seed), tokenizer
+    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, systems.question_length(cfg.model.projector))
+    return rows, rows.plan(systems.budgets(cfg.model.projector), cfg.seed), tokenizer
 
 
 FILE = Path(__file__)

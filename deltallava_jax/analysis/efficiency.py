@@ -17,16 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from deltallava_jax.analysis import flops
-from deltallava_jax.config import FastVConfig, ModelConfig, ProjectorConfig
+from deltallava_jax.config import SYSTEMS, FastVConfig, ModelConfig, ProjectorConfig, settings_of, system_config
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.models import decoder, projectors, vision, vlm
+from deltallava_jax.models import decoder, fastv, systems, vision, vlm
 from deltallava_jax.models.names import flatten
-from deltallava_jax.models.selection import fastv
 from deltallava_jax.sequence import Batch, layout, text_layout
 
 BUDGETS = (576, 144, 64, 36, 16, 4, 1)  # of the paper's Figure 3
 TEXT, NEW = 68, 30  # tokens of a prompt's text and of an answer: 30 is the paper's mean, 68 gives its prefill numbers
-SYSTEMS = (*projectors.SYSTEMS, "fastv")
 PARTS = ("vision", "projector", "prefill", "decode")
 # Printed in the paper (sections 5 and 6.5), in TFLOPs: {tokens: {part: operations}}.
 PUBLISHED = {
@@ -37,8 +35,6 @@ PUBLISHED = {
     4: dict(vision=0.382, decode=0.28),
     1: dict(vision=0.382, prefill=0.70, total=1.39),
 }
-# The systems whose number of tokens is set by their scale factor.
-BY_SCALE = ("delta", "token_packer", "m3", "quecc", "honeybee_c", "honeybee_d")
 
 
 def rows(cfg: ModelConfig, budget: int, text: int = TEXT, new: int = NEW) -> list[dict]:
@@ -48,7 +44,7 @@ def rows(cfg: ModelConfig, budget: int, text: int = TEXT, new: int = NEW) -> lis
     and values at the end, in the model's dtype, the same in both. Raises ConfigError for a budget that it does not
     make."""
     cfg = at_budget(cfg, budget)
-    common = dict(system=system_of(cfg), budget=budget, text_tokens=text, new_tokens=new)
+    common = dict(system=cfg.system, budget=budget, text_tokens=text, new_tokens=new)
     found = []
     for convention, count in (("paper", paper), ("exact", exact)):
         parts = count(cfg, text, new)
@@ -59,13 +55,14 @@ def rows(cfg: ModelConfig, budget: int, text: int = TEXT, new: int = NEW) -> lis
     return found
 
 
-def system_of(cfg: ModelConfig) -> str:
-    return "fastv" if cfg.fastv else cfg.projector.name
+def known() -> tuple[str, ...]:
+    """The systems that can be counted, by name."""
+    return (*SYSTEMS, "fastv")
 
 
 def visual(cfg: ModelConfig) -> int:
     """Visual tokens an image that enter the decoder."""
-    return projectors.budgets(cfg.projector)[0]
+    return systems.budgets(cfg.projector)[0]
 
 
 def stages(cfg: ModelConfig, text: int) -> list[tuple[tuple[int, int], int]]:
@@ -91,55 +88,25 @@ def cache_bytes(cfg: ModelConfig, text: int, new: int) -> int:
 
 def with_system(cfg: ModelConfig, name: str) -> ModelConfig:
     """The model with another system between its tower and its decoder, as published."""
-    if name not in SYSTEMS:
-        raise ConfigError(f"unknown system {name!r}; known: {', '.join(SYSTEMS)}")
+    if name not in known():
+        raise ConfigError(f"unknown system {name!r}; known: {', '.join(known())}")
     own = "mlp" if name == "fastv" else name
     width = cfg.vision.width
-    fitted = dict(grid=cfg.vision.grid, in_width=width, out_width=cfg.decoder.width)
+    fitted = dict(grid=cfg.vision.grid, in_width=width, out_width=cfg.decoder.width, scale_factor=1)
     # Heads that divide any width: how wide they are changes no count.
     fitted |= dict(head_dim=math.gcd(128, width), block_head_dim=math.gcd(32, width // 2))
-    projector = ProjectorConfig(name=own, **fitted, scale_factor=1)
+    projector = system_config(own, **settings_of(own, fitted))
     keep = FastVConfig(keep=min(144, cfg.vision.grid**2)) if name == "fastv" else None
     return dataclasses.replace(cfg, projector=projector, fastv=keep)
 
 
 def at_budget(cfg: ModelConfig, budget: int) -> ModelConfig:
     """The model set to make, or with FastV to keep, that many tokens. Raises ConfigError where it cannot."""
-    name, patches = cfg.projector.name, cfg.projector.grid**2
     if cfg.fastv:
         if not 1 <= budget <= visual(cfg):
             raise ConfigError(f"fastv keeps 1 to {visual(cfg)} tokens, not {budget}")
         return dataclasses.replace(cfg, fastv=dataclasses.replace(cfg.fastv, keep=budget))
-    if name in BY_SCALE:
-        scale = cfg.projector.grid / math.sqrt(budget) if budget > 0 else 0
-        changes = dict(scale_factor=round(scale))
-    elif name == "resampler":
-        changes = dict(queries=budget)
-    elif name in ("mqt", "fastervlm"):
-        changes = dict(tokens=(budget,))
-    elif name.startswith("prumerge"):
-        changes = dict(tokens=(budget,), keep_ratio=0.0)  # by outliers, that many at the most
-    elif name in ("evit", "dynamicvit"):
-        changes = dict(keep_ratio=_ratio_for(cfg.projector, budget))
-    else:
-        changes = {}
-    able = dataclasses.replace(cfg, projector=dataclasses.replace(cfg.projector, **changes))
-    if projectors.budgets(able.projector) != (budget,):
-        raise ConfigError(f"{name} does not make {budget} tokens of {patches} patches")
-    return able
-
-
-def _ratio_for(cfg: ProjectorConfig, budget: int) -> float:
-    """The keep_ratio with the fewest tokens that are ``budget`` or more: bisection, as the count grows with it."""
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        try:
-            (count,) = projectors.budgets(dataclasses.replace(cfg, keep_ratio=middle))
-        except ConfigError:  # no token is left
-            count = 0
-        low, high = (low, middle) if count >= budget else (middle, high)
-    return high
+    return dataclasses.replace(cfg, projector=systems.at(cfg.projector, budget))
 
 
 def budgets_of(cfg: ModelConfig, wanted: tuple[int, ...]) -> list[int]:
@@ -163,19 +130,19 @@ def exact(cfg: ModelConfig, text: int, new: int) -> dict[str, int]:
     A question that the projector reads (QueCC) belongs to the projector. Each of the ``new`` tokens passes the
     decoder once, with as many keys as there are before it and itself."""
     shapes = jax.eval_shape(functools.partial(vlm.init_params, cfg), jax.random.key(0))
-    size, V, needs = cfg.vision.image_size, visual(cfg), projectors.needs(cfg.projector, cfg.vision.layers)
+    size, V, needs = cfg.vision.image_size, visual(cfg), systems.needs(cfg.projector, cfg.vision.layers)
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
     made = jax.ShapeDtypeStruct((1, V, cfg.decoder.width), cfg.dtype)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    prompt = Batch.shapes(1, text + 1, 1, question=projectors.question_length(cfg.projector))
+    prompt = Batch.shapes(1, text + 1, 1, question=systems.question_length(cfg.projector))
 
     def see(params, images):
-        prune = projectors.pruning(params["projector"], cfg.projector)
+        prune = systems.pruning(params["projector"], cfg.projector)
         return vision.encode(params["vision"], cfg.vision, images, needs, prune=prune, dtype=cfg.dtype)
 
     def project(params, features, prompt):
-        asked = vlm.question_states(params, cfg, prompt) if projectors.reads_question(cfg.projector) else None
-        return projectors.project(params["projector"], cfg.projector, features, asked)
+        asked = vlm.question_states(params, cfg, prompt) if systems.reads_question(cfg.projector) else None
+        return systems.project(params["projector"], cfg.projector, features, asked)
 
     def score(params, hidden):
         return decoder.logits(params["decoder"], cfg.decoder, decoder.finish(params["decoder"], cfg.decoder, hidden))
@@ -250,8 +217,8 @@ def _layer(tokens: int, width: int, hidden: int) -> int:
 
 def _first_two_maps(cfg: ProjectorConfig) -> list[int]:
     """Sizes of a projector's first two linear maps, in the order of its published tensors."""
-    shapes = flatten(jax.eval_shape(functools.partial(projectors.init_params, cfg), jax.random.key(0)))
-    entries = [entry for entry in projectors.name_table(cfg) if entry.kind in ("linear", "conv1x1")]
+    shapes = flatten(jax.eval_shape(functools.partial(systems.init_params, cfg), jax.random.key(0)))
+    entries = [entry for entry in systems.name_table(cfg) if entry.kind in ("linear", "conv1x1")]
     maps = [
         math.prod(shapes[e.path].shape) for e in entries if len(shapes[e.path].shape) == 2 and "in_proj" not in e.torch
     ]

@@ -18,7 +18,17 @@ from pathlib import Path
 
 from deltallava_jax import cli
 from deltallava_jax.analysis import units
-from deltallava_jax.config import PRESETS, Config, DecoderConfig, VisionConfig, compose, load_config, override, preset
+from deltallava_jax.config import (
+    PRESETS,
+    Config,
+    DecoderConfig,
+    VisionConfig,
+    compose,
+    load_config,
+    override,
+    preset,
+    settings_of,
+)
 from deltallava_jax.errors import ConfigError
 
 
@@ -79,26 +89,26 @@ def base_model(options: argparse.Namespace):
     fitted = dict(grid=vision.grid, in_width=vision.width, out_width=text.width, levels=())
     if cfg.projector.grid != vision.grid:
         fitted |= dict(scale_factor=1)  # one that fits; the budgets set it
-    projector = dataclasses.asdict(cfg.projector) | fitted
+    projector = dataclasses.asdict(cfg.projector) | settings_of(cfg.projector.name, fitted)
     return compose(vision, text, projector, fastv=cfg.fastv, dtype=cfg.dtype)
 
 
 def models(model, options: argparse.Namespace) -> list:
     """The systems that were asked for; else the configuration's own; without one the MLP and Delta."""
-    from deltallava_jax.analysis.efficiency import SYSTEMS, with_system
-    from deltallava_jax.models import projectors
+    from deltallava_jax.analysis.efficiency import known, with_system
+    from deltallava_jax.models import systems
     from deltallava_jax.models.vision import check_needs
 
     names = options.systems.split(",") if options.systems else ["mlp", "delta"]
     if options.systems == "all":
-        names = SYSTEMS
+        names = known()
     elif options.config and not options.systems:
         return [model]
     found = []
     for name in names:
         cfg = with_system(model, name)
         try:
-            check_needs(cfg.vision, projectors.needs(cfg.projector, cfg.vision.layers))
+            check_needs(cfg.vision, systems.needs(cfg.projector, cfg.vision.layers))
         except ConfigError as error:
             if options.systems != "all":
                 raise

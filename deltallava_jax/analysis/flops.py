@@ -16,8 +16,7 @@ import jax.extend.core
 from jax.sharding import PartitionSpec as P
 
 from deltallava_jax.config import Config, DecoderConfig
-from deltallava_jax.models import projectors
-from deltallava_jax.models.selection import llavolta
+from deltallava_jax.models import llavolta, systems
 from deltallava_jax.sequence import Batch
 from deltallava_jax.training.step import TrainStep
 
@@ -70,7 +69,7 @@ class StepOperations:
         signature = (text, images, budget, pooling)
         if signature not in self._counted:
             cfg, program = self._step.cfg, traced(self._step.trace(batch, budget, pooling).jaxpr)
-            taken = projectors.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
+            taken = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
             self._counted[signature] = needed(program, cfg, [text + images * (each - 1) for each in taken])
         return self._counted[signature]
 

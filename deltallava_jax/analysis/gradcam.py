@@ -19,24 +19,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from deltallava_jax.config import ModelConfig, ProjectorConfig
+from deltallava_jax.config import ModelConfig
 from deltallava_jax.data.conversation import TEMPLATES, Tokenized, asked, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.generate import prompt_batch
 from deltallava_jax.inference.model import Model
-from deltallava_jax.models import decoder, projectors, vision, vlm
+from deltallava_jax.models import decoder, systems, vision, vlm
 from deltallava_jax.models.layers import Params
-from deltallava_jax.models.selection import fastervlm, prumerge
+from deltallava_jax.models.systems.base import Places
 from deltallava_jax.sequence import Batch, layout
 
-ON_A_GRID = ("delta", "mlp", "token_packer", "m3", "quecc", "honeybee_c", "honeybee_d")
-PRUNED = ("evit", "dynamicvit")  # selections on the tower's way
-LEARNED = ("mqt", "resampler")  # queries that read all of the image
-SELECTED = ("fastervlm", "prumerge", "prumerge_plus", *PRUNED)
 LENGTH_STEP = 64  # texts are padded to a multiple, so that few lengths are compiled
 METHODS = ("relevance", "gradcam")
 HEAT = 0.45  # the colours' share in an overlay
@@ -57,11 +53,11 @@ class HeatMap:
 def check(cfg: ModelConfig) -> None:
     """ConfigError unless every visual token has a place that is known."""
     cfg.require_whole("a heat map")
-    name = cfg.projector.name
-    if name in LEARNED:
-        raise ConfigError(f"no heat map: {name}'s tokens are learned queries over the whole image, without a place")
-    if name not in (*ON_A_GRID, *SELECTED):
-        raise ConfigError(f"no heat map: where in the image {name}'s tokens lie is not known here")
+    if systems.system(cfg.projector).places is None:
+        raise ConfigError(
+            f"no heat map: {cfg.projector.name}'s tokens have no place of their own in the image, as those of learned "
+            "queries have none"
+        )
     if cfg.fastv:
         raise ConfigError("no heat map: FastV drops visual tokens inside the decoder; ask the model without it")
 
@@ -87,7 +83,7 @@ def heat_maps(
         raise ConfigError(f"method is {method!r}; known: {', '.join(METHODS)}")
     if model.tokenizer is None:
         raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
-    budgets = [projectors.check_budget(model.cfg.projector, budget) for budget in budgets or (None,)]
+    budgets = [systems.check_budget(model.cfg.projector, budget) for budget in budgets or (None,)]
     asked([(prompt, None)], 1)
     pixels, found = _pixels(model, image)[None], []
     for budget in budgets:
@@ -97,12 +93,12 @@ def heat_maps(
         row = _row(
             tokenize(
                 asked([(prompt, said)], 1), TEMPLATES[model.template], model.tokenizer,
-                question_length=projectors.question_length(model.cfg.projector),
+                question_length=systems.question_length(model.cfg.projector),
             )
         )  # fmt: skip
         heat, log_probability = _heat(model.params, model.cfg, pixels, row, budget=budget, method=method)
         places = _places(model.params, model.cfg, pixels, budget)
-        found.append(HeatMap(_on_grid(model.cfg.projector, heat, places), budget, said, float(log_probability)))
+        found.append(HeatMap(_on_grid(heat, places), budget, said, float(log_probability)))
     return found
 
 
@@ -144,52 +140,19 @@ def _heat(
     return jnp.where(live, heat, 0.0), value
 
 
-def _places(params: Params, cfg: ModelConfig, pixels: UInt8[Array, "1 H W 3"], budget: int) -> Int[Array, " V"]:
-    """The patch of each token of a selection, one past the last for a token of many; else its own number.
-
-    Not to be compiled as one program: a patch that a pruned tower kept is known by being the same to the bit."""
-    if cfg.projector.name not in SELECTED:
-        return jnp.arange(budget)
-    needs, nowhere = projectors.needs(cfg.projector, cfg.vision.layers), cfg.projector.grid**2
-    encode = functools.partial(vision.encode, params["vision"], cfg.vision, pixels, needs, dtype=cfg.dtype)
-    if cfg.projector.name in PRUNED:
-        places = [jnp.arange(nowhere)]
-        prune = projectors.pruning(params["projector"], cfg.projector)
-
-        def watched(stage, layer, x, kept):
-            left = prune(stage, _Passing(layer), x, kept)[0]
-            same = (left[0, 1:, None] == x[0, None, 1:]).all(-1)  # [left, before]: a token of many is like none
-            places.append(jnp.where(same.any(1), places[-1][same.argmax(1)], nowhere))
-            return prune(stage, layer, x, kept)
-
-        encode(prune=watched)
-        return places[-1]
-    attention = encode().cls_attention
-    if cfg.projector.name == "fastervlm":
-        return fastervlm.select(attention, budget)[0]
-    ratio, plus = prumerge.keep_ratio(cfg.projector), cfg.projector.name == "prumerge_plus"
-    kept, _ = prumerge.candidates(attention, ratio, plus=plus, duplicates=cfg.projector.reproduce_duplicates)
-    return jnp.append(kept[0, : budget - 1], nowhere)
+@functools.partial(jax.jit, static_argnames=("cfg", "budget"))
+def _places(params: Params, cfg: ModelConfig, pixels: UInt8[Array, "1 H W 3"], budget: int) -> Places:
+    """Where the tokens of the image lie."""
+    needs, weights = systems.needs(cfg.projector, cfg.vision.layers), params["projector"]
+    prune = systems.pruning(weights, cfg.projector)
+    features = vision.encode(params["vision"], cfg.vision, pixels, needs, prune=prune, dtype=cfg.dtype)
+    return systems.places(weights, cfg.projector, features, budget)
 
 
-class _Passing:
-    """A tower layer that changes nothing but still says what its CLS token looks at: behind it are the very patches
-    that a system kept."""
-
-    def __init__(self, layer: vision.Layer):
-        self.cls_attention = layer.cls_attention
-
-    def attend(self, x: Array, kept: Array | None = None) -> Array:
-        return x
-
-    feed = __call__ = attend
-
-
-def _on_grid(cfg: ProjectorConfig, heat: Float[Array, " V"], places: Int[Array, " V"]) -> Float[np.ndarray, "h w"]:
-    side = cfg.grid if cfg.name in SELECTED else round(len(heat) ** 0.5)
-    cells = np.zeros(side * side + 1, np.float32)
-    np.add.at(cells, np.asarray(places), np.asarray(heat))
-    return cells[:-1].reshape(side, side)
+def _on_grid(heat: Float[Array, " V"], places: Places) -> Float[np.ndarray, "h w"]:
+    cells = np.zeros(places.side**2 + 1, np.float32)
+    np.add.at(cells, np.asarray(places.cells[0]), np.asarray(heat))
+    return cells[:-1].reshape(places.side, places.side)
 
 
 # ------------------------------------------------------------------ pictures

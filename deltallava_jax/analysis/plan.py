@@ -25,7 +25,7 @@ from deltallava_jax.analysis.targets import Target
 from deltallava_jax.cli import say
 from deltallava_jax.config import Config, MeshConfig
 from deltallava_jax.data.packing import plan_for
-from deltallava_jax.models import projectors
+from deltallava_jax.models import systems
 from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel.mesh import AXES, compiler_options, make_mesh
 from deltallava_jax.training.step import TrainState, TrainStep, batch_shapes
@@ -95,7 +95,7 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
     step = TrainStep(cfg, mesh, STEPS)
     traced = step.trace(batch_shapes(cfg, mesh, T, I), budget)
     by_part = flops.traced(traced.jaxpr)
-    budgets = projectors.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
+    budgets = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
     say(f"compiling {cfg.name} for {target}; this takes minutes")
     with compiler_output() as output:
         began = time.monotonic()
@@ -137,7 +137,7 @@ def first_batch(cfg: Config, text: int) -> tuple[int, int, int, int]:
     """(budget, T, I, conversations): the largest budget's batch as the data plan would lay it out for conversations
     of one image and about ``text`` tokens of text, half as much more or less."""
     lengths = np.linspace(0.5 * text, 1.5 * text, 2048).round().astype(int).clip(2)
-    budget = projectors.budgets(cfg.model.projector)[0]
+    budget = systems.budgets(cfg.model.projector)[0]
     plan = plan_for(cfg.data, lengths, np.ones_like(lengths), (budget,), cfg.seed)
     first = plan.step(0)
     return budget, first.text, first.images, sum(map(len, first.rows))

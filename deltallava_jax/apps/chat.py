@@ -82,11 +82,11 @@ class Terminal:
 
     @property
     def about(self) -> str:
-        from deltallava_jax.models import projectors
+        from deltallava_jax.models import systems
 
         if not self.model.cfg.whole:
             return "a decoder alone, without images" + ("" if self.model.template else ": it continues texts")
-        known = ", ".join(map(str, projectors.budgets(self.model.cfg.projector)))
+        known = ", ".join(map(str, systems.budgets(self.model.cfg.projector)))
         return f"{self.budget} visual tokens an image (of {known})"
 
     def read(self, line: str) -> None:

@@ -85,10 +85,10 @@ def make_page(model, options: argparse.Namespace):
     """gradio's Blocks. Raises ConfigError for a model that cannot read images or answer."""
     gr = gradio()
     from deltallava_jax.analysis import gradcam
-    from deltallava_jax.models import projectors
+    from deltallava_jax.models import systems
 
     model.cfg.require_whole("the demo")
-    budgets = projectors.budgets(model.cfg.projector)[::-1]
+    budgets = systems.budgets(model.cfg.projector)[::-1]
     try:
         gradcam.check(model.cfg)
         placeless = ""

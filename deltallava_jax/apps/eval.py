@@ -52,7 +52,7 @@ def main(options: argparse.Namespace) -> None:
     from deltallava_jax.data.conversation import known_template
     from deltallava_jax.evaluation import TASKS
     from deltallava_jax.evaluation.tasks import require
-    from deltallava_jax.models import decoder, projectors
+    from deltallava_jax.models import decoder, systems
     from deltallava_jax.workdir import Workdir
 
     workdir = Workdir(options.workdir)
@@ -68,14 +68,14 @@ def main(options: argparse.Namespace) -> None:
         require(official)
         if options.control:
             raise ConfigError(f"--control {options.control} is of {', '.join(TASKS)}, not of {official[0]}")
-    budgets = list(projectors.budgets(cfg.model.projector))
+    budgets = list(systems.budgets(cfg.model.projector))
     if options.budgets:
         try:
             budgets = [int(text) for text in options.budgets.split(",")]
         except ValueError:
             raise ConfigError(f"--budgets {options.budgets!r}: expected numbers, e.g. 16,4") from None
     for budget in budgets:
-        projectors.check_budget(cfg.model.projector, budget)
+        systems.check_budget(cfg.model.projector, budget)
 
     tokenizer, checkpoints = workdir.tokenizer, workdir.checkpoints
     step = checkpoints.latest()

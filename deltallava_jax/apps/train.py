@@ -49,7 +49,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     from deltallava_jax.data.pipeline import Rows
     from deltallava_jax.data.sources import training_source
     from deltallava_jax.evaluation.validation import validation
-    from deltallava_jax.models import projectors
+    from deltallava_jax.models import systems
     from deltallava_jax.parallel.mesh import make_mesh
     from deltallava_jax.training import faults
     from deltallava_jax.training.loop import train
@@ -69,7 +69,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     # ---------------------------------------------------------------- processes and devices
     hosts.connect(options)
     mesh = make_mesh(cfg)
-    budgets = projectors.budgets(cfg.model.projector)
+    budgets = systems.budgets(cfg.model.projector)
 
     # ---------------------------------------------------------------- data
     source = training_source(cfg.data)
@@ -77,7 +77,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
         say(note)
     tokenizer = workdir.tokenizer
     evaluate = validation(cfg, tokenizer)
-    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, projectors.question_length(cfg.model.projector))
+    rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, systems.question_length(cfg.model.projector))
     plan = rows.plan(budgets[:1] if cfg.training.every_budget else budgets, cfg.seed)
     for line in faults.judge(plan, cfg.data.max_bad_fraction, workdir.path):
         say(line)

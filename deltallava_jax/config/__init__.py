@@ -6,12 +6,10 @@ Anything wrong raises ConfigError with one line that says what was expected.
 """
 
 from deltallava_jax.config.model import (
-    ABLATIONS,
     DTYPES,
     DecoderConfig,
     FastVConfig,
     ModelConfig,
-    ProjectorConfig,
     RopeScaling,
     VisionConfig,
     dtype_name,
@@ -27,7 +25,9 @@ from deltallava_jax.config.run import (
     OptimizerConfig,
     TrainingConfig,
 )
+from deltallava_jax.config.systems import SYSTEMS, ProjectorConfig, register, settings_of, system, system_config
 from deltallava_jax.config.values import (
+    drop_foreign,
     from_dict,
     load_config,
     override,
@@ -40,7 +40,6 @@ from deltallava_jax.config.values import (
 from deltallava_jax.errors import ConfigError  # configurations raise it as config.ConfigError
 
 __all__ = [
-    "ABLATIONS",
     "ASPECTS",
     "DTYPES",
     "PRESETS",
@@ -56,17 +55,23 @@ __all__ = [
     "OptimizerConfig",
     "ProjectorConfig",
     "RopeScaling",
+    "SYSTEMS",
     "TrainingConfig",
     "VisionConfig",
     "compose",
     "dtype_name",
+    "drop_foreign",
     "from_dict",
     "load_config",
     "override",
     "parse_value",
     "preset",
     "read_json",
+    "register",
     "renamed",
+    "settings_of",
+    "system",
+    "system_config",
     "to_dict",
     "workdir_config",
 ]

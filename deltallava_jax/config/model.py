@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from deltallava_jax.config.checks import require, require_at_least, require_positive
+from deltallava_jax.config.systems import ProjectorConfig, system_config
 
 
 @dataclass(frozen=True)
@@ -47,150 +48,6 @@ class VisionConfig:
     def mean_color(self) -> tuple[int, ...]:
         """The mean as an 8-bit colour, truncated: what padded images are filled with."""
         return tuple(int(mean * 255) for mean in self.image_mean)
-
-
-ABLATIONS = ("none", "no_emhsa", "no_delta", "no_tb")
-
-# What ProjectorConfig leaves open: the settings of most systems, and those in which a publication differs from them.
-USUAL = dict(scale_factor=2, select_layer=-2, head_dim=128, mlp_width=4096)
-PUBLISHED = {
-    "m3": dict(scale_factor=(1, 2, 4, 8, 24)),
-    "mqt": dict(head_dim=64),
-    "quecc": dict(scale_factor=4),
-    "honeybee_c": dict(select_layer=-1),
-    "honeybee_d": dict(select_layer=-1, mlp_width=1024),
-}
-
-
-def published(name: str, grid: int) -> dict:
-    """{field: value} of the settings that ``ProjectorConfig(name)`` has on a grid if they are not given.
-
-    Of several scale factors those that divide the grid."""
-    settings = USUAL | PUBLISHED.get(name, {})
-    if isinstance(settings["scale_factor"], tuple) and grid > 0:
-        settings["scale_factor"] = tuple(s for s in settings["scale_factor"] if grid % s == 0)
-    return settings
-
-
-@dataclass(frozen=True)
-class ProjectorConfig:
-    """How patches become visual tokens. Fields that a system does not use are ignored by it.
-
-    A field that is None takes the system's published setting (``published``).
-    ``scale_factor`` s gives (grid/s)^2 tokens an image; a tuple makes the model elastic: a budget is drawn each step.
-    ``levels`` are hidden-state indices of the tower (index i is the output of layer i); empty means the release's
-    relative depths, 12, 16, 22 and 23 of 24. ``select_layer`` is the hidden state of the query features, from the end.
-    """
-
-    name: str = "delta"
-    grid: int = 24
-    scale_factor: int | tuple[int, ...] | None = None
-    in_width: int = 1024
-    out_width: int = 4096
-    embed_width: int = 0  # 0: in_width
-    select_layer: int | None = None
-    levels: tuple[int, ...] = ()
-    level_count: int = 4
-    head_dim: int | None = None
-    block_head_dim: int = 32
-    rank: int = 16
-    mix_ratio: float = 0.75
-    drop_path: float = 0.1
-    initializer_range: float = 0.02  # standard deviation of fresh Linear weights; small widths want more
-    reduction: int = 1  # EMHSA's spatial reduction sr
-    window: int = 1  # paper variant: query windows of window x window
-    mlp_width: int | None = None  # paper variant: hidden width of equation 11; honeybee_d: of its layers
-    variant: str = "release"
-    ablation: str = "none"
-    queries: int = 256  # mqt, resampler: learned queries
-    tokens: tuple[int, ...] = ()  # mqt, fastervlm: the budgets; prumerge: (the most,); empty: as published
-    keep_ratio: float | None = None  # share of the patches kept: prumerge (0: by outliers of each image; published
-    # 0.125), evit and dynamicvit (in each stage; published 0.7)
-    prune_layers: tuple[int, ...] = (6, 12, 18)  # evit, dynamicvit: the tower's layers, from 0, that drop patches
-    fuse: bool = True  # evit: the dropped patches become one token
-    reproduce_duplicates: bool = False  # prumerge_plus: the original's doubled and lost positions
-    text_width: int = 0  # quecc: width of the question's hidden state; 0: out_width
-    question_length: int = 64  # quecc: tokens of a question that are read, BOS first; a longer one is cut, and said
-    depth: int = 0  # honeybee: blocks or layers; 0: as published, 3 and 6
-    closing: bool = False  # resampler: Qwen-VL's LayerNorm and output matrix behind it
-
-    def __post_init__(self):
-        for name, value in published(self.name, self.grid).items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        require_at_least(1, "projector", self, "grid", "in_width", "out_width", "level_count", "rank", "mlp_width")
-        require_at_least(
-            1, "projector", self, "head_dim", "block_head_dim", "window", "reduction", "queries", "question_length"
-        )
-        require_at_least(0, "projector", self, "embed_width", "text_width", "depth")
-        require_positive("projector", self, "initializer_range")
-        require(self.select_layer < 0, f"projector.select_layer={self.select_layer}; expected -1, the last, or below")
-        for name, least in (("levels", 0), ("prune_layers", 0), ("tokens", 1)):
-            values = getattr(self, name)
-            require(min(values, default=least) >= least, f"projector.{name}={values}; expected {least} or more")
-        require(0 <= self.drop_path < 1, f"projector.drop_path={self.drop_path}; expected 0 to below 1")
-        require(0 <= (self.keep_ratio or 0) <= 1, f"projector.keep_ratio={self.keep_ratio}; expected 0 to 1")
-        require(0 < self.mix_ratio < 1, f"projector.mix_ratio={self.mix_ratio}; expected between 0 and 1")
-        require(
-            list(self.prune_layers) == sorted(set(self.prune_layers)),
-            f"projector.prune_layers={self.prune_layers}; expected ascending layers, e.g. (6, 12, 18)",
-        )
-        for name, known in (("variant", ("release", "paper")), ("ablation", ABLATIONS)):
-            value = getattr(self, name)
-            require(value in known, f"projector.{name} is {value!r}; known: {', '.join(known)}")
-        require(
-            not self.levels or len(self.levels) == self.level_count,
-            f"projector.levels has {len(self.levels)} entries; projector.level_count is {self.level_count}",
-        )
-        if self.name == "delta":
-            self.check_scale()
-            self._check_delta()
-
-    def check_scale(self) -> None:
-        """ConfigError with the valid values unless every scale factor divides the grid."""
-        divisors = [s for s in range(1, self.grid + 1) if self.grid % s == 0]
-        valid = f"valid values: {', '.join(map(str, divisors))}"
-        require(self.scale_factors != (), f"projector.scale_factor is empty; {valid}")
-        for s in self.scale_factors:
-            require(
-                s in divisors,
-                f"projector.scale_factor={s} does not divide the {self.grid}x{self.grid} patch grid; {valid}",
-            )
-
-    def _check_delta(self):
-        width, paper = self.width, self.variant == "paper"
-        for name, of in (("head_dim", width), ("block_head_dim", width), ("block_head_dim", self.in_width)):
-            value = getattr(self, name)
-            require(of % value == 0, f"projector.{name}={value} does not divide the projector's width {of}")
-        require(
-            width >= 2 * self.block_head_dim,
-            f"projector.block_head_dim={self.block_head_dim}; the block's two branches need two heads in width {width}",
-        )
-        require(self.in_width % 4 == 0, f"projector.in_width={self.in_width}; the position table needs a multiple of 4")
-        require(
-            paper or width == self.in_width,
-            f"projector.embed_width={self.embed_width}; the release variant keeps in_width={self.in_width}",
-        )
-        require(
-            bool(self.levels) or self.level_count <= 4,
-            f"projector.level_count={self.level_count}; name the tower's layers in projector.levels",
-        )
-        for side in (self.grid // s for s in self.scale_factors):
-            require(
-                side % self.window == 0, f"projector.window={self.window} does not divide the {side}x{side} query grid"
-            )
-            require(
-                self.reduction <= side,
-                f"projector.reduction={self.reduction} leaves no keys of a {side}x{side} query grid",
-            )
-
-    @property
-    def width(self) -> int:
-        return self.embed_width or self.in_width
-
-    @property
-    def scale_factors(self) -> tuple[int, ...]:
-        return self.scale_factor if isinstance(self.scale_factor, tuple) else (self.scale_factor,)
 
 
 @dataclass(frozen=True)
@@ -284,7 +141,7 @@ class ModelConfig:
     ``dtype`` is the compute dtype; parameters that train stay float32."""
 
     vision: VisionConfig | None = field(default_factory=VisionConfig)
-    projector: ProjectorConfig | None = field(default_factory=ProjectorConfig)
+    projector: ProjectorConfig | None = field(default_factory=system_config)
     decoder: DecoderConfig | None = field(default_factory=DecoderConfig)
     fastv: FastVConfig | None = None
     dtype: str = "bfloat16"
@@ -302,18 +159,16 @@ class ModelConfig:
         if p and v:
             require(p.grid == v.grid, f"projector.grid={p.grid}, but the vision tower makes a {v.grid}x{v.grid} grid")
             require(p.in_width == v.width, f"projector.in_width={p.in_width}, but vision.width={v.width}")
-            require(
-                all(0 <= level <= v.layers for level in p.levels),
-                f"projector.levels={p.levels}; the tower has {v.layers} layers",
-            )
-            require(
-                -v.layers <= p.select_layer <= -1,
-                f"projector.select_layer={p.select_layer}; expected -{v.layers} to -1 for {v.layers} layers",
-            )
+            p.check_tower(v.layers)
         if d and self.fastv:
             require(self.fastv.layer < d.layers, f"fastv.layer={self.fastv.layer}; the decoder has {d.layers} layers")
         if p and d:
             require(p.out_width == d.width, f"projector.out_width={p.out_width}, but decoder.width={d.width}")
+
+    @property
+    def system(self) -> str:
+        """The name of the system that makes or selects the visual tokens."""
+        return "fastv" if self.fastv else self.projector.name
 
     @property
     def missing(self) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from deltallava_jax.config.checks import nearest
-from deltallava_jax.config.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from deltallava_jax.config.model import DecoderConfig, ModelConfig, VisionConfig
+from deltallava_jax.config.systems import system_config
 from deltallava_jax.errors import ConfigError
 
 PRESETS: dict[type, dict[str, dict]] = {
@@ -43,4 +44,4 @@ def preset(kind: type, name: str, **changes):
 def compose(vision: VisionConfig, decoder: DecoderConfig, projector: dict | None = None, **changes) -> ModelConfig:
     """A ModelConfig whose projector's grid and widths follow from the tower and the decoder."""
     fitted = dict(grid=vision.grid, in_width=vision.width, out_width=decoder.width)
-    return ModelConfig(vision, ProjectorConfig(**{**fitted, **(projector or {})}), decoder, **changes)
+    return ModelConfig(vision, system_config(**{**fitted, **(projector or {})}), decoder, **changes)

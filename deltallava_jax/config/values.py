@@ -14,12 +14,13 @@ import sys
 import traceback
 import types
 import typing
+import warnings
 from pathlib import Path
 
 from deltallava_jax.config.checks import nearest, require
-from deltallava_jax.config.model import ProjectorConfig, published
 from deltallava_jax.config.presets import preset
 from deltallava_jax.config.run import Config
+from deltallava_jax.config.systems import DEFAULT, ProjectorConfig, check_settings, owners, settings_of, system
 from deltallava_jax.errors import ConfigError, UserError
 
 
@@ -31,9 +32,16 @@ def to_dict(config) -> dict:
 def from_dict(kind: type, values: dict | str, where: str = ""):
     """Builds dataclass ``kind`` from a nested dict (or a preset's name), checking every key and type.
 
-    Raises ConfigError for an unknown key (with the nearest known one) or a value of another type."""
+    Raises ConfigError for an unknown key (with the nearest known one) or a value of another type. A projector's dict is
+    of its system's settings; None stands for the published value."""
     if isinstance(values, str):
         return preset(kind, values)
+    if kind is ProjectorConfig:
+        name = values.get("name", DEFAULT)
+        require(isinstance(name, str), f"config key '{where}name' expects str, got {_shown(name)}")
+        check_settings(name, values, where)
+        kind = system(name).Config
+        values = {key: value for key, value in values.items() if value is not None}
     hints = typing.get_type_hints(kind)
     arguments = {}
     for key, value in values.items():
@@ -52,7 +60,9 @@ def override(config, assignments: dict[str, str]):
 
     A projector with another name alone has the settings published with that name, where it had those of the old one."""
     values = to_dict(config)
-    for path, text in assignments.items():
+    first = sorted(assignments, key=lambda path: not path.endswith("projector.name"))  # that one first
+    for path in first:
+        text = assignments[path]
         node, kind, done = values, type(config), ""
         *parents, leaf = path.split(".")
         for key in parents:
@@ -66,12 +76,19 @@ def override(config, assignments: dict[str, str]):
                 node[key] = {}
             require(isinstance(node[key], dict), f"config section {done + key!r} is {node[key]!r}")
             node, kind, done = node[key], sections[key], f"{done}{key}."
+        if kind is ProjectorConfig:
+            if leaf == "name":
+                system(text)
+                values_of_new = _carried(node, text)
+                node.clear()
+                node.update(values_of_new)
+                continue
+            name = node.get("name", DEFAULT)
+            check_settings(name, {leaf: None}, done)
+            kind = system(name).Config
         hints = typing.get_type_hints(kind)
         if leaf not in hints:
             raise ConfigError(f"unknown config key {path!r}{nearest(leaf, hints)}")
-        if kind is ProjectorConfig and leaf == "name":
-            given = {key.removeprefix(done) for key in assignments}
-            node.update({key: None for key in _as_published(node) if key not in given})
         node[leaf] = text if hints[leaf] is str else parse_value(text)
     return from_dict(type(config), values)
 
@@ -80,15 +97,38 @@ def renamed(config: ProjectorConfig, settings: dict) -> ProjectorConfig:
     """The projector with other settings, by field; with another name as ``override`` makes it. Raises ConfigError."""
     values = to_dict(config)
     if "name" in settings:
-        values |= dict.fromkeys(_as_published(values))
+        values = _carried(values, settings["name"])
     return from_dict(ProjectorConfig, values | settings, "projector.")
 
 
-def _as_published(values: dict) -> list[str]:
-    """The fields of a projector's dict that hold what is published with its name."""
+def _carried(values: dict, name: str) -> dict:
+    """A projector's dict under another system's name: what both have, unless it is published with the old."""
+    old = system(values.get("name", DEFAULT)).Config
     plain = lambda value: tuple(value) if isinstance(value, list) else value
-    known = published(values["name"], values["grid"])
-    return [key for key, value in known.items() if plain(values.get(key)) == value]
+    published = old.published(values.get("grid", 0))
+    sizes = ("grid", "in_width", "out_width")
+    own = {key: value for key, value in values.items() if key in sizes or plain(value) != published.get(key)}
+    return settings_of(name, own) | {"name": name}
+
+
+def drop_foreign(values: dict, where: str) -> dict:
+    """A projector's dict as earlier versions wrote it, with the settings of every system, without those of the others.
+
+    What of them was set to something else than those systems' default is said once. where: the file, for that line."""
+    name = values.get("name", DEFAULT)
+    own = settings_of(name, values)
+    foreign = {key: owners(key) for key in values if key not in own}
+    lost = [key for key, systems in foreign.items() if systems and not _is_default(key, values[key], systems)]
+    if lost:
+        listed = ", ".join(f"{key}={_shown(values[key])} ({', '.join(foreign[key])})" for key in lost)
+        warnings.warn(f"{where}: {name} does not have these settings of other systems: {listed}", stacklevel=2)
+    return {key: value for key, value in values.items() if not foreign.get(key)}
+
+
+def _is_default(key: str, value, systems: list[str]) -> bool:
+    """Whether one of the systems has the value by default, or it stands for that."""
+    plain = tuple(value) if isinstance(value, list) else value
+    return value is None or any(plain == system(name).Config.__dataclass_fields__[key].default for name in systems)
 
 
 def workdir_config(workdir: Path) -> Config:
@@ -96,7 +136,11 @@ def workdir_config(workdir: Path) -> Config:
     path = workdir / "config.json"
     if not path.is_file():
         raise ConfigError(f"{workdir} holds no config.json; expected a --workdir of train.py")
-    return from_dict(Config, read_json(path))
+    values = read_json(path)
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(model.get("projector"), dict):
+        model["projector"] = drop_foreign(model["projector"], str(path))
+    return from_dict(Config, values)
 
 
 def read_json(path: Path) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deltallava_jax.convert.read import Pretrained, read_json
 from deltallava_jax.data.conversation import TEMPLATES
-from deltallava_jax.models import projectors
+from deltallava_jax.models import systems
 from deltallava_jax.workdir import Workdir
 
 FOR_TRANSFORMERS = """\
@@ -68,7 +68,7 @@ def _code(model: Pretrained, folder: Path, name: str) -> str:
             'answer = model.generate(**inputs, max_new_tokens=32)[0, inputs["input_ids"].shape[1] :]  # the new tokens'
         )
         return FOR_TRANSFORMERS.format(name=json.dumps(name), trust="", generate=generate)
-    budgets = projectors.budgets(model.cfg.projector)
+    budgets = systems.budgets(model.cfg.projector)
     generate = f"budget = {budgets[0]}  # visual tokens an image, of {', '.join(map(str, budgets))}\n"
     generate += "answer = model.generate(**inputs, budget=budget, max_new_tokens=32)[0]"
     return FOR_TRANSFORMERS.format(name=json.dumps(name), trust=", trust_remote_code=True", generate=generate)

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from deltallava_jax.config import DecoderConfig, ModelConfig, VisionConfig, preset, to_dict
+from deltallava_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, preset, to_dict
 from deltallava_jax.convert.families import decoder_family, tower_family
 from deltallava_jax.convert.folder import write_json
 from deltallava_jax.convert.processor import (
@@ -22,9 +22,10 @@ from deltallava_jax.convert.processor import (
 from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, Layout, Pretrained, read_json
 from deltallava_jax.convert.shards import SHARD_BYTES, write_weights
 from deltallava_jax.errors import ConversionError
-from deltallava_jax.models import projectors
+from deltallava_jax.models import systems
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten, unflatten
+from deltallava_jax.models.systems.base import ScaleConfig
 from deltallava_jax.models.vision import check_needs
 
 HF = Layout("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.", True)
@@ -65,7 +66,7 @@ def write_hf(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES) ->
 
 
 def _write_whole_hf(model: Pretrained, folder: Path, shard_bytes: int) -> None:
-    cfg, plain = model.cfg, model.cfg.projector.name == "mlp"
+    cfg, plain = model.cfg, systems.system(model.cfg.projector).is_llava
     if _hf_kind(model.hf) == "llava" and unchanged(model):
         _write(model, folder, model.layout, model.hf, shard_bytes)
     else:
@@ -85,14 +86,14 @@ def _write_whole_hf(model: Pretrained, folder: Path, shard_bytes: int) -> None:
     if not plain:
         for file in (*TORCH_MODULES.glob("*_deltallava.py"), TORCH_MODULES / "projector_parts.py"):
             shutil.copy(file, folder)
-        shutil.copy(projector_code(cfg.projector.name), folder / "projector.py")
+        shutil.copy(projector_code(cfg.projector), folder / "projector.py")
 
 
-def projector_code(name: str) -> Path:
-    """The PyTorch code of a projector. Raises ConversionError if there is none."""
-    file = TORCH_MODULES / f"projector_{name.removesuffix('_plus')}.py"
+def projector_code(cfg: ProjectorConfig) -> Path:
+    """The PyTorch code of a system. Raises ConversionError if there is none."""
+    file = TORCH_MODULES / systems.system(cfg).torch_code
     if not file.is_file():
-        raise ConversionError(f"--to hf: there is no PyTorch code for the {name} projector")
+        raise ConversionError(f"--to hf: there is no PyTorch code for the {cfg.name} projector")
     return file
 
 
@@ -135,16 +136,17 @@ def write_llava(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES)
             "architectures": ["LlavaQwenForCausalLM" if qwen else "LlavaLlamaForCausalLM"],
             "mm_vision_tower": tower,
             "mm_hidden_size": cfg.vision.width,
-            "mm_projector_type": "mlp2x_gelu" if cfg.projector.name == "mlp" else cfg.projector.name,
+            "mm_projector_type": "mlp2x_gelu" if systems.system(cfg.projector).is_llava else cfg.projector.name,
             "mm_vision_select_layer": cfg.projector.select_layer,
             "mm_vision_select_feature": "patch",
             "mm_use_im_start_end": False,
             "mm_use_im_patch_token": False,
             "image_aspect_ratio": model.aspect,
-            "scale_factor": cfg.projector.scale_factors[0],
             PROJECTOR_KEY: to_dict(cfg.projector),
         }
     )
+    if isinstance(cfg.projector, ScaleConfig):
+        config["scale_factor"] = cfg.projector.scale_factors[0]
     _write(model, folder, LLAVA, config, shard_bytes)
     write_chat_template(model, folder)
     write_prompting(model, folder)
@@ -191,12 +193,12 @@ def _llava_config(model: Pretrained, image_token: int, plain: bool) -> dict:
             "projector_hidden_act": "gelu",
             "image_seq_length": cfg.projector.grid**2,
         }
-    needs = projectors.needs(cfg.projector, cfg.vision.layers)
+    needs = systems.needs(cfg.projector, cfg.vision.layers)
     check_needs(cfg.vision, needs)
     return config | {
         PROJECTOR_KEY: to_dict(cfg.projector),
         "select": {**to_dict(needs), "drop_cls": cfg.vision.family == "clip"},
-        "budgets": list(projectors.budgets(cfg.projector)),
+        "budgets": list(systems.budgets(cfg.projector)),
         "auto_map": {
             "AutoConfig": "configuration_deltallava.DeltaLlavaConfig",
             "AutoModel": "modeling_deltallava.DeltaLlavaForConditionalGeneration",

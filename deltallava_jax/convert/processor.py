@@ -10,7 +10,7 @@ from deltallava_jax.convert.read import Pretrained, read_json
 from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import IMAGE as IMAGE_TOKEN
 from deltallava_jax.data.conversation import TEMPLATES, end_id
-from deltallava_jax.models import projectors
+from deltallava_jax.models import systems
 
 
 def with_image_token(model: Pretrained):
@@ -48,7 +48,7 @@ def write_processor(model: Pretrained, folder: Path, plain: bool) -> None:
     if not plain:
         code = "processing_deltallava.DeltaLlavaProcessor"
         processor = {"processor_class": "DeltaLlavaProcessor", "auto_map": {"AutoProcessor": code}}
-        if projectors.reads_question(model.cfg.projector):
+        if systems.reads_question(model.cfg.projector):
             processor["question_end"] = TEMPLATES[model.template].question_end
     write_json(folder / "preprocessor_config.json", pixels)
     write_json(folder / "processor_config.json", processor)

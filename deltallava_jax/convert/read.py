@@ -13,13 +13,24 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from deltallava_jax import config
-from deltallava_jax.config import ASPECTS, ModelConfig, ProjectorConfig, VisionConfig, from_dict, preset, renamed
+from deltallava_jax.config import (
+    ASPECTS,
+    ModelConfig,
+    ProjectorConfig,
+    VisionConfig,
+    drop_foreign,
+    from_dict,
+    preset,
+    renamed,
+    settings_of,
+    system_config,
+)
 from deltallava_jax.convert.arrays import load_array, unstacked_arrays
 from deltallava_jax.convert.chat_template import FALLBACK, template_of
 from deltallava_jax.convert.families import DECODERS, PAIRS, TOWERS, decoder_family, refuse, tower_family
 from deltallava_jax.convert.tensors import Tensor, equal, find
 from deltallava_jax.errors import ConfigError, ConversionError
-from deltallava_jax.models import projectors, vlm
+from deltallava_jax.models import systems, vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import Entry, check, flatten, linear, prefixed, unflatten
 from deltallava_jax.models.vision import check_needs
@@ -54,10 +65,10 @@ class Layout:
         if cfg.vision:
             table += prefixed(tower_family(cfg.vision).table(cfg.vision), self.vision, "vision/")
         if cfg.projector:
-            if cfg.projector.name == "mlp" and self.hf_projector:
+            if systems.system(cfg.projector).is_llava and self.hf_projector:
                 names = linear("linear_1", "up") + linear("linear_2", "down")
             else:
-                names = projectors.name_table(cfg.projector)
+                names = systems.name_table(cfg.projector)
             table += prefixed(names, self.projector, "projector/")
         if cfg.decoder:
             family = decoder_family(cfg.decoder)
@@ -104,14 +115,14 @@ class Pretrained:
 def fits(cfg: ProjectorConfig, params: Params) -> None:
     """Raises WeightMismatch with both sides where parameters are not those of a projector's config."""
     table = lambda tree: {f"projector/{path}": tuple(leaf.shape) for path, leaf in flatten(tree).items()}
-    ours, theirs = table(jax.eval_shape(lambda: projectors.init_params(cfg, jax.random.key(0)))), table(params)
+    ours, theirs = table(jax.eval_shape(lambda: systems.init_params(cfg, jax.random.key(0)))), table(params)
     check([Entry(path, path) for path in ours], theirs, ours)
 
 
 def check_tower(cfg: ModelConfig) -> None:
     """ConfigError where a model's tower has not what its projector reads: a layer, the CLS token's attention."""
     if cfg.vision and cfg.projector:
-        check_needs(cfg.vision, projectors.needs(cfg.projector, cfg.vision.layers))
+        check_needs(cfg.vision, systems.needs(cfg.projector, cfg.vision.layers))
 
 
 def read(
@@ -168,7 +179,7 @@ def read_projector(path: Path, dtype: str | None = None) -> Pretrained:
     file = (path if path.is_dir() else path.parent) / "config.json"
     found = _layout(tensors)
     if found.projector is None:
-        raise ConversionError(f"{path} holds no projector; known systems: {', '.join(projectors.SYSTEMS)}")
+        raise ConversionError(f"{path} holds no projector; known systems: {', '.join(systems.SYSTEMS)}")
     layout = Layout(projector=found.projector, hf_projector=found.hf_projector)
     cfg = ModelConfig(
         None, _projector_config(read_json(file) if file.is_file() else {}, layout, tensors, None, 0), None
@@ -202,7 +213,7 @@ def _layout(tensors: dict[str, Tensor]) -> Layout:
         return next((name.removesuffix(end) for end in endings for name in tensors if name.endswith(end)), None)
 
     projector = None
-    for marker in ("multi_modal_projector.", "mm_projector.", *projectors.PREFIXES):
+    for marker in ("multi_modal_projector.", "mm_projector.", *systems.prefixes()):
         found = next((name for name in tensors if marker in name), None)
         if found is not None:
             projector = found[: found.index(marker) + len(marker)]
@@ -324,16 +335,17 @@ def _projector_config(
     if layout.hf_projector:
         shapes = {name.replace("linear_1.", "0.").replace("linear_2.", "2."): shape for name, shape in shapes.items()}
     if PROJECTOR_KEY in hf:
-        return from_dict(ProjectorConfig, hf[PROJECTOR_KEY], f"{PROJECTOR_KEY}.")
-    settings = projectors.infer(shapes)
+        values = drop_foreign(hf[PROJECTOR_KEY], PROJECTOR_KEY)
+        return from_dict(ProjectorConfig, values, f"{PROJECTOR_KEY}.")
+    settings = systems.infer(shapes)
     if settings is None:
         listed = ", ".join(list(shapes)[:4]) or "none"
         raise ConversionError(f"the projector is of no known system; its tensors: {listed}, ...")
     if vision is not None:
         settings |= {"grid": vision.grid, "select_layer": select_layer}
     if "scale_factor" in hf:
-        settings["scale_factor"] = hf["scale_factor"]
-    return ProjectorConfig(**settings)
+        settings |= settings_of(settings["name"], {"scale_factor": hf["scale_factor"]})
+    return system_config(**settings)
 
 
 # ------------------------------------------------------------------ loading

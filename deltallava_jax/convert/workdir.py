@@ -19,7 +19,7 @@ from deltallava_jax.convert.shards import write_extra
 from deltallava_jax.convert.tensors import find
 from deltallava_jax.data import tokens
 from deltallava_jax.errors import ConversionError
-from deltallava_jax.models import projectors
+from deltallava_jax.models import systems
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.workdir import Workdir
 
@@ -92,8 +92,8 @@ def compose(
     projector: the name of a system, for fresh parameters, or a file or folder with trained ones. settings: fields of
     ProjectorConfig, e.g. scale_factor. Raises ConversionError, ConfigError, WeightMismatch."""
     dtype, trained = dtype_name(dtype), None
-    if projector not in projectors.SYSTEMS:
-        path, known = Path(projector), ", ".join(projectors.SYSTEMS)
+    if projector not in systems.SYSTEMS:
+        path, known = Path(projector), ", ".join(systems.SYSTEMS)
         if not path.exists():
             raise ConversionError(f"--projector {projector} is neither a file nor a folder; known systems: {known}")
         trained = open_model(path, dtype=dtype) if Workdir(path).exists else read_projector(path, dtype)
@@ -107,7 +107,7 @@ def compose(
     fitted = dict(grid=v.grid, in_width=v.width, out_width=d.width)
     if trained is None:
         projector_cfg = from_dict(ProjectorConfig, {"name": projector} | fitted | settings, "projector.")
-        weights = projectors.init_params(projector_cfg, jax.random.key(seed))
+        weights = systems.init_params(projector_cfg, jax.random.key(seed))
         weights = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), weights)
     else:
         own = trained.cfg.projector

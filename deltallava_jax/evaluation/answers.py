@@ -17,7 +17,7 @@ from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.inference.generate import Engine, bucket, prompt_batch
 from deltallava_jax.inference.model import Model
 from deltallava_jax.inference.sampling import Sampling
-from deltallava_jax.models import projectors
+from deltallava_jax.models import systems
 
 ROWS = 16  # questions a batch, where nothing is said
 Question = tuple[Sequence[Image.Image], str]  # images, which go before the text, and the text
@@ -34,7 +34,7 @@ class Answerer:
         model.cfg.require_whole("a benchmark")
         if model.tokenizer is None:
             raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
-        self.model, self.budget = model, projectors.check_budget(model.cfg.projector, budget)
+        self.model, self.budget = model, systems.check_budget(model.cfg.projector, budget)
         devices = jax.local_devices()
         self.rows = -(-rows // len(devices)) * len(devices)
         mesh = Mesh(np.array(devices), ("rows",))
@@ -71,7 +71,7 @@ class Answerer:
     ) -> list[str]:
         model, template = self.model, TEMPLATES[self.model.template]
         conversations = [asked([(text.replace(IMAGE, ""), None)], images) for text in questions]
-        read = projectors.question_length(model.cfg.projector)
+        read = systems.question_length(model.cfg.projector)
         prompts = [tokenize(each, template, model.tokenizer, question_length=read) for each in conversations]
         length = bucket(max(len(prompt.ids) for prompt in prompts))
         batch = jax.device_put(prompt_batch(prompts, length), self._split)

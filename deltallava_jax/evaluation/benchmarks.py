@@ -55,7 +55,7 @@ def run(
         scored = lmms.evaluate(asked, tasks, scratch, offline=options.offline, limit=options.limit)
         common = {
             "model": str(workdir),
-            "system": "fastv" if cfg.model.fastv else cfg.model.projector.name,
+            "system": cfg.model.system,
             "step": step,
             "budget": budget,
             "limit": options.limit,

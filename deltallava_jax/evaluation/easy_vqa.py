@@ -16,7 +16,7 @@ from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.generate import Engine, prompt_batch
 from deltallava_jax.inference.sampling import Sampling
-from deltallava_jax.models import projectors
+from deltallava_jax.models import systems
 from deltallava_jax.models.layers import Params
 from deltallava_jax.parallel import hosts
 from deltallava_jax.progress import progress_bar
@@ -45,7 +45,7 @@ def evaluate(
     began = time.monotonic()
     if control not in ("", *CONTROLS):
         raise ConfigError(f"control {control!r}; known: {', '.join(CONTROLS)}")
-    budget = projectors.check_budget(cfg.model.projector, budget)
+    budget = systems.check_budget(cfg.model.projector, budget)
     questions = easy_vqa.questions("test")
     if limit and limit < len(questions):
         questions = [questions[i] for i in np.linspace(0, len(questions) - 1, limit).astype(int)]
@@ -54,11 +54,11 @@ def evaluate(
     images = sorted({q.image for q in questions})
     pixels = _pixels(cfg, images, control)
     place = {image: index for index, image in enumerate(images)}
-    asks = projectors.reads_question(cfg.model.projector)
+    asks = systems.reads_question(cfg.model.projector)
     engine, sampling = Engine(params, cfg.model), Sampling(max_new_tokens=cfg.evaluation.max_new_tokens)
     visual, valid = (None, None) if asks else _encode(engine, pixels, budget)
     template = TEMPLATES[cfg.data.template]
-    read = projectors.question_length(cfg.model.projector)
+    read = systems.question_length(cfg.model.projector)
     prompts = [tokenize(asked([(q.question, None)], 1), template, tokenizer, question_length=read) for q in questions]
     length = max(len(prompt.ids) for prompt in prompts)
     size = min(cfg.evaluation.batch_size, len(questions))

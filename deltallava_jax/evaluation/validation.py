@@ -8,7 +8,7 @@ from deltallava_jax.config import Config
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.evaluation import TASKS
-from deltallava_jax.models import projectors
+from deltallava_jax.models import systems
 from deltallava_jax.models.layers import Params
 from deltallava_jax.training.metrics import Metrics
 
@@ -24,7 +24,7 @@ def validation(cfg: Config, tokenizer: Tokenizer) -> Callable[[Params, Metrics, 
 
     def evaluate(params: Params, metrics: Metrics, step: int) -> float:
         accuracies = []
-        for budget in projectors.budgets(cfg.model.projector):
+        for budget in systems.budgets(cfg.model.projector):
             report = TASKS[cfg.data.dataset](
                 params, cfg, tokenizer, budget=budget, limit=cfg.evaluation.limit, progress=False
             )

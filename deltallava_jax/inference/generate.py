@@ -19,7 +19,7 @@ from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference import slots as device
 from deltallava_jax.inference.sampling import GREEDY, Sampling, controls
 from deltallava_jax.inference.slots import CHUNK, Slots
-from deltallava_jax.models import decoder, projectors
+from deltallava_jax.models import decoder, systems
 from deltallava_jax.models.layers import Params
 from deltallava_jax.sequence import Batch
 
@@ -79,7 +79,7 @@ class Engine:
             _check_places(prompts, len(images))
         if not len(images):
             return np.zeros((0, 1, self.cfg.decoder.width), self.cfg.dtype), None
-        asked = prompts if projectors.reads_question(self.cfg.projector) else None
+        asked = prompts if systems.reads_question(self.cfg.projector) else None
         return device.encode(self.params, self.cfg, images, asked, budget=budget)
 
     def budget(self, asked: int | None) -> int:
@@ -90,7 +90,7 @@ class Engine:
             raise ConfigError(f"budget={reprlib.repr(asked)}; expected a whole number of visual tokens an image")
         if self.cfg.whole:
             try:
-                return projectors.check_budget(self.cfg.projector, asked)
+                return systems.check_budget(self.cfg.projector, asked)
             except ConfigError as error:
                 raise ConfigError(f"budget: {error}") from error
         if asked is not None:

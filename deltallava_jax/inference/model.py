@@ -30,7 +30,7 @@ from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.generate import Answer, Engine, Text, bucket, halted, prompt_batch
 from deltallava_jax.inference.sampling import Sampling
-from deltallava_jax.models import projectors
+from deltallava_jax.models import systems
 from deltallava_jax.models.layers import Params
 
 Picture = str | Path | bytes | np.ndarray | Image.Image  # a file, its bytes, pixels uint8 [H, W, 3], or opened
@@ -59,7 +59,7 @@ class Model:
         ]
         tokens = "none"
         if self.cfg.projector:
-            tokens = ", ".join(map(str, projectors.budgets(self.cfg.projector))) + f" ({self.aspect} images)"
+            tokens = ", ".join(map(str, systems.budgets(self.cfg.projector))) + f" ({self.aspect} images)"
         words = "none" if self.tokenizer is None else f"{self.tokenizer.vocab_size:,} tokens"
         return (
             f"Model of {', '.join(parts)} parameters, computing in {self.cfg.dtype}\n"
@@ -158,7 +158,7 @@ class Model:
         if conversation.images and not self.cfg.whole:
             raise ConfigError("the model has no vision tower, so it cannot read images")
         if self.template is not None:
-            length, template = projectors.question_length(self.cfg.projector), TEMPLATES[self.template]
+            length, template = systems.question_length(self.cfg.projector), TEMPLATES[self.template]
             tokenized = tokenize(
                 conversation, template, self.tokenizer, continues=continues, question_length=length
             )  # fmt: skip

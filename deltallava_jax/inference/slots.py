@@ -16,9 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from deltallava_jax.config import ModelConfig
 from deltallava_jax.inference.sampling import Controls, choose
-from deltallava_jax.models import decoder, vlm
+from deltallava_jax.models import decoder, fastv, vlm
 from deltallava_jax.models.layers import Params
-from deltallava_jax.models.selection import fastv
 from deltallava_jax.sequence import Batch, Layout, layout, text_layout
 
 CHUNK = 16  # tokens a row that one call of ``decode`` can give

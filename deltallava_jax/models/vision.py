@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from deltallava_jax.arrays import Array
 from deltallava_jax.config import VisionConfig
@@ -55,6 +56,7 @@ class VisionFeatures:
 
     last: [n, N, C]; levels: [n, N, L * C], several layers concatenated on channels, or None;
     cls_attention: [n, N] or None; keys: [n, N, C] or None. Of a tower that is pruned N is what is left of the patches.
+    places: [n, N], of a pruned tower: the patch that each one was, N of the whole tower for a token of many; else None.
     kept: [n, N], 1 for a patch that is kept and 0 for one that is masked out, where a pruned tower trains; else None.
     penalty: what pruning adds to the loss."""
 
@@ -62,6 +64,7 @@ class VisionFeatures:
     levels: Float[Array, "n N LC"] | None = None
     cls_attention: Float[Array, "n N"] | None = None
     keys: Float[Array, "n N C"] | None = None
+    places: Int[Array, "n N"] | None = None
     kept: Float[Array, "n N"] | None = None
     penalty: Float[Array, ""] | float = 0.0
     grid: tuple[int, int] = field(default=(24, 24), metadata={"static": True})
@@ -189,9 +192,21 @@ def run(
         return jax.lax.scan(body, hidden, stack)[0]
 
 
-# (stage, layer, its input [n, 1 + N, C], ``kept`` so far, None before the first stage)
-#   -> (its output, with CLS and as many patches as are left, ``kept``, what is added to the loss)
-Prune = Callable[[int, Layer, Array, Array | None], tuple[Array, Array | None, Array | float]]
+class Stage(NamedTuple):
+    """What a system did in a layer that it ran itself.
+
+    stay: which of the patches before are left, and their number for a token of many; None: all are.
+    kept: how much each patch counts as a key in the layers after, where none goes while training.
+    penalty: what is added to the loss."""
+
+    stay: Int[Array, "n P"] | None = None
+    kept: Float[Array, "n P"] | None = None
+    penalty: Float[Array, ""] | float = 0.0
+
+
+# (stage, layer, its input [n, 1 + N, C], ``kept`` so far, None before the first stage) -> (its output, with CLS and as
+# many patches as are left, what was done)
+Prune = Callable[[int, Layer, Array, Array | None], tuple[Array, Stage]]
 
 
 def check_needs(cfg: VisionConfig, needs: Needs) -> None:
@@ -219,7 +234,10 @@ def encode(
     skip = 1 if cfg.family == "clip" else 0
     before = {layer - 1 for layer in (needs.keys, (needs.cls_attention or (None,))[0]) if layer is not None}
     wanted = {needs.last, *needs.levels} | before
-    states, at, kept, penalty = {}, 0, None, 0.0
+    states, at = {}, 0
+    kept, penalty, places = None, 0.0, None
+    if needs.pruned:
+        places = jnp.broadcast_to(jnp.arange(cfg.grid**2), (hidden.shape[0], cfg.grid**2))
     layer = lambda index: bind(Layer, cfg, jax.tree.map(lambda x: x[index - 1], params["layers"]))
     for stop in sorted(wanted | set(needs.pruned)):
         if stop > at:
@@ -228,10 +246,13 @@ def encode(
             states[stop] = hidden
         if stop in needs.pruned:
             with jax.named_scope(f"tower_pruned_{stop}"):
-                hidden, kept, more = REMAT[remat](functools.partial(prune, needs.pruned.index(stop), layer(stop + 1)))(
-                    hidden, kept
-                )
-            at, penalty = stop + 1, penalty + more
+                body = REMAT[remat](functools.partial(prune, needs.pruned.index(stop), layer(stop + 1)))
+                hidden, done = body(hidden, kept)
+            at = stop + 1
+            kept, penalty = done.kept, penalty + done.penalty
+            if done.stay is not None:
+                with_many = jnp.pad(places, ((0, 0), (0, 1)), constant_values=cfg.grid**2)
+                places = jnp.take_along_axis(with_many, done.stay, axis=1)
     patches = {index: state[:, skip:] for index, state in states.items()}
     cls_attention = keys = None
     if needs.cls_attention is not None:
@@ -244,6 +265,7 @@ def encode(
         levels=jnp.concatenate([patches[i] for i in needs.levels], axis=-1) if needs.levels else None,
         cls_attention=cls_attention,
         keys=keys,
+        places=places,
         kept=kept,
         penalty=penalty,
         grid=(cfg.grid, cfg.grid),

@@ -12,15 +12,14 @@ from jaxtyping import Bool, Float, UInt8
 from deltallava_jax.arrays import Array
 from deltallava_jax.config import ModelConfig
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.models import decoder, projectors, vision
+from deltallava_jax.models import decoder, llavolta, systems, vision
 from deltallava_jax.models.layers import Params, by_rows
-from deltallava_jax.models.selection import llavolta
 from deltallava_jax.sequence import Batch, Layout, layout, text_layout
 
 
 def init_params(cfg: ModelConfig, key: Array) -> Params:
     """{"vision", "projector", "decoder"}, as far as the model has them: nested dicts of float32 arrays."""
-    parts = {"vision": vision, "projector": projectors, "decoder": decoder}
+    parts = {"vision": vision, "projector": systems, "decoder": decoder}
     return {
         name: module.init_params(getattr(cfg, name), part_key)
         for (name, module), part_key in zip(parts.items(), jax.random.split(key, 3), strict=True)
@@ -44,19 +43,19 @@ def visual_tokens(
     batch: the rows whose image places the images fill, for systems that read each image's question.
     passes: the tower takes the images in so many parts, one after the other."""
     text = None
-    if projectors.reads_question(cfg.projector):
+    if systems.reads_question(cfg.projector):
         if batch is None or batch.questions is None:
             raise ValueError(
                 f"{cfg.projector.name} reads each image's question: the batch with its questions is needed"
             )
         text = question_states(params, cfg, batch)
-    needs = projectors.needs(cfg.projector, cfg.vision.layers)
-    prune = projectors.pruning(params["projector"], cfg.projector, key)
+    needs = systems.needs(cfg.projector, cfg.vision.layers)
+    prune = systems.pruning(params["projector"], cfg.projector, key)
     encode = lambda images: vision.encode(
         params["vision"], cfg.vision, images, needs, prune=prune, dtype=cfg.dtype, remat=cfg.remat
     )
     features = encode(images) if passes == 1 or needs.pruned else in_passes(encode, images, passes)
-    visual, valid = projectors.project_valid(params["projector"], cfg.projector, features, text, budget=budget, key=key)
+    visual, valid = systems.project_valid(params["projector"], cfg.projector, features, text, budget=budget, key=key)
     return by_rows(visual), valid, features.penalty
 
 
@@ -106,7 +105,7 @@ def hidden_states(
     """Final hidden states (normed) of every slot, the layout of the slots, and what a pruned tower adds to the loss.
 
     pooling: (stride, layer) of LLaVolta, for systems whose tokens are all there."""
-    budget = projectors.check_budget(cfg.projector, budget) if cfg.projector else 1
+    budget = systems.check_budget(cfg.projector, budget) if cfg.projector else 1
     B, I = batch.image_positions.shape
     if I:
         images = batch.images.reshape(B * I, *batch.images.shape[2:])

@@ -16,9 +16,9 @@ from deltallava_jax.config import Config
 from deltallava_jax.data.packing import Plan
 from deltallava_jax.data.pipeline import Element, Rows, elements
 from deltallava_jax.errors import NonFiniteLoss
+from deltallava_jax.models import llavolta
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten
-from deltallava_jax.models.selection import llavolta
 from deltallava_jax.parallel import hosts
 from deltallava_jax.parallel.mesh import held_rows, put_rows
 from deltallava_jax.sequence import Batch

@@ -13,9 +13,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from deltallava_jax.config import Config
-from deltallava_jax.models import projectors, vlm
+from deltallava_jax.models import llavolta, systems, vlm
 from deltallava_jax.models.layers import Params
-from deltallava_jax.models.selection import llavolta
 from deltallava_jax.parallel import rules
 from deltallava_jax.parallel.mesh import ROWS, compiler_options
 from deltallava_jax.sequence import Batch
@@ -80,7 +79,7 @@ def gradients(
     The batch is taken in ``optimizer.accumulation`` microbatches: summed losses and gradients are added up and divided
     once by the supervised tokens of the whole batch, so that the result does not depend on the number of parts."""
     parts = cfg.optimizer.accumulation
-    budgets = projectors.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
+    budgets = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
 
     def part_loss(trained, part, key):
         params = join(trained, frozen)
@@ -108,7 +107,7 @@ def batch_shapes(cfg: Config, mesh: Mesh, text: int, images: int) -> Batch:
     """The global batch as shapes with their sharding: T text tokens and I image places a row."""
     make = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, ROWS))
     rows, size, branches = cfg.data.rows, cfg.model.vision.image_size, cfg.data.independent_rounds
-    question = projectors.question_length(cfg.model.projector)
+    question = systems.question_length(cfg.model.projector)
     return Batch.shapes(rows, text, images, size, question=question, branches=branches, make=make)
 
 
@@ -138,7 +137,7 @@ class TrainStep:
     def compile(self, batch: Batch, budget: int, pooling: llavolta.Pooling | None = None) -> jax.stages.Compiled:
         """The program for batches like ``batch``."""
         if not batch.image_positions.shape[1]:  # without images all budgets are one program
-            budget, pooling = projectors.budgets(self.cfg.model.projector)[0], None
+            budget, pooling = systems.budgets(self.cfg.model.projector)[0], None
         signature = (budget, pooling, *batch.tokens.shape, batch.image_positions.shape[1])
         if signature not in self.compiled:
             lowered = self.trace(batch, budget, pooling).lower()

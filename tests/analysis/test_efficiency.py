@@ -11,10 +11,9 @@ import pytest
 from deltallava_jax import __main__ as door
 from deltallava_jax.analysis import efficiency
 from deltallava_jax.analysis.plan import unrolled
-from deltallava_jax.config import DecoderConfig, FastVConfig, ModelConfig, ProjectorConfig
+from deltallava_jax.config import DecoderConfig, FastVConfig, ModelConfig, settings_of, system_config
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.models import decoder
-from deltallava_jax.models.selection import fastv
+from deltallava_jax.models import decoder, fastv
 from deltallava_jax.sequence import text_layout
 from tests import tiny
 
@@ -110,17 +109,18 @@ def xla_layers(cfg, slots):
 def test_xla_counts_the_same_prefill(cfg):
     """From the difference of one and two layers, as XLA counts a loop's body once."""
     one, two = xla_layers(cfg, 68 + 16)
-    model = dataclasses.replace(DEFAULT, decoder=cfg, projector=ProjectorConfig(scale_factor=6, out_width=cfg.width))
+    model = dataclasses.replace(DEFAULT, decoder=cfg, projector=system_config(scale_factor=6, out_width=cfg.width))
     logits = 2 * cfg.width * cfg.vocab_size
     ours = efficiency.exact(model, 68, 0)["prefill"] - logits
     assert ours == pytest.approx(one + (cfg.layers - 1) * (two - one), rel=0.03)
 
 
-@pytest.mark.parametrize("name", efficiency.SYSTEMS)
+@pytest.mark.parametrize("name", efficiency.known())
 def test_every_system_is_counted(name):
     cfg = efficiency.with_system(SMALL, name)
-    cfg = dataclasses.replace(cfg, projector=dataclasses.replace(
-        cfg.projector, head_dim=16, block_head_dim=16, rank=4, prune_layers=(0,), question_length=8))  # fmt: skip
+    own = dict(head_dim=16, block_head_dim=16, rank=4, prune_layers=(0,), question_length=8)
+    own = settings_of(cfg.projector.name, own)
+    cfg = dataclasses.replace(cfg, projector=dataclasses.replace(cfg.projector, **own))
     budget = efficiency.budgets_of(cfg, (16, 4))[0]
     rows = by_convention(cfg, budget, 9, 2)
     assert {row["system"] for row in rows.values()} == {name} and rows["exact"]["budget"] == budget

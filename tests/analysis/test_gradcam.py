@@ -10,13 +10,13 @@ from PIL import Image
 
 from deltallava_jax import __main__ as door
 from deltallava_jax.analysis import gradcam
-from deltallava_jax.config import FastVConfig
+from deltallava_jax.config import FastVConfig, renamed, settings_of
 from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import TEMPLATES, asked, tokenize
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.model import Model
-from deltallava_jax.models import decoder, projectors, vision, vlm
-from deltallava_jax.models.selection import dynamicvit, fastervlm
+from deltallava_jax.models import decoder, vision, vlm
+from deltallava_jax.models.systems import dynamicvit, fastervlm
 from deltallava_jax.sequence import Batch
 from tests import tiny
 
@@ -30,8 +30,7 @@ def tokenizer():
 
 def make(tokenizer, **projector):
     cfg = tiny.get_config().model
-    settings = dict(name="mlp") | projector
-    cfg = dataclasses.replace(cfg, projector=dataclasses.replace(cfg.projector, **settings))
+    cfg = dataclasses.replace(cfg, projector=renamed(cfg.projector, dict(name="mlp") | projector))
     params = tiny.random_params(cfg)
     params["decoder"] = decoder.unstacked(params["decoder"], cfg.decoder)  # as ``load`` gives it
     return Model(cfg, params, tokenizer, "brief")
@@ -153,9 +152,9 @@ def test_prumerges_token_of_the_rest_has_no_place(tokenizer, name, settings):
         assert np.count_nonzero(found.grid) > found.budget - 4
 
 
-@pytest.mark.parametrize("name", ["delta", "mlp", "quecc", "honeybee_c"])
+@pytest.mark.parametrize("name", ["delta", "mlp", "quecc", "honeybee_c", "average_pooling"])
 def test_systems_on_a_grid(tokenizer, name):
-    model = make(tokenizer, name=name, scale_factor=2)
+    model = make(tokenizer, name=name, **settings_of(name, dict(scale_factor=2)))
     said = {} if name == "quecc" else dict(answer=ANSWER)  # once the model's own, which takes long to compile
     (found,) = gradcam.heat_maps(model, picture(), QUESTION, max_new_tokens=2, **said)
     side = 8 if name == "mlp" else 4
@@ -166,21 +165,9 @@ def test_systems_on_a_grid(tokenizer, name):
 @pytest.mark.parametrize("name", ["mqt", "resampler"])
 def test_tokens_without_a_place_are_refused(tokenizer, name):
     cfg = tiny.get_config().model
-    cfg = dataclasses.replace(cfg, projector=dataclasses.replace(cfg.projector, name=name))
-    with pytest.raises(ConfigError, match=f"no heat map: {name}'s tokens are learned queries"):
+    cfg = dataclasses.replace(cfg, projector=renamed(cfg.projector, {"name": name}))
+    with pytest.raises(ConfigError, match=f"no heat map: {name}'s tokens have no place"):
         gradcam.heat_maps(Model(cfg, {}, tokenizer), picture(), QUESTION)
-
-
-def test_of_a_system_that_is_not_known_nothing_is_claimed(monkeypatch):
-    monkeypatch.setitem(projectors.SYSTEMS, "mine", projectors.SYSTEMS["mlp"])
-    cfg = tiny.get_config().model
-    cfg = dataclasses.replace(cfg, projector=dataclasses.replace(cfg.projector, name="mine"))
-    with pytest.raises(ConfigError, match="no heat map: where in the image mine's tokens lie is not known"):
-        gradcam.check(cfg)
-
-
-def test_every_system_of_ours_is_known_to_have_places_or_none():
-    assert {*gradcam.ON_A_GRID, *gradcam.LEARNED, *gradcam.SELECTED} == set(projectors.SYSTEMS)
 
 
 def test_what_cannot_be_drawn_is_refused(tokenizer):

@@ -53,9 +53,9 @@ def chat_model(saved, tmp_path_factory):
     from checkpoints import chat_decoder
     from rows import random_params
 
-    from deltallava_jax.config import ProjectorConfig
+    from deltallava_jax.config import system_config
     from deltallava_jax.convert.workdir import compose
-    from deltallava_jax.models import projectors
+    from deltallava_jax.models import systems
 
     root = tmp_path_factory.mktemp("chat")
 
@@ -66,8 +66,8 @@ def chat_model(saved, tmp_path_factory):
         made = compose(saved("clip"), decoder, "mlp", {})
         sizes = {key: getattr(made.cfg.projector, key) for key in ("grid", "in_width", "out_width")}
         own = dict(scale_factor=(1, 2), head_dim=16, block_head_dim=8, rank=4) if projector == "delta" else {}
-        cfg = dataclasses.replace(made.cfg, projector=ProjectorConfig(name=projector, **sizes, **own))
-        drawn = random_params(projectors.init_params, cfg.projector)
+        cfg = dataclasses.replace(made.cfg, projector=system_config(name=projector, **sizes, **own))
+        drawn = random_params(systems.init_params, cfg.projector)
         return dataclasses.replace(made, cfg=cfg, params=made.params | {"projector": drawn})
 
     return lambda projector, bos="<s>": model(projector, bos)

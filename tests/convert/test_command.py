@@ -23,7 +23,7 @@ from deltallava_jax.config import workdir_config
 from deltallava_jax.convert import command as convert_command
 from deltallava_jax.convert.workdir import open_model
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.models import projectors
+from deltallava_jax.models import systems
 
 ROOT = Path(__file__).parents[2]
 
@@ -208,7 +208,7 @@ def test_the_seed_draws_a_fresh_projector(sources, tmp_path):
     parts = ["--vision", sources["clip"], "--decoder", sources["llama"], "--projector", "mlp"]
     convert(*parts, "--seed", 1, tmp_path / "made")
     model = deltallava_jax.load(tmp_path / "made")
-    zero, one = (projectors.init_params(model.cfg.projector, jax.random.key(seed)) for seed in (0, 1))
+    zero, one = (systems.init_params(model.cfg.projector, jax.random.key(seed)) for seed in (0, 1))
     assert_same_params(model.params["projector"], one)
     assert not np.array_equal(one["up"]["kernel"], zero["up"]["kernel"])
 

@@ -10,10 +10,10 @@ from checkpoints import pixels, rows_of, torch_pixels, torch_rows  # noqa: E402
 from rows import random_params  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
 
-from deltallava_jax.config import ProjectorConfig  # noqa: E402
+from deltallava_jax.config import system_config  # noqa: E402
 from deltallava_jax.convert.export import write_hf  # noqa: E402
 from deltallava_jax.convert.workdir import compose  # noqa: E402
-from deltallava_jax.models import projectors  # noqa: E402
+from deltallava_jax.models import systems  # noqa: E402
 
 SETTINGS = {
     "delta": dict(scale_factor=2, head_dim=16, block_head_dim=8, rank=4),
@@ -28,8 +28,8 @@ def folder(request, saved, tmp_path_factory):
     projector, decoder = request.param
     made = compose(saved(TOWERS[projector]), saved(decoder), "mlp", {})
     sizes = {key: getattr(made.cfg.projector, key) for key in ("grid", "in_width", "out_width")}
-    cfg = dataclasses.replace(made.cfg, projector=ProjectorConfig(name=projector, **sizes, **SETTINGS[projector]))
-    params = made.params | {"projector": random_params(projectors.init_params, cfg.projector)}
+    cfg = dataclasses.replace(made.cfg, projector=system_config(name=projector, **sizes, **SETTINGS[projector]))
+    params = made.params | {"projector": random_params(systems.init_params, cfg.projector)}
     folder = tmp_path_factory.mktemp("torch") / f"{projector}_{decoder}"
     folder.mkdir()
     write_hf(dataclasses.replace(made, cfg=cfg, params=params), folder)

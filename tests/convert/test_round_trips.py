@@ -16,11 +16,11 @@ import transformers  # noqa: E402
 from checkpoints import assert_same_bits, convert, copy_with, renamed, tensors, write_tensors  # noqa: E402
 from rows import random_params  # noqa: E402
 
-from deltallava_jax.config import ASPECTS, ProjectorConfig  # noqa: E402
+from deltallava_jax.config import ASPECTS, ProjectorConfig, system_config  # noqa: E402
 from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
 from deltallava_jax.convert.read import Pretrained, read  # noqa: E402
 from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir  # noqa: E402
-from deltallava_jax.models import projectors  # noqa: E402
+from deltallava_jax.models import systems  # noqa: E402
 from deltallava_jax.models.names import flatten  # noqa: E402
 
 COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
@@ -341,14 +341,14 @@ def test_llava_layout_without_the_tower(saved, opened, tmp_path):
 
 
 def delta_tensors(cfg: ProjectorConfig, dtype) -> dict[str, np.ndarray]:
-    named = projectors.to_torch(random_params(projectors.init_params, cfg), cfg)
+    named = systems.to_torch(random_params(systems.init_params, cfg), cfg)
     return {name: value.astype(dtype) for name, value in named.items()}
 
 
 def delta_config(**changes) -> ProjectorConfig:
     """The release's projector for the wide tower; its head widths of 128 and 32 are in no tensor's shape."""
     values = dict(grid=4, in_width=128, embed_width=128, out_width=checkpoints.WIDTH, rank=4, scale_factor=2)
-    return ProjectorConfig(**values | changes)
+    return system_config(**values | changes)
 
 
 def test_delta_llava_release_layout(saved, tmp_path):
@@ -360,7 +360,7 @@ def test_delta_llava_release_layout(saved, tmp_path):
     )
     model = read(source)
     assert model.cfg.projector == cfg
-    ours = projectors.to_torch(model.params["projector"], cfg)
+    ours = systems.to_torch(model.params["projector"], cfg)
     assert_same_bits(ours, named)
     work, back = folders(tmp_path, "work", "back")
     write_workdir(model, work, "work")
@@ -376,7 +376,7 @@ def delta_model(opened, variant: str, ablation: str) -> Pretrained:
         mlp_width=24,
     )  # fmt: skip
     model = opened("llava_wide", "float16")
-    params = model.params | {"projector": random_params(projectors.init_params, cfg)}
+    params = model.params | {"projector": random_params(systems.init_params, cfg)}
     return dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, projector=cfg), params=params)
 
 
@@ -411,17 +411,17 @@ def test_stage_1_projector_file(system, saved, opened, tmp_path):
     for path in [stage1 / "mm_projector.bin"] + [stage1] * (system == "mlp"):
         alone = read(path)
         assert (alone.cfg.vision, alone.cfg.decoder) == (None, None) and alone.cfg.projector.name == system
-        assert_same_bits(projectors.to_torch(alone.params["projector"], alone.cfg.projector), named)
+        assert_same_bits(systems.to_torch(alone.params["projector"], alone.cfg.projector), named)
 
     tower = tower_folder(saved("llava_wide", "float16"), tmp_path / "clip")
     settings = {"scale_factor": (1, 2)} if system == "delta" else {}
     model = compose(tower, saved("llama_grouped", "float16"), str(stage1 / "mm_projector.bin"), settings)
     assert model.cfg.whole and model.cfg.projector.grid == 4
-    assert_same_bits(projectors.to_torch(model.params["projector"], model.cfg.projector), named)
+    assert_same_bits(systems.to_torch(model.params["projector"], model.cfg.projector), named)
     assert_same_params(model.params["vision"], opened("llava_wide", "float16").params["vision"])
     assert_same_params(model.params["decoder"], opened("llama_grouped", "float16").params["decoder"])
     if system == "delta":
-        assert projectors.budgets(model.cfg.projector) == (16, 4)
+        assert systems.budgets(model.cfg.projector) == (16, 4)
 
 
 def test_the_export_says_the_dtype_that_was_asked_for(saved, tmp_path):

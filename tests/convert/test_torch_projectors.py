@@ -11,11 +11,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from deltallava_jax.config import ABLATIONS, ProjectorConfig, to_dict  # noqa: E402
+from deltallava_jax.config import settings_of, system_config, to_dict  # noqa: E402
 from deltallava_jax.convert.export import TORCH_MODULES, projector_code  # noqa: E402
-from deltallava_jax.models import projectors  # noqa: E402
+from deltallava_jax.models import systems  # noqa: E402
+from deltallava_jax.models.systems.delta import ABLATIONS  # noqa: E402
 
-SMALL = ProjectorConfig(
+SMALL = dict(
     grid=8, in_width=32, out_width=48, mlp_width=40, head_dim=16, block_head_dim=16, rank=4, level_count=2,
     scale_factor=2, queries=16, depth=2,
 )  # fmt: skip
@@ -39,10 +40,16 @@ CASES = [
     dict(name="quecc", scale_factor=(4,), embed_width=64, text_width=24),
     dict(name="fastervlm"),
     dict(name="fastervlm", tokens=(64, 7)),
-    *(dict(name=name, keep_ratio=ratio) for name in PRUMERGES for ratio in (0.0, 0.25, None)),
+    dict(name="random", tokens=(64, 7), seed=3),
+    dict(name="average_pooling", **ELASTIC),
+    *(dict(name=name, keep_ratio=ratio) for name in PRUMERGES for ratio in (0.0, 0.25, 0.125)),
     *(dict(name=name, keep_ratio=0.0, tokens=(3,)) for name in PRUMERGES),  # fewer than have outlying attention
     *(dict(name="prumerge_plus", keep_ratio=r, reproduce_duplicates=True) for r in (0.0, 0.125, 0.25)),
 ]
+
+
+def small(name, **changes):
+    return system_config(name, **settings_of(name, SMALL) | changes)
 
 
 def torch_module(name):
@@ -56,16 +63,16 @@ def torch_module(name):
 
 def both(cfg, features, text=None):
     """(ours, theirs) with the same parameters: functions of a budget that give tokens and the valid mask or None."""
-    state = projectors.to_torch(projectors.init_params(cfg, jax.random.key(0)), cfg)
+    state = systems.to_torch(systems.init_params(cfg, jax.random.key(0)), cfg)
     drawn = golden.projector_state(cfg)
     fixed = ("pos_embed", "reference_points")
     state = {name: value if name.endswith(fixed) else drawn[name] for name, value in state.items()}
-    module = torch_module(projector_code(cfg.name).stem).Projector(to_dict(cfg)).eval()
+    module = torch_module(projector_code(cfg).stem).Projector(to_dict(cfg)).eval()
     module.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()})  # strict
     arrays = [torch.tensor(getattr(features, name)) for name in ("last", "levels", "cls_attention", "keys")]
     inputs = torch_module("projector_parts").Features(*arrays, None if text is None else torch.tensor(text))
-    params = projectors.from_torch(state, cfg)
-    jitted = jax.jit(projectors.project_valid, static_argnames=("cfg", "budget"))
+    params = systems.from_torch(state, cfg)
+    jitted = jax.jit(systems.project_valid, static_argnames=("cfg", "budget"))
 
     def theirs(budget):
         with torch.no_grad():
@@ -88,17 +95,17 @@ def assert_same_tokens(ours, theirs, message=""):
 
 @pytest.mark.parametrize("changes", CASES, ids=lambda c: "-".join(str(v) for k, v in c.items() if k != "scale_factor"))
 def test_torch_and_jax_make_the_same_tokens(changes):
-    cfg = dataclasses.replace(SMALL, **changes)
-    text = golden.inputs("text", (2, cfg.text_width or cfg.out_width)) if projectors.reads_question(cfg) else None
+    cfg = small(**changes)
+    text = golden.inputs("text", (2, cfg.text_width or cfg.out_width)) if systems.reads_question(cfg) else None
     ours, theirs = both(cfg, golden.features(cfg), text)
-    for budget in projectors.budgets(cfg):
+    for budget in systems.budgets(cfg):
         assert_same_tokens(ours(budget), theirs(budget), str(budget))
 
 
 @pytest.mark.parametrize("name", PRUMERGES)
 def test_images_with_as_many_tokens_as_their_attention_has_outliers(name):
     """None, one, and more than the most that are kept, in one batch."""
-    cfg = dataclasses.replace(SMALL, name=name, keep_ratio=0.0, tokens=(12,))
+    cfg = small(name, keep_ratio=0.0, tokens=(12,))
     features = golden.features(cfg, 3)
     attention = np.random.default_rng(0).uniform(0.9, 1.1, (3, 64)).astype(np.float32)
     attention[1, 40] = 9

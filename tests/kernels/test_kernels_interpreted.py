@@ -10,11 +10,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from windows import assert_same, draw
 
-from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.config import system_config
 from deltallava_jax.kernels.windowed_attention import gpu, tpu
 from deltallava_jax.kernels.windowed_attention.vjp import attend
-from deltallava_jax.models import projectors
-from deltallava_jax.models.projectors import common
+from deltallava_jax.models import systems
+from deltallava_jax.models.systems import common
 
 needs_gpu_interpreter = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="JAX interprets Mosaic GPU's kernels from 0.11 on"
@@ -82,7 +82,7 @@ def assert_golden(monkeypatch, backend, interpret, scale_factor):
     """The release's output for its golden inputs, windowed attention by a kernel."""
     monkeypatch.setattr(common, "choose", lambda q, k, window: "pallas")
     monkeypatch.setattr(common, "windowed_attention", lambda *qkv, window: attend(backend, *qkv, window, interpret))
-    cfg = ProjectorConfig(out_width=64, scale_factor=scale_factor)
-    params = projectors.from_torch(golden.state_dict("delta"), cfg)
-    out = jax.jit(lambda params, features: projectors.project(params, cfg, features))(params, golden.features(cfg))
+    cfg = system_config(out_width=64, scale_factor=scale_factor)
+    params = systems.from_torch(golden.state_dict("delta"), cfg)
+    out = jax.jit(lambda params, features: systems.project(params, cfg, features))(params, golden.features(cfg))
     np.testing.assert_allclose(out, golden.outputs("delta")[f"y_s{scale_factor}"], atol=1e-4)

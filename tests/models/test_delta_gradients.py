@@ -5,8 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from deltallava_jax.config import ProjectorConfig
-from deltallava_jax.models import projectors
+from deltallava_jax.config import system_config
+from deltallava_jax.models import systems
 from deltallava_jax.models.vision import VisionFeatures
 
 torch = pytest.importorskip("torch")
@@ -99,7 +99,7 @@ NO_GRADIENT = ("combined_block.ntb.e_mhsa.k.bias", "k_proj_1.norm.bias")
     ids=lambda settings: ",".join(f"{key}={value}" for key, value in settings.items()),
 )
 def test_gradients_equal_torch(settings):
-    cfg = ProjectorConfig(
+    cfg = system_config(
         in_width=64, out_width=24, head_dim=32, block_head_dim=16, rank=4, level_count=2, drop_path=0.3, **settings
     )
     weights, features = golden.projector_state(cfg), golden.features(cfg)
@@ -112,15 +112,15 @@ def test_gradients_equal_torch(settings):
     (y * torch.tensor(cotangent)).sum().backward()
 
     def loss(params, last, levels):
-        found = projectors.project(params, cfg, VisionFeatures(last, levels, grid=features.grid))
+        found = systems.project(params, cfg, VisionFeatures(last, levels, grid=features.grid))
         return (found * cotangent).sum(), found
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
-    params = projectors.from_torch(weights, cfg)
+    params = systems.from_torch(weights, cfg)
     (d_params, d_last, d_levels), found = gradient(params, features.last, features.levels)
     np.testing.assert_allclose(found, y.detach(), atol=1e-5)
 
-    gradients = projectors.to_torch(d_params, cfg) | {"last": d_last, "levels": d_levels}
+    gradients = systems.to_torch(d_params, cfg) | {"last": d_last, "levels": d_levels}
     assert gradients.keys() == tensors.keys()
     for name, value in gradients.items():
         np.testing.assert_allclose(value, tensors[name].grad, rtol=1e-3, atol=1e-4, err_msg=name)

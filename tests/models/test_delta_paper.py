@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from deltallava_jax.config import ProjectorConfig
-from deltallava_jax.models import projectors
+from deltallava_jax.config import system_config
+from deltallava_jax.models import systems
 
 # Widths differ wherever they can: 3 heads of 16 in the refinement, 3 + 1 in the block, 2 heads of 32 in the windows.
 SMALL = dict(
@@ -172,10 +172,10 @@ def position_table(grid, width):
     ids=lambda settings: ",".join(f"{key}={value}" for key, value in settings.items()),
 )
 def test_paper_variant_equals_the_float64_reference(settings):
-    cfg = ProjectorConfig(**SMALL, **settings)
+    cfg = system_config(**SMALL, **settings)
     weights, features = golden.projector_state(cfg), golden.features(cfg)
-    params = projectors.from_torch(weights, cfg)
-    found = jax.jit(lambda params, features: projectors.project(params, cfg, features))(params, features)
+    params = systems.from_torch(weights, cfg)
+    found = jax.jit(lambda params, features: systems.project(params, cfg, features))(params, features)
     side = cfg.grid // cfg.scale_factor
     expected = PaperDelta(weights, cfg)(features.last, features.levels, side)
     assert found.shape == (2, side * side, cfg.out_width)

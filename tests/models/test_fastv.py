@@ -13,8 +13,7 @@ from deltallava_jax.config import DecoderConfig, FastVConfig, VisionConfig, comp
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.generate import Engine
 from deltallava_jax.inference.sampling import Sampling
-from deltallava_jax.models import decoder, vlm
-from deltallava_jax.models.selection import fastv
+from deltallava_jax.models import decoder, fastv, vlm
 from deltallava_jax.sequence import Batch, layout
 
 CFG = compose(

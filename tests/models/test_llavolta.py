@@ -10,8 +10,7 @@ from rows import SIDE, conversation, pack, random_params, text_layout
 
 from deltallava_jax.config import Config, DecoderConfig, TrainingConfig, VisionConfig, compose
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.models import decoder, vlm
-from deltallava_jax.models.selection import llavolta
+from deltallava_jax.models import decoder, llavolta, vlm
 from deltallava_jax.sequence import layout
 
 T, I, V = 20, 2, 16

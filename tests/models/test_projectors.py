@@ -8,19 +8,20 @@ import jax
 import numpy as np
 import pytest
 
-from deltallava_jax.config import ABLATIONS, DecoderConfig, ProjectorConfig, VisionConfig, compose, preset
+from deltallava_jax import config
+from deltallava_jax.config import DecoderConfig, VisionConfig, compose, preset, system_config
 from deltallava_jax.errors import ConfigError, WeightMismatch
-from deltallava_jax.models import projectors, vision
-from deltallava_jax.models.projectors.delta import split_channels
+from deltallava_jax.models import systems, vision
+from deltallava_jax.models.systems.delta import ABLATIONS, split_channels
 from deltallava_jax.models.vision import Needs, VisionFeatures
 
 SMALL = dict(grid=8, in_width=64, out_width=24, mlp_width=40, head_dim=32, block_head_dim=16, rank=4, level_count=2)
-RELEASE = ProjectorConfig(out_width=64)  # the golden data's sizes, at scale factor 2
+RELEASE = system_config(out_width=64)  # the golden data's sizes, at scale factor 2
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "budget"))
 def project(params, cfg, features, budget=None, key=None):
-    return projectors.project(params, cfg, features, budget=budget, key=key)
+    return systems.project(params, cfg, features, budget=budget, key=key)
 
 
 def assert_same_bits(found, expected):
@@ -46,7 +47,7 @@ def release_features():
 
 @pytest.fixture(scope="module")
 def release_params(release_state):
-    return projectors.from_torch(release_state, RELEASE)
+    return systems.from_torch(release_state, RELEASE)
 
 
 def test_formula():
@@ -70,7 +71,7 @@ def test_delta_golden(scale_factor, release_params, release_features):
 )
 def test_ablation_golden(key, ablation, release_state, release_features):
     cfg = dataclasses.replace(RELEASE, ablation=ablation)
-    params = projectors.from_torch(release_state, cfg)  # the parts that are switched off are left out
+    params = systems.from_torch(release_state, cfg)  # the parts that are switched off are left out
     expected = golden.outputs("next_delta_ablation")
     found = project(params, cfg, release_features)
     np.testing.assert_allclose(found, expected[f"y_{key}"], atol=1e-4)
@@ -78,29 +79,29 @@ def test_ablation_golden(key, ablation, release_state, release_features):
 
 
 def test_mlp_golden(release_features):
-    cfg = dataclasses.replace(RELEASE, name="mlp")
+    cfg = system_config("mlp", out_width=64)
     state = golden.state_dict("mlp2x_gelu")
-    params = projectors.from_torch(state, cfg)
+    params = systems.from_torch(state, cfg)
     np.testing.assert_allclose(project(params, cfg, release_features), golden.outputs("mlp2x_gelu")["y"], atol=1e-4)
-    assert_same_bits(projectors.to_torch(params, cfg), state)
+    assert_same_bits(systems.to_torch(params, cfg), state)
 
 
 # ------------------------------------------------------------------ weights
 
 
 def test_release_round_trip(release_state, release_params):
-    assert_same_bits(projectors.to_torch(release_params, RELEASE), release_state)
+    assert_same_bits(systems.to_torch(release_params, RELEASE), release_state)
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
 @pytest.mark.parametrize("variant", ["release", "paper"])
 def test_round_trip_is_exact_both_ways(variant, ablation):
-    cfg = ProjectorConfig(**SMALL, variant=variant, ablation=ablation)
+    cfg = system_config(**SMALL, variant=variant, ablation=ablation)
     state = golden.projector_state(cfg)
-    params = projectors.from_torch(state, cfg)
+    params = systems.from_torch(state, cfg)
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, golden.projector_shapes(cfg))
-    assert_same_bits(projectors.to_torch(params, cfg), state)
-    again = projectors.from_torch(projectors.to_torch(params, cfg), cfg)
+    assert_same_bits(systems.to_torch(params, cfg), state)
+    again = systems.from_torch(systems.to_torch(params, cfg), cfg)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
     full = golden.projector_state(dataclasses.replace(cfg, ablation="none"))
@@ -115,14 +116,14 @@ def test_round_trip_is_exact_both_ways(variant, ablation):
 
 
 def test_mismatch_lists_missing_unexpected_and_wrongly_shaped_names():
-    cfg = ProjectorConfig(**SMALL)
+    cfg = system_config(**SMALL)
     state = golden.projector_state(cfg)
     del state["mlp.0.weight"]
     state["k_proj_1.V"] = state["k_proj_1.V"].T
     state["combined_block.ntb.patch_embed.conv.weight"] = np.zeros((48, 64), np.float32)
     state["vision_tower.bias"] = np.zeros(3, np.float32)
     with pytest.raises(WeightMismatch) as caught:
-        projectors.from_torch(state, cfg)
+        systems.from_torch(state, cfg)
     lines = [line.split() for line in str(caught.value).splitlines()[1:]]
     assert sorted(line[:2] for line in lines) == [
         ["missing", "mlp.0.weight"],
@@ -135,9 +136,9 @@ def test_mismatch_lists_missing_unexpected_and_wrongly_shaped_names():
 
 
 def test_fresh_weights_follow_the_release():
-    cfg = ProjectorConfig(**SMALL)
-    init = jax.jit(lambda key: projectors.init_params(cfg, key))
-    state = projectors.to_torch(init(jax.random.key(0, impl="rbg")), cfg)  # compiles in a fraction of the time
+    cfg = system_config(**SMALL)
+    init = jax.jit(lambda key: systems.init_params(cfg, key))
+    state = systems.to_torch(init(jax.random.key(0, impl="rbg")), cfg)  # compiles in a fraction of the time
     for name in ("k_proj_1.shared_weight.weight", "clip_attn.out_proj.weight", "mlp.0.weight"):
         assert np.isclose(state[name].std(), 0.02, rtol=0.1), name  # trunc-normal
     bounds = {  # uniform: Xavier, or torch's default for convolutions
@@ -159,50 +160,50 @@ def test_fresh_weights_follow_the_release():
 
 @pytest.mark.parametrize("variant", ["release", "paper"])
 def test_elastic_equals_each_fixed_scale_factor(variant):
-    elastic = ProjectorConfig(**SMALL, variant=variant, scale_factor=(8, 2))
-    assert projectors.budgets(elastic) == (16, 1)
+    elastic = system_config(**SMALL, variant=variant, scale_factor=(8, 2))
+    assert systems.budgets(elastic) == (16, 1)
     state, features = golden.projector_state(elastic), golden.features(elastic)
-    params = projectors.from_torch(state, elastic)
+    params = systems.from_torch(state, elastic)
     fixed = {budget: dataclasses.replace(elastic, scale_factor=s) for budget, s in ((16, 2), (1, 8))}
     for budget, cfg in fixed.items():
-        assert projectors.budgets(cfg) == (budget,)
+        assert systems.budgets(cfg) == (budget,)
         assert_same_bits(golden.projector_state(cfg), state)
 
     @jax.jit
     def run(params, features):
-        chosen = {budget: projectors.project(params, elastic, features, budget=budget) for budget in fixed}
-        return chosen, {budget: projectors.project(params, cfg, features) for budget, cfg in fixed.items()}
+        chosen = {budget: systems.project(params, elastic, features, budget=budget) for budget in fixed}
+        return chosen, {budget: systems.project(params, cfg, features) for budget, cfg in fixed.items()}
 
     chosen, expected = run(params, features)
     for budget in fixed:
         assert chosen[budget].shape == (2, budget, 24)
         np.testing.assert_allclose(chosen[budget], expected[budget], atol=1e-6)
-    assert projectors.check_budget(elastic, None) == 16
+    assert systems.check_budget(elastic, None) == 16
 
 
 @pytest.mark.parametrize(
     "cfg, message",
     [
-        (ProjectorConfig(**SMALL, scale_factor=(2, 4, 8)), "delta makes 16, 4, 1 tokens an image, not 64"),
-        (ProjectorConfig(**SMALL, scale_factor=2), "delta makes 16 tokens an image, not 64"),
-        (ProjectorConfig(**{**SMALL, "grid": 6}, name="mlp"), "mlp makes 36 tokens an image, not 64"),
+        (system_config(**SMALL, scale_factor=(2, 4, 8)), "delta makes 16, 4, 1 tokens an image, not 64"),
+        (system_config(**SMALL, scale_factor=2), "delta makes 16 tokens an image, not 64"),
+        (system_config("mlp", grid=6, in_width=64, out_width=24), "mlp makes 36 tokens an image, not 64"),
     ],
 )
 def test_a_wrong_budget_is_refused_with_the_allowed_ones(cfg, message):
     with pytest.raises(ConfigError, match=message):
-        projectors.project({}, cfg, golden.features(cfg), budget=64)
+        systems.project({}, cfg, golden.features(cfg), budget=64)
 
 
 def test_features_of_another_grid_or_width_are_refused():
-    cfg = ProjectorConfig(**SMALL)
+    cfg = system_config(**SMALL)
     for other in (dict(grid=4), dict(in_width=128)):
         with pytest.raises(ValueError, match="the projector expects \\(8, 8\\) and 64"):
-            projectors.project({}, cfg, golden.features(dataclasses.replace(cfg, **other)))
+            systems.project({}, cfg, golden.features(dataclasses.replace(cfg, **other)))
 
 
 def test_an_unknown_system_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'delta'"):
-        projectors.system(ProjectorConfig(name="delt"))
+        config.system("delt")
 
 
 # ------------------------------------------------------------------ towers
@@ -220,13 +221,13 @@ def test_towers_of_other_sizes(tower, scale_factor, expected_needs, tokens, atte
     """Tower and projector at their real sizes, as shapes."""
     model = compose(preset(VisionConfig, tower), DecoderConfig(), dict(scale_factor=scale_factor))
     cfg, tower = model.projector, model.vision
-    assert projectors.needs(cfg, tower.layers) == expected_needs
+    assert systems.needs(cfg, tower.layers) == expected_needs
     assert split_channels(cfg) == (attended, cfg.width - attended)
-    assert projectors.budgets(cfg) == (tokens,)
+    assert systems.budgets(cfg) == (tokens,)
 
     def run(key, images):
         features = vision.encode(vision.init_params(tower, key), tower, images, expected_needs)
-        return features, projectors.project(projectors.init_params(cfg, key), cfg, features)
+        return features, systems.project(systems.init_params(cfg, key), cfg, features)
 
     images = jax.ShapeDtypeStruct((2, tower.image_size, tower.image_size, 3), np.uint8)
     features, visual = jax.eval_shape(run, jax.random.key(0), images)
@@ -235,14 +236,14 @@ def test_towers_of_other_sizes(tower, scale_factor, expected_needs, tokens, atte
 
 
 def test_levels_can_be_chosen():
-    cfg = ProjectorConfig(select_layer=-1, levels=(6, 12, 18, 24))
-    assert projectors.needs(cfg, 24) == Needs(last=24, levels=(6, 12, 18, 24))
-    assert projectors.needs(ProjectorConfig(name="mlp"), 24) == Needs(last=23)
+    cfg = system_config(select_layer=-1, levels=(6, 12, 18, 24))
+    assert systems.needs(cfg, 24) == Needs(last=24, levels=(6, 12, 18, 24))
+    assert systems.needs(system_config(name="mlp"), 24) == Needs(last=23)
 
 
 def test_siglips_channels():
     """1152 channels: 9 heads of 128 in the windows; 27 + 9 heads of 32 in the block, 864 + 288 channels."""
-    cfg = ProjectorConfig(grid=27, scale_factor=3, in_width=1152, out_width=64)
+    cfg = system_config(grid=27, scale_factor=3, in_width=1152, out_width=64)
     shapes = golden.projector_shapes(cfg)
     assert shapes["block"]["reduce"]["kernel"].shape == (1152, 864)
     assert shapes["block"]["branch"]["kernel"].shape == (864, 288)
@@ -263,7 +264,7 @@ BRANCHES = {  # the weights that close each residual branch, and the share of th
 @pytest.fixture(scope="module")
 def dropping():
     """cfg with a drop rate of 0.4 at most, its weights, and one image's features a thousand times."""
-    cfg, n = ProjectorConfig(**{**SMALL, "grid": 2}, drop_path=0.4), 1000
+    cfg, n = system_config(**{**SMALL, "grid": 2}, drop_path=0.4), 1000
     one = golden.features(cfg, n=1)
     features = VisionFeatures(one.last.repeat(n, 0), one.levels.repeat(n, 0), grid=one.grid)
     return cfg, golden.projector_state(cfg), features
@@ -279,7 +280,7 @@ def test_stochastic_depth_drops_whole_branches_of_single_samples_at_scaled_rates
         for branch, (names, _) in BRANCHES.items():
             for name in (f"combined_block.ntb.{name}" for name in names):
                 scaled[name] = state[name] * np.float32(scales.get(branch, 0))
-        return np.asarray(project(projectors.from_torch(scaled, cfg), cfg, features, key=key))
+        return np.asarray(project(systems.from_torch(scaled, cfg), cfg, features, key=key))
 
     without = run()
     for branch, (_, share) in BRANCHES.items():
@@ -292,7 +293,7 @@ def test_stochastic_depth_drops_whole_branches_of_single_samples_at_scaled_rates
 
 def test_only_a_key_switches_stochastic_depth_on(dropping):
     cfg, state, features = dropping
-    params = projectors.from_torch(state, cfg)
+    params = systems.from_torch(state, cfg)
     plain = np.asarray(project(params, cfg, features))
     np.testing.assert_allclose(plain, plain[:1].repeat(len(plain), 0), atol=1e-5)
     first, second = (np.asarray(project(params, cfg, features, key=jax.random.key(seed))) for seed in (1, 2))

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltallava_jax.config import ProjectorConfig, VisionConfig
+from deltallava_jax.config import VisionConfig, system_config
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.models import projectors, vision
-from deltallava_jax.models.selection import fastervlm, prumerge
+from deltallava_jax.models import systems, vision
+from deltallava_jax.models.systems import fastervlm, prumerge
 from deltallava_jax.models.vision import VisionFeatures
 
 RATIOS = {"s06": 0.0, "s10": 0.0, "s15": 0.0, "fixed8_b2": 1 / 8, "fixed4_b2": 1 / 4}
@@ -81,34 +81,34 @@ CFG = dict(grid=8, in_width=32, out_width=24)
 def features(cfg, tower=TOWER):
     params = vision.init_params(tower, jax.random.key(0))
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype(np.uint8)
-    return vision.encode(params, tower, images, projectors.needs(cfg, tower.layers))
+    return vision.encode(params, tower, images, systems.needs(cfg, tower.layers))
 
 
 def mlp_tokens(params, x):
     grid = VisionFeatures(last=x, grid=(8, 8))
-    return projectors.project(params, ProjectorConfig(name="mlp", **CFG), grid)
+    return systems.project(params, system_config(name="mlp", **CFG), grid)
 
 
 @pytest.mark.parametrize("name", ["fastervlm", "prumerge", "prumerge_plus"])
 def test_any_mlp_serves_them(name):
-    cfg = ProjectorConfig(name=name, **CFG)
-    plain = ProjectorConfig(name="mlp", **CFG)
-    params = projectors.init_params(plain, jax.random.key(0))
-    assert projectors.to_torch(params, cfg).keys() == projectors.to_torch(params, plain).keys()
+    cfg = system_config(name=name, **CFG)
+    plain = system_config(name="mlp", **CFG)
+    params = systems.init_params(plain, jax.random.key(0))
+    assert systems.to_torch(params, cfg).keys() == systems.to_torch(params, plain).keys()
     found = features(cfg)
-    for budget in projectors.budgets(cfg):
-        tokens, valid = projectors.project_valid(params, cfg, found, budget=budget)
+    for budget in systems.budgets(cfg):
+        tokens, valid = systems.project_valid(params, cfg, found, budget=budget)
         assert tokens.shape == (2, budget, 24) and np.isfinite(tokens).all()
         assert valid is None or (valid.shape == (2, budget) and valid[:, -1].all())
 
 
 def test_fastervlm_keeping_all_is_the_plain_model():
-    cfg = ProjectorConfig(name="fastervlm", tokens=(64, 5), **CFG)
-    params = projectors.init_params(cfg, jax.random.key(0))
+    cfg = system_config(name="fastervlm", tokens=(64, 5), **CFG)
+    params = systems.init_params(cfg, jax.random.key(0))
     found = features(cfg)
     everything = mlp_tokens(params, found.last)
-    np.testing.assert_allclose(projectors.project(params, cfg, found, budget=64), everything, atol=1e-6)
-    five = projectors.project(params, cfg, found, budget=5)
+    np.testing.assert_allclose(systems.project(params, cfg, found, budget=64), everything, atol=1e-6)
+    five = systems.project(params, cfg, found, budget=5)
     best = np.sort(np.argsort(-np.asarray(found.cls_attention), axis=1)[:, :5], axis=1)
     np.testing.assert_allclose(five, jnp.take_along_axis(everything, best[..., None], axis=1), atol=1e-6)
 
@@ -116,10 +116,10 @@ def test_fastervlm_keeping_all_is_the_plain_model():
 def test_a_tower_without_cls_and_settings_that_cannot_work_are_refused():
     siglip = VisionConfig(family="siglip", image_size=64, patch_size=8, width=32, layers=3, heads=2, mlp_width=64)
     with pytest.raises(ConfigError, match="a siglip tower has no CLS token"):
-        features(ProjectorConfig(name="fastervlm", **CFG), siglip)
+        features(system_config(name="fastervlm", **CFG), siglip)
     with pytest.raises(ConfigError, match="PruMerge reads queries and keys of the layer after it"):
-        projectors.needs(ProjectorConfig(name="prumerge", select_layer=-1, **CFG), 3)
+        systems.needs(system_config(name="prumerge", select_layer=-1, **CFG), 3)
     with pytest.raises(ConfigError, match="prumerge keeps 1 to 63 patches"):
-        projectors.budgets(ProjectorConfig(name="prumerge", keep_ratio=0.0, tokens=(65,), **CFG))
+        systems.budgets(system_config(name="prumerge", keep_ratio=0.0, tokens=(65,), **CFG))
     with pytest.raises(ConfigError, match="fastervlm keeps 1 to 64 patches"):
-        projectors.budgets(ProjectorConfig(name="fastervlm", tokens=(65,), **CFG))
+        systems.budgets(system_config(name="fastervlm", tokens=(65,), **CFG))

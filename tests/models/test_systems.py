@@ -1,6 +1,5 @@
 """Every other system of the paper against the original code's outputs (tests/data/README.md), and what they share."""
 
-import dataclasses
 import functools
 
 import golden
@@ -8,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from deltallava_jax.config import ProjectorConfig, VisionConfig
+from deltallava_jax.config import VisionConfig, settings_of, system_config
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.models import projectors, vision
-from deltallava_jax.models.projectors import common, honeybee_d
+from deltallava_jax.models import systems, vision
+from deltallava_jax.models.systems import common, honeybee_d
 from deltallava_jax.models.vision import VisionFeatures
 
 SMALL = dict(grid=8, in_width=32, out_width=48, mlp_width=40, head_dim=16, block_head_dim=16, rank=4, level_count=2,
@@ -26,34 +25,34 @@ def assert_same_bits(found, expected):
 
 def check(state, cfg, expected, *, budget=None, features=None, text=None, atol=1e-4):
     """The system's output is the original's, and its weights come back to the bit."""
-    params = projectors.from_torch(state, cfg)
-    assert_same_bits(projectors.to_torch(params, cfg), state)
-    run = jax.jit(functools.partial(projectors.project, cfg=cfg, budget=budget))
+    params = systems.from_torch(state, cfg)
+    assert_same_bits(systems.to_torch(params, cfg), state)
+    run = jax.jit(functools.partial(systems.project, cfg=cfg, budget=budget))
     found = run(params, features=features or release_features(), text=text)
     np.testing.assert_allclose(found, expected, atol=atol)
 
 
 @functools.cache
 def release_features():
-    return golden.features(ProjectorConfig(out_width=64))
+    return golden.features(system_config(out_width=64))
 
 
 @pytest.mark.parametrize("scale_factor", [1, 2, 4, 24])
 def test_token_packer(scale_factor):
-    cfg = ProjectorConfig(name="token_packer", out_width=64, scale_factor=scale_factor)
+    cfg = system_config(name="token_packer", out_width=64, scale_factor=scale_factor)
     check(golden.state_dict("tokenpacker"), cfg, golden.outputs("tokenpacker")[f"y_s{scale_factor}"])
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 36, 144, 576])
 def test_m3_makes_every_scale_from_one_set_of_weights(tokens):
-    cfg = ProjectorConfig(name="m3", out_width=64, scale_factor=(1, 2, 4, 8, 24))
-    assert projectors.budgets(cfg) == (576, 144, 36, 9, 1)
+    cfg = system_config(name="m3", out_width=64, scale_factor=(1, 2, 4, 8, 24))
+    assert systems.budgets(cfg) == (576, 144, 36, 9, 1)
     check(golden.state_dict("m3"), cfg, golden.outputs("m3")[f"y_m{tokens}"], budget=tokens)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 256])
 def test_mqt_answers_with_its_first_queries(tokens):
-    cfg = ProjectorConfig(name="mqt", out_width=64)
+    cfg = system_config(name="mqt", out_width=64)
     state = golden.state_dict("mqt") | {"pos_embed": np.asarray(common.half_table(16, 1024))}
     expected = golden.outputs("mqt")
     np.testing.assert_array_equal(state["pos_embed"][[0, 1, 17, 255]], expected["pos_embed_fp16_rows_0_1_17_255"])
@@ -62,7 +61,7 @@ def test_mqt_answers_with_its_first_queries(tokens):
 
 @pytest.mark.parametrize("scale_factor", [2, 4, 24])
 def test_quecc(scale_factor):
-    cfg = ProjectorConfig(name="quecc", out_width=64, scale_factor=scale_factor, text_width=4096)
+    cfg = system_config(name="quecc", out_width=64, scale_factor=scale_factor, text_width=4096)
     shapes = golden.read_json("quecc_state_dict") | {"0.q_downsample.weight": [1024, 1, scale_factor, scale_factor]}
     state = {name: golden.param(name, shape) for name, shape in shapes.items()}
     text = golden.inputs("text", (2, 1, 4096))[:, 0]
@@ -72,23 +71,23 @@ def test_quecc(scale_factor):
 @pytest.mark.parametrize("patches", [16, 64, 256, 576])
 def test_resampler(patches):
     grid, expected = round(patches**0.5), golden.outputs("qwen_resampler")
-    cfg = ProjectorConfig(name="resampler", grid=grid, in_width=96, out_width=64, queries=64, head_dim=16)
+    cfg = system_config(name="resampler", grid=grid, in_width=96, out_width=64, queries=64, head_dim=16)
     features = VisionFeatures(last=golden.inputs(f"x_kv{patches}", (2, patches, 96)), grid=(grid, grid))
     state = golden.state_dict("qwen_resampler") | {"pos_embed": expected["pos_embed"]}
-    fresh = projectors.init_params(cfg, jax.random.key(0))["position"]
+    fresh = systems.init_params(cfg, jax.random.key(0))["position"]
     np.testing.assert_allclose(fresh, expected["pos_embed"], atol=1e-6)
     check(state, cfg, expected[f"y_N{patches}"], features=features, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale_factor, tokens", [(2, 144), (3, 64)])
 def test_honeybee_c(scale_factor, tokens):
-    cfg = ProjectorConfig(name="honeybee_c", out_width=64, scale_factor=scale_factor)
+    cfg = system_config(name="honeybee_c", out_width=64, scale_factor=scale_factor)
     check(golden.state_dict("honeybee_cabs"), cfg, golden.outputs("honeybee_cabs")[f"y_M{tokens}"])
 
 
 @pytest.mark.parametrize("scale_factor, tokens, depth", [(2, 144, 2), (3, 64, 2), (2, 144, 6)])
 def test_honeybee_d(scale_factor, tokens, depth):
-    cfg = ProjectorConfig(name="honeybee_d", out_width=64, scale_factor=scale_factor, depth=depth)
+    cfg = system_config(name="honeybee_d", out_width=64, scale_factor=scale_factor, depth=depth)
     expected, shapes = golden.outputs("honeybee_dabs"), golden.read_json("honeybee_dabs_state_dict")
     shapes["query_position_embeddings.weight"] = [tokens, 1024]
     state = {
@@ -106,70 +105,69 @@ def test_honeybee_d(scale_factor, tokens, depth):
 
 
 def small(name, **changes):
-    return ProjectorConfig(**{**SMALL, "name": name, **changes})
+    return system_config(name, **settings_of(name, SMALL) | changes)
 
 
-@pytest.mark.parametrize("name", projectors.SYSTEMS)
+@pytest.mark.parametrize("name", systems.SYSTEMS)
 def test_a_wrong_budget_is_refused_with_the_allowed_ones(name):
     cfg = small(name)
-    allowed = ", ".join(map(str, projectors.budgets(cfg)))
+    allowed = ", ".join(map(str, systems.budgets(cfg)))
     with pytest.raises(ConfigError, match=f"{name} makes {allowed} tokens an image, not 7"):
-        projectors.check_budget(cfg, 7)
+        systems.check_budget(cfg, 7)
 
 
 # The others read a tower that they prune themselves: test_tower_pruning.py.
-@pytest.mark.parametrize("name", [name for name in projectors.SYSTEMS if not projectors.needs(small(name), 24).pruned])
+@pytest.mark.parametrize("name", [name for name in systems.SYSTEMS if not systems.needs(small(name), 24).pruned])
 def test_fresh_parameters_make_every_budget_and_every_one_gets_a_gradient(name):
     cfg = small(name)
-    params = projectors.init_params(cfg, jax.random.key(0))
-    features, text = golden.features(cfg), golden.inputs("text", (2, cfg.text_width))
+    params = systems.init_params(cfg, jax.random.key(0))
+    features, text = golden.features(cfg), golden.inputs("text", (2, SMALL["text_width"]))
 
     def loss(params, budget):
-        return (projectors.project(params, cfg, features, text, budget=budget) ** 2).sum()
+        return (systems.project(params, cfg, features, text, budget=budget) ** 2).sum()
 
-    project = jax.jit(functools.partial(projectors.project, cfg=cfg), static_argnames="budget")
-    for budget in projectors.budgets(cfg):
+    project = jax.jit(functools.partial(systems.project, cfg=cfg), static_argnames="budget")
+    for budget in systems.budgets(cfg):
         tokens = project(params, features=features, text=text, budget=budget)
         assert tokens.shape == (2, budget, 48) and np.isfinite(tokens).all() and np.std(tokens) > 0
-    gradients = projectors.names.flatten(jax.jit(jax.grad(loss), static_argnums=1)(params, projectors.budgets(cfg)[0]))
+    gradients = systems.names.flatten(jax.jit(jax.grad(loss), static_argnums=1)(params, systems.budgets(cfg)[0]))
     fixed = {"mqt": "position", "resampler": "position", "honeybee_d": "points"}.get(name)
     for path, gradient in gradients.items():
         assert np.any(gradient) == (path != fixed), path
 
 
-@pytest.mark.parametrize("name", projectors.SYSTEMS)
+@pytest.mark.parametrize("name", systems.SYSTEMS)
 def test_no_images_make_no_tokens(name):
-    cfg = small(name)
-    features, text = golden.features(cfg, n=0), golden.inputs("text", (0, cfg.text_width))
+    cfg = small(name, **settings_of(name, dict(prune_layers=(1,))))
+    features, text = golden.features(cfg, n=0), golden.inputs("text", (0, SMALL["text_width"]))
     tower = VisionConfig(image_size=16, patch_size=2, width=32, layers=6, heads=2, mlp_width=32)
-    cfg = dataclasses.replace(cfg, prune_layers=(1,))
 
     def run(params, weights, images):
-        needs, prune = projectors.needs(cfg, tower.layers), projectors.pruning(params, cfg)
+        needs, prune = systems.needs(cfg, tower.layers), systems.pruning(params, cfg)
         seen = vision.encode(weights, tower, images, needs, prune=prune)
-        return [projectors.project_valid(params, cfg, each, text)[0] for each in (features, seen)]
+        return [systems.project_valid(params, cfg, each, text)[0] for each in (features, seen)]
 
-    params = jax.eval_shape(lambda key: projectors.init_params(cfg, key), jax.random.key(0))
+    params = jax.eval_shape(lambda key: systems.init_params(cfg, key), jax.random.key(0))
     weights = jax.eval_shape(lambda key: vision.init_params(tower, key), jax.random.key(0))
     made = jax.eval_shape(run, params, weights, jax.ShapeDtypeStruct((0, 16, 16, 3), np.uint8))
-    assert [tokens.shape for tokens in made] == [(0, projectors.budgets(cfg)[0], 48)] * 2
+    assert [tokens.shape for tokens in made] == [(0, systems.budgets(cfg)[0], 48)] * 2
 
 
-@pytest.mark.parametrize("name", projectors.SYSTEMS)
+@pytest.mark.parametrize("name", systems.SYSTEMS)
 def test_a_state_dict_tells_its_system_and_settings(name):
     cfg = small(name)
     shapes = {torch: value.shape for torch, value in golden.projector_state(cfg).items()}
-    settings = projectors.infer(shapes)
-    the_same_tensors = ("m3", "prumerge", "prumerge_plus", "fastervlm", "evit")
+    settings = systems.infer(shapes)
+    the_same_tensors = ("m3", "prumerge", "prumerge_plus", "fastervlm", "evit", "average_pooling", "random")
     assert settings["name"] == ("mlp" if name in the_same_tensors else name)
-    known = ProjectorConfig(**{**SMALL, **settings})
-    assert projectors.name_table(known) == projectors.name_table(cfg)
+    known = system_config(**settings_of(settings["name"], SMALL) | settings)
+    assert systems.name_table(known) == systems.name_table(cfg)
 
 
 def test_quecc_without_a_question_says_so():
     cfg = small("quecc")
     with pytest.raises(ValueError, match="quecc reads each image's question"):
-        projectors.project(projectors.init_params(cfg, jax.random.key(0)), cfg, golden.features(cfg))
+        systems.project(systems.init_params(cfg, jax.random.key(0)), cfg, golden.features(cfg))
 
 
 @pytest.mark.parametrize(
@@ -181,9 +179,9 @@ def test_quecc_without_a_question_says_so():
         ("resampler", dict(queries=15), "resampler needs a square"),
         ("quecc", dict(scale_factor=(2, 4)), "quecc's weights serve one scale factor"),
         ("honeybee_d", dict(scale_factor=(2, 4)), "honeybee_d's weights serve one scale factor"),
-        ("honeybee_d", dict(embed_width=64), "honeybee_d keeps in_width=32"),
+        ("honeybee_d", dict(embed_width=64), "it is a setting of delta, token_packer, quecc, honeybee_c"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(name, changes, words):
     with pytest.raises(ConfigError, match=words):
-        projectors.budgets(small(name, **changes))
+        systems.budgets(small(name, **changes))

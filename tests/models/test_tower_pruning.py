@@ -10,12 +10,12 @@ import optax
 import pytest
 from rows import SIDE, conversation, pack, random_params
 
-from deltallava_jax.config import DecoderConfig, ProjectorConfig, VisionConfig, compose
+from deltallava_jax.config import DecoderConfig, VisionConfig, compose, renamed, settings_of, system_config
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.models import projectors, vision, vlm
+from deltallava_jax.models import systems, vision, vlm
 from deltallava_jax.models.layers import bind
 from deltallava_jax.models.names import flatten
-from deltallava_jax.models.selection.dynamicvit import PENALTY
+from deltallava_jax.models.systems.dynamicvit import PENALTY
 
 VISION = VisionConfig(image_size=SIDE, patch_size=4, width=32, layers=4, heads=2, mlp_width=48)
 DECODER = DecoderConfig(vocab_size=97, width=32, layers=1, heads=2, kv_heads=2, mlp_width=48)
@@ -24,7 +24,8 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3)).astype(np
 
 
 def model(name, **changes):
-    settings = dict(name=name, select_layer=-1, prune_layers=(1, 2), initializer_range=0.3)
+    settings = dict(select_layer=-1, prune_layers=(1, 2), initializer_range=0.3)
+    settings = settings_of(name, settings) | {"name": name}
     return compose(VISION, DECODER, settings | changes, dtype="float32")
 
 
@@ -35,8 +36,8 @@ def params_of(cfg):
 
 def features(cfg, key=None, params=None):
     params = params or params_of(cfg)
-    needs = projectors.needs(cfg.projector, VISION.layers)
-    prune = projectors.pruning(params["projector"], cfg.projector, key)
+    needs = systems.needs(cfg.projector, VISION.layers)
+    prune = systems.pruning(params["projector"], cfg.projector, key)
     return jax.jit(lambda p: vision.encode(p["vision"], VISION, IMAGES, needs, prune=prune))(params)
 
 
@@ -67,7 +68,7 @@ def attended(layer, x):
 @pytest.mark.parametrize("ratio, fuse, tokens", [(0.7, True, 34), (0.7, False, 32), (0.3, True, 8), (0.46, True, 16)])
 def test_evit_by_hand(ratio, fuse, tokens):
     cfg = model("evit", keep_ratio=ratio, fuse=fuse)
-    assert projectors.budgets(cfg.projector) == (tokens,)
+    assert systems.budgets(cfg.projector) == (tokens,)
     tower, x = hugging_face(cfg)
     import torch
 
@@ -111,11 +112,11 @@ def torch_predictor(state, stage, x):
 @pytest.mark.parametrize("ratio, tokens", [(0.5, 16), (0.7, 31), (0.25, 4)])
 def test_dynamicvit_by_hand(ratio, tokens):
     cfg = model("dynamicvit", keep_ratio=ratio)
-    assert projectors.budgets(cfg.projector) == (tokens,)
+    assert systems.budgets(cfg.projector) == (tokens,)
     tower, x = hugging_face(cfg)
     import torch
 
-    state = projectors.to_torch(params_of(cfg)["projector"], cfg.projector)
+    state = systems.to_torch(params_of(cfg)["projector"], cfg.projector)
     with torch.no_grad():
         for index, layer in enumerate(tower.encoder.layers):
             if index in (1, 2):
@@ -131,7 +132,7 @@ def test_dynamicvit_by_hand(ratio, tokens):
 def test_keeping_every_patch_is_the_plain_tower(name):
     cfg = model(name, keep_ratio=1.0)
     plain = vision.encode(params_of(cfg)["vision"], VISION, IMAGES, vision.Needs(last=VISION.layers))
-    assert projectors.budgets(cfg.projector) == (PATCHES,)
+    assert systems.budgets(cfg.projector) == (PATCHES,)
     np.testing.assert_allclose(features(cfg).last, plain.last, atol=1e-5)
 
 
@@ -146,7 +147,7 @@ def test_a_patch_that_is_masked_out_is_as_good_as_gone():
 
 
 CFG = model("dynamicvit", keep_ratio=0.5)
-MLP = dataclasses.replace(CFG.projector, name="mlp")
+MLP = renamed(CFG.projector, {"name": "mlp"})
 RNG = np.random.default_rng(3)
 BATCH = pack([[conversation(RNG, 9, images=1), conversation(RNG, 8, images=1)]], 18, 2)
 
@@ -166,7 +167,7 @@ def test_training_masks_what_is_dropped_and_asks_for_the_share():
     np.testing.assert_array_equal(valid.sum(1), np.minimum((kept > 0.5).sum(1), 16))
     assert not np.asarray(tokens)[~np.asarray(valid)].any()
     mlp = {name: params_of(CFG)["projector"][name] for name in ("up", "down")}
-    everything = projectors.project(mlp, MLP, found)
+    everything = systems.project(mlp, MLP, found)
     for image in range(2):  # what is there are kept patches, in reading order
         theirs = np.asarray(everything)[image][kept[image] > 0.5]
         places = [int(np.abs(theirs - token).sum(1).argmin()) for token in np.asarray(tokens)[image][valid[image]]]
@@ -210,11 +211,11 @@ def test_training_brings_the_share_to_the_ratio():
 @pytest.mark.parametrize("name", ["evit", "dynamicvit"])
 def test_settings_that_cannot_work_are_refused(name):
     with pytest.raises(ConfigError, match="prune_layers=\\(6, 12, 18\\); the tower is read after 4 layers"):
-        projectors.needs(ProjectorConfig(name=name, grid=8, select_layer=-1), 4)
+        systems.needs(system_config(name=name, grid=8, select_layer=-1), 4)
     with pytest.raises(ConfigError, match="expected ascending layers"):
-        ProjectorConfig(name=name, prune_layers=(2, 1))
+        system_config(name=name, prune_layers=(2, 1))
     with pytest.raises(ConfigError, match="keep_ratio=0.0"):
-        projectors.budgets(ProjectorConfig(name=name, keep_ratio=0.0))
+        systems.budgets(system_config(name=name, keep_ratio=0.0))
     siglip = dataclasses.replace(VISION, family="siglip")
     with pytest.raises(ConfigError, match="a siglip tower has no CLS token"):
-        vision.encode({}, siglip, IMAGES, projectors.needs(model(name).projector, 4))
+        vision.encode({}, siglip, IMAGES, systems.needs(model(name).projector, 4))

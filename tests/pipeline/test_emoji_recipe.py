@@ -10,7 +10,7 @@ from benchmarks import emoji_recipe, emoji_tower
 from deltallava_jax.config import load_config
 from deltallava_jax.convert.workdir import open_model
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.models import projectors
+from deltallava_jax.models import systems
 
 TINY = dataclasses.replace(emoji_tower.TOWER, image_size=16, width=32, layers=2, heads=2, mlp_width=64)
 
@@ -19,7 +19,7 @@ TINY = dataclasses.replace(emoji_tower.TOWER, image_size=16, width=32, layers=2,
 def test_both_stages_load_and_fit_each_other(system):
     first, second = (load_config(f"configs/emoji.py:{system}-{stage}") for stage in ("pretrain", "finetune"))
     assert first.model == second.model and second.init_from == f"runs/{first.name}"
-    assert set(projectors.budgets(first.model.projector)) <= {16, 4, 1}
+    assert set(systems.budgets(first.model.projector)) <= {16, 4, 1}
     assert first.optimizer.frozen == ("^vision/", "^decoder/") and second.optimizer.frozen == ("^vision/",)
 
 

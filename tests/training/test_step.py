@@ -13,9 +13,8 @@ from jax.sharding import PartitionSpec
 from deltallava_jax.config import MeshConfig, override
 from deltallava_jax.data.pipeline import elements
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.models import vlm
+from deltallava_jax.models import llavolta, vlm
 from deltallava_jax.models.names import flatten
-from deltallava_jax.models.selection import llavolta
 from deltallava_jax.parallel import rules
 from deltallava_jax.parallel.mesh import AXES, make_mesh, put_rows
 from deltallava_jax.training.optimizer import schedule, split

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from deltallava_jax.arrays import Array
 from deltallava_jax.config import Config
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.models import projectors
+from deltallava_jax.models import systems
 from deltallava_jax.sequence import Batch, Layout, layout
 
 Pooling = tuple[int, int]  # (stride, layer before which it happens)
@@ -34,7 +34,7 @@ def check(cfg: Config) -> None:
             raise ConfigError(
                 f"training.llavolta pools before layer {layer}; the decoder has {cfg.model.decoder.layers}"
             )
-        for budget in projectors.budgets(cfg.model.projector):
+        for budget in systems.budgets(cfg.model.projector):
             if budget % stride:
                 raise ConfigError(f"training.llavolta stride {stride} does not divide the {budget} tokens of an image")
 

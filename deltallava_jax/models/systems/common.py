@@ -1,4 +1,4 @@
-"""What several systems share: torch's packed attention, budgets by scale factor, the tower's layers."""
+"""What several systems compute with: torch's packed attention, attention within cells, grids and their positions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from deltallava_jax.kernels.attention import attention
 from deltallava_jax.kernels.windowed_attention import choose, windowed_attention
 from deltallava_jax.models.layers import Linear, resize_grid, sincos_table, trunc_normal, xavier_uniform
 from deltallava_jax.models.names import Entry, linear
-from deltallava_jax.models.vision import Needs
 
-LEVELS = (12, 16, 22, 23)  # of CLIP-L's 24 layers: the release's multi-level features
 EPS = 1e-6  # of most projectors' LayerNorms
 
 
@@ -85,24 +83,6 @@ def attention_names(torch: str, path: str) -> list[Entry]:
         Entry(f"{torch}.in_proj_bias", f"{path}/inputs/bias"),
     ]
     return inputs + linear(f"{torch}.out_proj", f"{path}/o")
-
-
-def scale_budgets(cfg: ProjectorConfig) -> tuple[int, ...]:
-    """(grid / s)^2 for each scale factor s, largest first. Raises ConfigError where s does not divide the grid."""
-    cfg.check_scale()
-    return tuple(sorted({(cfg.grid // s) ** 2 for s in cfg.scale_factors}, reverse=True))
-
-
-def last_layer(cfg: ProjectorConfig, layers: int) -> int:
-    """The hidden state of the query features in a tower of that many layers."""
-    return layers + 1 + cfg.select_layer
-
-
-def multi_level(cfg: ProjectorConfig, layers: int) -> Needs:
-    """The last features and several layers: the release's relative depths, halves rounded up, none beyond the last."""
-    last = last_layer(cfg, layers)
-    levels = cfg.levels or tuple(min(int(layers * level / 24 + 0.5), last) for level in LEVELS[-cfg.level_count :])
-    return Needs(last=last, levels=levels)
 
 
 def as_grid(x: Float[Array, "n N C"], grid: int) -> Float[Array, "n g g C"]:

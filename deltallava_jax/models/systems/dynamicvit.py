@@ -8,29 +8,40 @@ teacher is left out."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
 from deltallava_jax.arrays import Array
-from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.config.checks import require_positive
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.layers import LayerNorm, Linear, gelu, trunc_normal
 from deltallava_jax.models.names import Entry, linear, norm
-from deltallava_jax.models.projectors.mlp import Mlp
-from deltallava_jax.models.selection.evit import Evit, keep_ratio
-from deltallava_jax.models.selection.fastervlm import select
-from deltallava_jax.models.vision import Needs, VisionFeatures
+from deltallava_jax.models.systems.evit import Pruned, PrunedConfig
+from deltallava_jax.models.systems.fastervlm import select
+from deltallava_jax.models.vision import Stage, VisionFeatures
 
 EPS = 1e-5
 PENALTY = 2.0
 
 
+@dataclass(frozen=True)
+class DynamicVitConfig(PrunedConfig):
+    name: str = "dynamicvit"
+    initializer_range: float = 0.02  # standard deviation of the predictors' fresh weights; small widths want more
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive("projector", self, "initializer_range")
+
+
 class Predictor(nnx.Module):
     """Each patch beside the mean of those still kept -> log-probabilities of (keep, drop)."""
 
-    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: DynamicVitConfig, *, rngs: nnx.Rngs):
         width, init = cfg.in_width, trunc_normal(cfg.initializer_range)
         make = lambda a, b: Linear(a, b, kernel_init=init, rngs=rngs)
         self.norm = LayerNorm(width, eps=EPS)
@@ -46,27 +57,30 @@ class Predictor(nnx.Module):
         return jax.nn.log_softmax(self.out3(gelu(self.out2(gelu(self.out1(x))))).astype(jnp.float32), axis=-1)
 
 
-class DynamicVit(Mlp):
-    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+class DynamicVit(Pruned):
+    Config = DynamicVitConfig
+    torch_code = "projector_dynamicvit.py"
+
+    def __init__(self, cfg: DynamicVitConfig, *, rngs: nnx.Rngs):
         super().__init__(cfg, rngs=rngs)
         for stage in range(len(cfg.prune_layers)):
             setattr(self, f"predictor{stage}", Predictor(cfg, rngs=rngs))
 
     def prune(self, stage: int, layer, x: Float[Array, "n N C"], kept: Float[Array, "n P"] | None, key: Array | None):
         """A layer of the tower behind a predictor (see vision.Prune)."""
-        patches, share = x[:, 1:], keep_ratio(self.cfg) ** (stage + 1)
+        patches, share = x[:, 1:], self.cfg.keep_ratio ** (stage + 1)
         if kept is None:
             kept = jnp.ones(patches.shape[:2])
         scores = getattr(self, f"predictor{stage}")(patches, kept)
         if key is None:
             stay = select(scores[..., 0], int(self.cfg.grid**2 * share))
             patches = jnp.take_along_axis(patches, stay[..., None], axis=1)
-            return layer(jnp.concatenate([x[:, :1], patches], axis=1)), None, 0.0
+            return layer(jnp.concatenate([x[:, :1], patches], axis=1)), Stage(stay)
         noise = jax.random.gumbel(jax.random.fold_in(key, stage), scores.shape)
         soft = jax.nn.softmax(scores + noise, axis=-1)[..., 0]
         kept = kept * (soft + jax.lax.stop_gradient((soft > 0.5) - soft))
         penalty = PENALTY * ((kept.mean(1) - share) ** 2).mean() / len(self.cfg.prune_layers)
-        return layer(x, kept), kept, penalty
+        return layer(x, kept), Stage(kept=kept, penalty=penalty)
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None):
         x, kept = features.last, features.kept
@@ -79,19 +93,15 @@ class DynamicVit(Mlp):
         return tokens * kept[..., None].astype(tokens.dtype), kept > 0.5
 
     @staticmethod
-    def budgets(cfg: ProjectorConfig) -> tuple[int, ...]:
-        count = int(cfg.grid**2 * keep_ratio(cfg) ** len(cfg.prune_layers))
-        if not 0 < keep_ratio(cfg) <= 1 or not count:
+    def budgets(cfg: DynamicVitConfig) -> tuple[int, ...]:
+        count = int(cfg.grid**2 * cfg.keep_ratio ** len(cfg.prune_layers))
+        if not count:
             raise ConfigError(f"projector.keep_ratio={cfg.keep_ratio}; {cfg.name} would keep {count} patches")
         return (count,)
 
     @staticmethod
-    def needs(cfg: ProjectorConfig, layers: int) -> Needs:
-        return Evit.needs(cfg, layers)
-
-    @staticmethod
-    def name_table(cfg: ProjectorConfig) -> list[Entry]:
-        table = Mlp.name_table(cfg)
+    def name_table(cfg: DynamicVitConfig) -> list[Entry]:
+        table = Pruned.name_table(cfg)
         for stage in range(len(cfg.prune_layers)):
             torch, path = f"score_predictor.{stage}", f"predictor{stage}"
             table += norm(f"{torch}.in_conv.0", f"{path}/norm") + linear(f"{torch}.in_conv.1", f"{path}/inner")

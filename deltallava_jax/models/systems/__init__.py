@@ -1,21 +1,10 @@
-"""Visual projectors: vision features -> V tokens of the decoder's width. A system is a file and a line here.
+"""What stands between the tower and the decoder: vision features -> V tokens of the decoder's width.
 
-A system is an NNX class ``System(cfg, *, rngs)`` with
-    __call__(features, text, budget, key)   [n, V, d], or that and the valid mask [n, V] where the number of live tokens
-                                            varies; key is None outside training
-    budgets(cfg)                            the tokens an image it can make, largest first
-    needs(cfg, layers)                      what it asks of a tower of that many layers
-    name_table(cfg)                         its torch names
-    reads_question                          True for one that wants text
-    prune                                   a vision.Prune with a key behind it, for one that runs tower layers itself
-    prefix                                  of its tensors in published checkpoints, where it is not mm_projector.
-    infer(shapes)                           its settings from {torch name: shape}, None if the tensors are not its own
-"""
+A system is one class in one file (base.System) and a line in config/systems.py; the functions here speak of any of
+them by its config, and nothing else in the project knows one by name."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import functools
 
 import jax
@@ -23,51 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from deltallava_jax import config
 from deltallava_jax.arrays import Array
-from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.config import SYSTEMS, ProjectorConfig
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import layers, names
-from deltallava_jax.models.projectors.delta import Delta
-from deltallava_jax.models.projectors.honeybee_c import HoneybeeC
-from deltallava_jax.models.projectors.honeybee_d import HoneybeeD
-from deltallava_jax.models.projectors.m3 import M3
-from deltallava_jax.models.projectors.mlp import Mlp
-from deltallava_jax.models.projectors.mqt import Mqt
-from deltallava_jax.models.projectors.quecc import Quecc
-from deltallava_jax.models.projectors.resampler import Resampler
-from deltallava_jax.models.projectors.token_packer import TokenPacker
-from deltallava_jax.models.selection.dynamicvit import DynamicVit
-from deltallava_jax.models.selection.evit import Evit
-from deltallava_jax.models.selection.fastervlm import FasterVlm
-from deltallava_jax.models.selection.prumerge import PruMerge, PruMergePlus
+from deltallava_jax.models.systems.base import Places, System
 from deltallava_jax.models.vision import Needs, Prune, VisionFeatures
 
-SYSTEMS = {
-    "delta": Delta,
-    "mlp": Mlp,
-    "token_packer": TokenPacker,
-    "m3": M3,
-    "mqt": Mqt,
-    "quecc": Quecc,
-    "resampler": Resampler,
-    "honeybee_c": HoneybeeC,
-    "honeybee_d": HoneybeeD,
-    "prumerge": PruMerge,
-    "prumerge_plus": PruMergePlus,
-    "fastervlm": FasterVlm,
-    "evit": Evit,
-    "dynamicvit": DynamicVit,
-}
-# Where published checkpoints keep a projector that is not LLaVA's mm_projector; the longer names first.
-PREFIXES = sorted({kind.prefix for kind in SYSTEMS.values() if hasattr(kind, "prefix")}, key=len, reverse=True)
+
+def system(cfg: ProjectorConfig) -> type[System]:
+    """The class of a config. Raises ConfigError with the nearest name for an unknown system."""
+    return config.system(cfg.name)
 
 
-def system(cfg: ProjectorConfig) -> type:
-    if cfg.name not in SYSTEMS:
-        close = difflib.get_close_matches(cfg.name, SYSTEMS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(SYSTEMS)}"
-        raise ConfigError(f"projector.name is {cfg.name!r}; {hint}")
-    return SYSTEMS[cfg.name]
+def prefixes() -> list[str]:
+    """Where published checkpoints keep a projector that is not LLaVA's mm_projector; the longer names first."""
+    found = {config.system(name).prefix for name in SYSTEMS} - {""}
+    return sorted(found, key=len, reverse=True)
 
 
 def init_params(cfg: ProjectorConfig, key: Array) -> layers.Params:
@@ -90,6 +52,17 @@ def check_budget(cfg: ProjectorConfig, budget: int | None) -> int:
     return budget
 
 
+def at(cfg: ProjectorConfig, budget: int) -> ProjectorConfig:
+    """The system set to make that many tokens and no other number. Raises ConfigError where it cannot."""
+    try:
+        able = system(cfg).at(cfg, budget) if budget > 0 else None
+        if able and budgets(able) == (budget,):
+            return able
+    except ConfigError:  # what would give the budget is no setting
+        pass
+    raise ConfigError(f"{cfg.name} does not make {budget} tokens of {cfg.grid**2} patches")
+
+
 def needs(cfg: ProjectorConfig, layers: int) -> Needs:
     """What the projector asks of a tower with that many layers."""
     return system(cfg).needs(cfg, layers)
@@ -99,14 +72,14 @@ def pruning(params: layers.Params, cfg: ProjectorConfig, key: Array | None = Non
     """What runs the tower's layers in ``needs(...).pruned``; None for a system that leaves the tower alone.
 
     key: a random key switches training behaviour on."""
-    if not hasattr(system(cfg), "prune"):
+    if system(cfg).prune is None:
         return None
     return functools.partial(layers.bind(system(cfg), cfg, params).prune, key=key)
 
 
 def reads_question(cfg: ProjectorConfig) -> bool:
     """Whether the projector wants the hidden state of each image's question."""
-    return getattr(system(cfg), "reads_question", False)
+    return system(cfg).reads_question
 
 
 def question_length(cfg: ProjectorConfig | None) -> int:
@@ -154,6 +127,11 @@ def project_valid(
     return made if isinstance(made, tuple) else (made, None)
 
 
+def places(params: layers.Params, cfg: ProjectorConfig, features: VisionFeatures, budget: int) -> Places:
+    """Where in the image the tokens of a budget lie, for a system with ``places``."""
+    return layers.bind(system(cfg), cfg, params).places(features, budget)
+
+
 def name_table(cfg: ProjectorConfig) -> list[names.Entry]:
     """Which torch tensor is which parameter, by the names of the public release."""
     return system(cfg).name_table(cfg)
@@ -161,16 +139,16 @@ def name_table(cfg: ProjectorConfig) -> list[names.Entry]:
 
 def infer(shapes: dict[str, tuple[int, ...]]) -> dict | None:
     """ProjectorConfig settings of a state dict by its names and shapes; None if it is of no known system."""
-    return next((found for kind in SYSTEMS.values() if (found := kind.infer(shapes)) is not None), None)
+    return next((found for name in SYSTEMS if (found := config.system(name).infer(shapes)) is not None), None)
 
 
 def from_torch(state_dict: dict[str, np.ndarray], cfg: ProjectorConfig) -> layers.Params:
     """{torch name: array} -> nested dict, float32. Parts that cfg ablates may be in the state dict and are left out.
 
     Raises names.WeightMismatch with both sides where names or shapes differ."""
-    full = {e.torch for e in name_table(dataclasses.replace(cfg, ablation="none"))}
     expected = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-    return names.from_torch(state_dict, name_table(cfg), expected, full.__contains__)
+    left_out = {entry.torch for entry in system(cfg).left_out(cfg)}
+    return names.from_torch(state_dict, name_table(cfg), expected, left_out.__contains__)
 
 
 def to_torch(params: layers.Params, cfg: ProjectorConfig) -> dict[str, np.ndarray]:

@@ -4,19 +4,29 @@ Queries from the resized last features, keys and values from several layers, eac
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from flax import nnx
 from jaxtyping import Float
 
 from deltallava_jax.arrays import Array
-from deltallava_jax.config import ProjectorConfig
 from deltallava_jax.models.layers import LayerNorm, Linear, gelu, resize_grid, trunc_normal
 from deltallava_jax.models.names import Entry, linear, norm
-from deltallava_jax.models.projectors import common
+from deltallava_jax.models.systems import common
+from deltallava_jax.models.systems.base import LevelsConfig, MultiLevel
 from deltallava_jax.models.vision import VisionFeatures
 
 
-class TokenPacker(nnx.Module):
-    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+@dataclass(frozen=True)
+class TokenPackerConfig(LevelsConfig):
+    name: str = "token_packer"
+
+
+class TokenPacker(MultiLevel):
+    Config = TokenPackerConfig
+    torch_code = "projector_token_packer.py"
+
+    def __init__(self, cfg: TokenPackerConfig, *, rngs: nnx.Rngs):
         make = lambda a, b, bias=True: Linear(
             a, b, bias=bias, kernel_init=trunc_normal(cfg.initializer_range), rngs=rngs
         )
@@ -36,11 +46,8 @@ class TokenPacker(nnx.Module):
         y = self.attention(q, k, v).reshape(q.shape[0], budget, -1)
         return self.down(gelu(self.up(y)))
 
-    budgets = staticmethod(common.scale_budgets)
-    needs = staticmethod(common.multi_level)
-
     @staticmethod
-    def name_table(cfg: ProjectorConfig) -> list[Entry]:
+    def name_table(cfg: TokenPackerConfig) -> list[Entry]:
         table = linear("q_proj_1", "q", bias=False) + common.attention_names("clip_attn", "attention")
         for name in "kv":
             table += linear(f"{name}_proj_1.0", f"{name}_up") + linear(f"{name}_proj_1.2", f"{name}_down")

@@ -6,19 +6,22 @@ of positions. No weights of its own: any LLaVA-1.5 projector."""
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from deltallava_jax.arrays import Array
 from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.config.checks import require
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.models.projectors import common
-from deltallava_jax.models.projectors.mlp import Mlp
+from deltallava_jax.models.systems.base import Places, last_layer
+from deltallava_jax.models.systems.mlp import PatchMlp
 from deltallava_jax.models.vision import Needs, VisionFeatures
 
 NEIGHBOURS = 32
-KEEP_RATIO = 0.125
 
 
 def outliers(attention: Float[Array, "n N"]) -> Int[Array, " n"]:
@@ -87,24 +90,46 @@ def merge(
     return jnp.concatenate([merged, rest], axis=1), valid
 
 
-def keep_ratio(cfg: ProjectorConfig) -> float:
-    return KEEP_RATIO if cfg.keep_ratio is None else cfg.keep_ratio
+@dataclass(frozen=True)
+class PruMergeConfig(ProjectorConfig):
+    name: str = "prumerge"
+    keep_ratio: float = 0.125  # share of the patches that are kept; 0: by outliers of each image
+    tokens: tuple[int, ...] = ()  # with keep_ratio 0, one number: the most tokens of an image; empty: a quarter and one
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 <= self.keep_ratio <= 1, f"projector.keep_ratio={self.keep_ratio}; expected 0 to 1")
+        require(min(self.tokens, default=1) >= 1, f"projector.tokens={self.tokens}; expected 1 or more")
 
 
-class PruMerge(Mlp):
+@dataclass(frozen=True)
+class PruMergePlusConfig(PruMergeConfig):
+    name: str = "prumerge_plus"
+    reproduce_duplicates: bool = False  # the original's doubled and lost positions
+
+
+class PruMerge(PatchMlp):
+    Config = PruMergeConfig
+    torch_code = "projector_prumerge.py"
     plus = False
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None):
-        cfg, attention = self.cfg, features.cls_attention
-        positions, count = candidates(attention, keep_ratio(cfg), plus=self.plus, duplicates=cfg.reproduce_duplicates)
-        tokens, valid = merge(features.last, attention, features.keys, positions, count, budget - 1)
+        positions, count = self._candidates(features)
+        tokens, valid = merge(features.last, features.cls_attention, features.keys, positions, count, budget - 1)
         return self.project(tokens), valid
 
+    def _candidates(self, features: VisionFeatures) -> tuple[Int[Array, "n N"], Int[Array, " n"]]:
+        return candidates(features.cls_attention, self.cfg.keep_ratio)
+
+    def places(self, features: VisionFeatures, budget: int) -> Places:
+        kept = self._candidates(features)[0][:, : budget - 1]
+        return Places(jnp.pad(kept, ((0, 0), (0, 1)), constant_values=self.cfg.grid**2), self.cfg.grid)
+
     @classmethod
-    def budgets(cls, cfg: ProjectorConfig) -> tuple[int, ...]:
+    def budgets(cls, cfg: PruMergeConfig) -> tuple[int, ...]:
         patches = cfg.grid**2
         cap = cfg.tokens[0] - 1 if cfg.tokens else patches // 4
-        if ratio := keep_ratio(cfg):
+        if ratio := cfg.keep_ratio:
             step = int(1 / ratio)
             cap = int(patches * ratio) + (len(range(step // 2, patches - 1, step)) if cls.plus else 0)
         if not 1 <= cap < patches or len(cfg.tokens) > 1:
@@ -113,16 +138,21 @@ class PruMerge(Mlp):
         return (cap + 1,)
 
     @staticmethod
-    def needs(cfg: ProjectorConfig, layers: int) -> Needs:
-        last = common.last_layer(cfg, layers)
+    def at(cfg: PruMergeConfig, budget: int) -> PruMergeConfig:
+        return dataclasses.replace(cfg, tokens=(budget,), keep_ratio=0.0)  # by outliers, that many at the most
+
+    @staticmethod
+    def needs(cfg: PruMergeConfig, layers: int) -> Needs:
+        last = last_layer(cfg, layers)
         if last == layers:
             raise ConfigError("projector.select_layer=-1; PruMerge reads queries and keys of the layer after it")
         return Needs(last=last, cls_attention=(last + 1, "one_head"), keys=last + 1)
 
-    @staticmethod
-    def infer(shapes: dict[str, tuple[int, ...]]) -> dict | None:
-        return None  # its tensors are an MLP's: name it
-
 
 class PruMergePlus(PruMerge):
+    Config = PruMergePlusConfig
     plus = True
+
+    def _candidates(self, features: VisionFeatures) -> tuple[Int[Array, "n N"], Int[Array, " n"]]:
+        cfg = self.cfg
+        return candidates(features.cls_attention, cfg.keep_ratio, plus=True, duplicates=cfg.reproduce_duplicates)

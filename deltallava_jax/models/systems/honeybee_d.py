@@ -5,6 +5,8 @@ layer (select_layer -1), and its table has as many rows as there are tokens, so 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,23 +15,40 @@ from flax import nnx
 from jaxtyping import Float
 
 from deltallava_jax.arrays import Array
-from deltallava_jax.config import ProjectorConfig
-from deltallava_jax.errors import ConfigError
+from deltallava_jax.config.checks import require_at_least, require_positive
 from deltallava_jax.kernels.attention import attention
 from deltallava_jax.models.layers import LayerNorm, Linear, normal, trunc_normal, xavier_uniform
 from deltallava_jax.models.names import Entry, linear, norm
-from deltallava_jax.models.projectors import common
-from deltallava_jax.models.vision import Needs, VisionFeatures
+from deltallava_jax.models.systems import common
+from deltallava_jax.models.systems.base import OnGrid, ScaleConfig
+from deltallava_jax.models.vision import VisionFeatures
 
 EPS = 1e-5
 DEPTH, POINTS = 6, 4
 
 
+@dataclass(frozen=True)
+class HoneybeeDConfig(ScaleConfig):
+    name: str = "honeybee_d"
+    select_layer: int = -1  # the tower's hidden state that is read, from the end: -1 is the last
+    depth: int = 0  # layers; 0: as published, 6
+    head_dim: int = 128  # width of a head
+    mlp_width: int = 1024  # hidden width of a layer's MLP
+    initializer_range: float = 0.02  # standard deviation of fresh Linear weights; small widths want more
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_one_scale()
+        require_at_least(1, "projector", self, "head_dim", "mlp_width")
+        require_at_least(0, "projector", self, "depth")
+        require_positive("projector", self, "initializer_range")
+
+
 class DeformableLayer(nnx.Module):
     """A layer of Deformable DETR's decoder, norms last: self-attention, sampling from the image, ReLU MLP."""
 
-    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
-        width = cfg.width
+    def __init__(self, cfg: HoneybeeDConfig, *, rngs: nnx.Rngs):
+        width = cfg.in_width
         make = lambda a, b, init=xavier_uniform, bias=None: Linear(a, b, kernel_init=init, bias_init=bias, rngs=rngs)
         self.q, self.k, self.v, self.o = (make(width, width) for _ in range(4))
         self.heads, self.head_dim = width // cfg.head_dim, cfg.head_dim
@@ -81,18 +100,20 @@ def _directions(key, shape) -> Array:
     return jnp.asarray(ray[:, None] * np.arange(1, POINTS + 1)[:, None], jnp.float32).reshape(shape)
 
 
-class HoneybeeD(nnx.Module):
+class HoneybeeD(OnGrid):
+    Config = HoneybeeDConfig
+    torch_code = "projector_honeybee_d.py"
     prefix = "abstractor."
 
-    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: HoneybeeDConfig, *, rngs: nnx.Rngs):
         side = cfg.grid // cfg.scale_factors[0]
         init = normal(cfg.initializer_range)
         self.position = nnx.Param(init(rngs.params(), (1, cfg.grid**2, cfg.in_width)))
-        self.queries = nnx.Param(init(rngs.params(), (side * side, cfg.width)))
+        self.queries = nnx.Param(init(rngs.params(), (side * side, cfg.in_width)))
         self.points = nnx.Param(jnp.asarray(reference_points(side, cfg.grid))[None])  # fixed: it gets no gradient
         for layer in range(cfg.depth or DEPTH):
             setattr(self, f"layer{layer}", DeformableLayer(cfg, rngs=rngs))
-        self.out = Linear(cfg.width, cfg.out_width, kernel_init=trunc_normal(cfg.initializer_range), rngs=rngs)
+        self.out = Linear(cfg.in_width, cfg.out_width, kernel_init=trunc_normal(cfg.initializer_range), rngs=rngs)
         self.cfg = cfg
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
@@ -106,19 +127,7 @@ class HoneybeeD(nnx.Module):
         return self.out(x)
 
     @staticmethod
-    def budgets(cfg: ProjectorConfig) -> tuple[int, ...]:
-        if len(cfg.scale_factors) != 1:
-            raise ConfigError(f"projector.scale_factor={cfg.scale_factor}; honeybee_d's weights serve one scale factor")
-        if cfg.width != cfg.in_width:
-            raise ConfigError(f"projector.embed_width={cfg.embed_width}; honeybee_d keeps in_width={cfg.in_width}")
-        return common.scale_budgets(cfg)
-
-    @staticmethod
-    def needs(cfg: ProjectorConfig, layers: int) -> Needs:
-        return Needs(last=common.last_layer(cfg, layers))
-
-    @staticmethod
-    def name_table(cfg: ProjectorConfig) -> list[Entry]:
+    def name_table(cfg: HoneybeeDConfig) -> list[Entry]:
         table = [
             Entry("v_pos_emb", "position"),
             Entry("query_position_embeddings.weight", "queries"),

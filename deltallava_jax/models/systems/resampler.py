@@ -4,24 +4,34 @@ closing: the LayerNorm and the output matrix that Qwen-VL's visual part puts aft
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
 from deltallava_jax.arrays import Array
-from deltallava_jax.config import ProjectorConfig
-from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.layers import LayerNorm, Linear, normal, sincos_table, trunc_normal
 from deltallava_jax.models.names import Entry, linear, norm
-from deltallava_jax.models.projectors import common
-from deltallava_jax.models.vision import Needs, VisionFeatures
+from deltallava_jax.models.systems import common
+from deltallava_jax.models.systems.base import QueriesConfig, System
+from deltallava_jax.models.vision import VisionFeatures
 
 
-class Resampler(nnx.Module):
+@dataclass(frozen=True)
+class ResamplerConfig(QueriesConfig):
+    name: str = "resampler"
+    closing: bool = False  # Qwen-VL's LayerNorm and output matrix behind it
+
+
+class Resampler(System):
+    Config = ResamplerConfig
+    torch_code = "projector_resampler.py"
     prefix = "transformer.visual."
 
-    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: ResamplerConfig, *, rngs: nnx.Rngs):
         width, init = cfg.out_width, trunc_normal(cfg.initializer_range)
         self.queries = nnx.Param(init(rngs.params(), (cfg.queries, width)))
         table = sincos_table(round(cfg.queries**0.5), width)
@@ -43,19 +53,15 @@ class Resampler(nnx.Module):
         return y if self.norm is None else self.norm(y) @ self.out[...].astype(y.dtype)
 
     @staticmethod
-    def budgets(cfg: ProjectorConfig) -> tuple[int, ...]:
-        if round(cfg.queries**0.5) ** 2 != cfg.queries:
-            raise ConfigError(
-                f"projector.queries={cfg.queries}; resampler needs a square number, for its position table"
-            )
+    def budgets(cfg: ResamplerConfig) -> tuple[int, ...]:
         return (cfg.queries,)
 
     @staticmethod
-    def needs(cfg: ProjectorConfig, layers: int) -> Needs:
-        return Needs(last=common.last_layer(cfg, layers))
+    def at(cfg: ResamplerConfig, budget: int) -> ResamplerConfig:
+        return dataclasses.replace(cfg, queries=budget)
 
     @staticmethod
-    def name_table(cfg: ProjectorConfig) -> list[Entry]:
+    def name_table(cfg: ResamplerConfig) -> list[Entry]:
         inner = "attn_pool." if cfg.closing else ""
         table = [Entry(f"{inner}pos_embed", "position"), Entry(f"{inner}query", "queries")]
         table += linear(f"{inner}kv_proj", "kv", bias=False) if _projects(cfg) else []
@@ -73,5 +79,5 @@ class Resampler(nnx.Module):
         return dict(name="resampler", in_width=in_width, out_width=width, queries=queries, closing=bool(inner))
 
 
-def _projects(cfg: ProjectorConfig) -> bool:
+def _projects(cfg: ResamplerConfig) -> bool:
     return cfg.in_width != cfg.out_width

@@ -5,27 +5,47 @@ the attention does not depend on the image."""
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
 from deltallava_jax.arrays import Array
-from deltallava_jax.config import ProjectorConfig
-from deltallava_jax.errors import ConfigError
+from deltallava_jax.config.checks import require
 from deltallava_jax.models.layers import LayerNorm, normal, trunc_normal
 from deltallava_jax.models.names import Entry, norm
-from deltallava_jax.models.projectors import common
-from deltallava_jax.models.vision import Needs, VisionFeatures
+from deltallava_jax.models.systems import common
+from deltallava_jax.models.systems.base import QueriesConfig, System
+from deltallava_jax.models.vision import VisionFeatures
 
 TOKENS = (256, 144, 64, 36, 16, 4, 2, 1)
 
 
-class Mqt(nnx.Module):
+@dataclass(frozen=True)
+class MqtConfig(QueriesConfig):
+    name: str = "mqt"
+    head_dim: int = 64  # width of a head
+    tokens: tuple[int, ...] = ()  # the budgets; empty: 256, 144, 64, 36, 16, 4, 2 and 1, as far as there are queries
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(min(self.tokens, default=1) >= 1, f"projector.tokens={self.tokens}; expected 1 or more")
+        require(
+            max(self.tokens, default=1) <= self.queries,
+            f"projector.tokens={self.tokens}; mqt makes 1 to projector.queries={self.queries} tokens",
+        )
+
+
+class Mqt(System):
+    Config = MqtConfig
+    torch_code = "projector_mqt.py"
     prefix = "query_abstractor."
 
-    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
-        width = cfg.width
+    def __init__(self, cfg: MqtConfig, *, rngs: nnx.Rngs):
+        width = cfg.in_width
         self.queries = nnx.Param(trunc_normal(cfg.initializer_range)(rngs.params(), (cfg.queries, width)))
         self.position = nnx.Param(common.half_table(round(cfg.queries**0.5), width))  # fixed: it gets no gradient
         self.q_norm, self.k_norm, self.v_norm = (LayerNorm(width, eps=common.EPS) for _ in "qkv")
@@ -41,22 +61,16 @@ class Mqt(nnx.Module):
         return self.attention(q, k, self.v_norm(x)) @ self.out[...].astype(x.dtype)
 
     @staticmethod
-    def budgets(cfg: ProjectorConfig) -> tuple[int, ...]:
-        if round(cfg.queries**0.5) ** 2 != cfg.queries:
-            raise ConfigError(f"projector.queries={cfg.queries}; mqt needs a square, for its positions")
-        if cfg.width != cfg.in_width:
-            raise ConfigError(f"projector.embed_width={cfg.embed_width}; mqt keeps in_width={cfg.in_width}")
+    def budgets(cfg: MqtConfig) -> tuple[int, ...]:
         tokens = cfg.tokens or tuple(m for m in TOKENS if m <= cfg.queries)
-        if not all(1 <= m <= cfg.queries for m in tokens):
-            raise ConfigError(f"projector.tokens={tokens}; mqt makes 1 to projector.queries={cfg.queries} tokens")
         return tuple(sorted(tokens, reverse=True))
 
     @staticmethod
-    def needs(cfg: ProjectorConfig, layers: int) -> Needs:
-        return Needs(last=common.last_layer(cfg, layers))
+    def at(cfg: MqtConfig, budget: int) -> MqtConfig:
+        return dataclasses.replace(cfg, tokens=(budget,))
 
     @staticmethod
-    def name_table(cfg: ProjectorConfig) -> list[Entry]:
+    def name_table(cfg: MqtConfig) -> list[Entry]:
         table = [Entry("pos_embed", "position"), Entry("query", "queries"), Entry("proj", "out")]
         table += common.attention_names("attn", "attention")
         return table + [entry for name in "qkv" for entry in norm(f"ln_{name}", f"{name}_norm")]

@@ -4,26 +4,44 @@ Queries are downsampled by a depthwise convolution whose kernel is the cell, so 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Float
 
 from deltallava_jax.arrays import Array
-from deltallava_jax.config import ProjectorConfig
-from deltallava_jax.errors import ConfigError
+from deltallava_jax.config.checks import require_at_least
 from deltallava_jax.models.layers import LayerNorm, Linear, gelu, torch_default, trunc_normal
 from deltallava_jax.models.names import Entry, linear, norm
-from deltallava_jax.models.projectors import common
+from deltallava_jax.models.systems import common
+from deltallava_jax.models.systems.base import LevelsConfig, MultiLevel
 from deltallava_jax.models.vision import VisionFeatures
 
 TEXT_EPS = 1e-5  # torch's default
 
 
-class Quecc(nnx.Module):
+@dataclass(frozen=True)
+class QueccConfig(LevelsConfig):
+    name: str = "quecc"
+    scale_factor: int | tuple[int, ...] = 4  # side of a token's cell in patches, one: the kernel has its size
+    text_width: int = 0  # width of the question's hidden state; 0: out_width
+    question_length: int = 64  # tokens of a question that are read, BOS first; a longer one is cut, and said
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_one_scale()
+        require_at_least(1, "projector", self, "question_length")
+        require_at_least(0, "projector", self, "text_width")
+
+
+class Quecc(MultiLevel):
+    Config = QueccConfig
+    torch_code = "projector_quecc.py"
     reads_question = True
 
-    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: QueccConfig, *, rngs: nnx.Rngs):
         make = lambda a, b: Linear(a, b, kernel_init=trunc_normal(cfg.initializer_range), rngs=rngs)
         width, levels, s = cfg.width, cfg.level_count * cfg.in_width, cfg.scale_factors[0]
         for name, inputs in (("q", cfg.in_width), ("k", levels), ("v", levels)):
@@ -61,15 +79,7 @@ class Quecc(nnx.Module):
         return closing(down(gelu(up(x))))
 
     @staticmethod
-    def budgets(cfg: ProjectorConfig) -> tuple[int, ...]:
-        if len(cfg.scale_factors) != 1:
-            raise ConfigError(f"projector.scale_factor={cfg.scale_factor}; quecc's weights serve one scale factor")
-        return common.scale_budgets(cfg)
-
-    needs = staticmethod(common.multi_level)
-
-    @staticmethod
-    def name_table(cfg: ProjectorConfig) -> list[Entry]:
+    def name_table(cfg: QueccConfig) -> list[Entry]:
         table = common.attention_names("0.clip_attn", "attention")
         for name in "qkv":
             table += linear(f"0.{name}_proj.0", f"{name}_up") + linear(f"0.{name}_proj.2", f"{name}_down")

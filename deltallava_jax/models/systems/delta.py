@@ -12,6 +12,9 @@ variant reads the tower's layers as they are, the release's has k and v once, be
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -19,7 +22,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from deltallava_jax.arrays import Array
-from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.config.checks import require, require_at_least
 from deltallava_jax.kernels.attention import attention
 from deltallava_jax.models.layers import (
     LayerNorm,
@@ -33,16 +36,68 @@ from deltallava_jax.models.layers import (
     xavier_uniform,
 )
 from deltallava_jax.models.names import Entry, linear, norm
-from deltallava_jax.models.projectors import common
+from deltallava_jax.models.systems import common
+from deltallava_jax.models.systems.base import LevelsConfig, MultiLevel
 from deltallava_jax.models.vision import VisionFeatures
 
 BLOCK_EPS = 1e-5
 
 
+ABLATIONS = ("none", "no_emhsa", "no_delta", "no_tb")
+
+
+@dataclass(frozen=True)
+class DeltaConfig(LevelsConfig):
+    name: str = "delta"
+    block_head_dim: int = 32  # width of a head and of a convolution's group in the block
+    rank: int = 16  # of the low-rank update of each projection
+    mix_ratio: float = 0.75  # share of the block's channels that attend; the rest is convolved
+    drop_path: float = 0.1  # the rate of stochastic depth in the block, at most
+    reduction: int = 1  # EMHSA's spatial reduction sr
+    window: int = 1  # paper variant: query windows of window x window
+    mlp_width: int = 4096  # paper variant: hidden width of equation 11
+    variant: str = "release"  # the public code, or "paper": its equations
+    ablation: str = "none"  # without a part: no_emhsa, no_delta, no_tb
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(1, "projector", self, "rank", "mlp_width", "block_head_dim", "window", "reduction")
+        require(0 <= self.drop_path < 1, f"projector.drop_path={self.drop_path}; expected 0 to below 1")
+        require(0 < self.mix_ratio < 1, f"projector.mix_ratio={self.mix_ratio}; expected between 0 and 1")
+        for name, known in (("variant", ("release", "paper")), ("ablation", ABLATIONS)):
+            value = getattr(self, name)
+            require(value in known, f"projector.{name} is {value!r}; known: {', '.join(known)}")
+        self._check_widths()
+        for side in (self.grid // s for s in self.scale_factors):
+            require(
+                side % self.window == 0, f"projector.window={self.window} does not divide the {side}x{side} query grid"
+            )
+            require(
+                self.reduction <= side,
+                f"projector.reduction={self.reduction} leaves no keys of a {side}x{side} query grid",
+            )
+
+    def _check_widths(self):
+        heads = self.block_head_dim
+        for width in (self.width, self.in_width):
+            require(
+                width % heads == 0, f"projector.block_head_dim={heads} does not divide the projector's width {width}"
+            )
+        require(
+            self.width >= 2 * heads,
+            f"projector.block_head_dim={heads}; the block's two branches need two heads in width {self.width}",
+        )
+        require(self.in_width % 4 == 0, f"projector.in_width={self.in_width}; the position table needs a multiple of 4")
+        require(
+            self.variant == "paper" or self.width == self.in_width,
+            f"projector.embed_width={self.embed_width}; the release variant keeps in_width={self.in_width}",
+        )
+
+
 class DeltaProjection(nnx.Module):
     """x (W_s + U V): a shared base and a rank-r update; the release adds GELU and LayerNorm."""
 
-    def __init__(self, in_width: int, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+    def __init__(self, in_width: int, cfg: DeltaConfig, *, rngs: nnx.Rngs):
         low_rank = cfg.ablation != "no_delta"
         self.base = nnx.Param(trunc_normal(cfg.initializer_range)(rngs.params(), (in_width, cfg.width)))
         self.U = nnx.Param(xavier_uniform(rngs.params(), (in_width, cfg.rank))) if low_rank else None
@@ -63,7 +118,7 @@ class DeltaProjection(nnx.Module):
 class SelfAttention(nnx.Module):
     """EMHSA: LayerNorm, then self-attention over all tokens, keys and values pooled for reduction > 1."""
 
-    def __init__(self, width: int, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, cfg: DeltaConfig, *, rngs: nnx.Rngs):
         self.norm = LayerNorm(width, eps=BLOCK_EPS)
         init = trunc_normal(cfg.initializer_range)
         self.q, self.k, self.v, self.o = (Linear(width, width, kernel_init=init, rngs=rngs) for _ in range(4))
@@ -87,7 +142,7 @@ class ConvAttention(nnx.Module):
 
     Release: groups of block_head_dim channels; paper: depthwise."""
 
-    def __init__(self, width: int, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, cfg: DeltaConfig, *, rngs: nnx.Rngs):
         group = cfg.block_head_dim if cfg.variant == "release" else 1
         self.kernel = nnx.Param(torch_default(9 * group)(rngs.params(), (3, 3, group, width)))
         self.norm = LayerNorm(width, eps=BLOCK_EPS)
@@ -112,7 +167,7 @@ def grouped_convolution(x: Float[Array, "n h w C"], kernel: Float[Array, "3 3 i 
 class Block(nnx.Module):
     """NTB: EMHSA on a share of the channels, MHCA on the rest, an MLP over both (Next-ViT's block)."""
 
-    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: DeltaConfig, *, rngs: nnx.Rngs):
         conv = lambda a, b, bias=False: Linear(
             a, b, bias=bias, kernel_init=torch_default(a), bias_init=torch_default(a), rngs=rngs
         )
@@ -148,7 +203,7 @@ class Block(nnx.Module):
 class Refine(nnx.Module):
     """The paper's refinement of the queries (section 4.1): MHCA, then EMHSA, both residual."""
 
-    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: DeltaConfig, *, rngs: nnx.Rngs):
         self.convolution = ConvAttention(cfg.in_width, cfg, rngs=rngs)
         self.attention = SelfAttention(cfg.in_width, cfg, rngs=rngs) if cfg.ablation != "no_emhsa" else None
 
@@ -157,8 +212,11 @@ class Refine(nnx.Module):
         return x if self.attention is None else x + self.attention(x)
 
 
-class Delta(nnx.Module):
-    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+class Delta(MultiLevel):
+    Config = DeltaConfig
+    torch_code = "projector_delta.py"
+
+    def __init__(self, cfg: DeltaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         levels = cfg.level_count * cfg.in_width
         self.q = DeltaProjection(cfg.in_width if cfg.variant == "paper" else cfg.width, cfg, rngs=rngs)
@@ -218,11 +276,8 @@ class Delta(nnx.Module):
         table = jnp.asarray(sincos_table(grid, width).reshape(1, grid, grid, width))
         return resize_grid(table, side, "bicubic").astype(q.dtype)
 
-    budgets = staticmethod(common.scale_budgets)
-    needs = staticmethod(common.multi_level)
-
     @staticmethod
-    def name_table(cfg: ProjectorConfig) -> list[Entry]:
+    def name_table(cfg: DeltaConfig) -> list[Entry]:
         table = []
         for name in "qkv":
             table += [Entry(f"{name}_proj_1.shared_weight.weight", f"{name}/base", "linear")]
@@ -244,6 +299,10 @@ class Delta(nnx.Module):
                 table += _attention_names("refine.e_mhsa", "refine/attention")
             table += linear("head", "head") + norm("ffn.norm", "norm") + linear("ffn.0", "up") + linear("ffn.2", "down")
         return table
+
+    @staticmethod
+    def left_out(cfg: DeltaConfig) -> list[Entry]:
+        return Delta.name_table(dataclasses.replace(cfg, ablation="none"))
 
     @staticmethod
     def infer(shapes: dict[str, tuple[int, ...]]) -> dict | None:
@@ -277,14 +336,14 @@ class Delta(nnx.Module):
         return settings
 
 
-def split_channels(cfg: ProjectorConfig) -> tuple[int, int]:
+def split_channels(cfg: DeltaConfig) -> tuple[int, int]:
     """Channels of the block's attention and convolution branches: whole heads, mix_ratio to the attention."""
     heads = cfg.width // cfg.block_head_dim
     attended = min(max(1, round(heads * cfg.mix_ratio)), heads - 1) * cfg.block_head_dim
     return attended, cfg.width - attended
 
 
-def _block_names(cfg: ProjectorConfig) -> list[Entry]:
+def _block_names(cfg: DeltaConfig) -> list[Entry]:
     ntb = "combined_block.ntb"
     table = linear(f"{ntb}.patch_embed.conv", "block/reduce", bias=False, kind="conv1x1")
     if cfg.ablation != "no_emhsa":

@@ -4,17 +4,20 @@ It reads the tower's last layer: select_layer -1."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
 from deltallava_jax.arrays import Array
-from deltallava_jax.config import ProjectorConfig
+from deltallava_jax.config.checks import require_at_least, require_positive
 from deltallava_jax.models.layers import LayerNorm, Linear, normal, torch_default, trunc_normal
 from deltallava_jax.models.names import Entry, linear, norm
-from deltallava_jax.models.projectors import common
-from deltallava_jax.models.vision import Needs, VisionFeatures
+from deltallava_jax.models.systems import common
+from deltallava_jax.models.systems.base import OnGrid, ScaleConfig
+from deltallava_jax.models.vision import VisionFeatures
 
 EPS = 1e-5
 DEPTH = 3
@@ -48,10 +51,30 @@ class Bottleneck(nnx.Module):
         return sum(padded[:, p : p + h, q : q + w] * kernel[p, q, 0] for p in range(3) for q in range(3))
 
 
-class HoneybeeC(nnx.Module):
+@dataclass(frozen=True)
+class HoneybeeCConfig(ScaleConfig):
+    name: str = "honeybee_c"
+    select_layer: int = -1  # the tower's hidden state that is read, from the end: -1 is the last
+    embed_width: int = 0  # width of the stages; 0: in_width
+    depth: int = 0  # blocks of a stage; 0: as published, 3
+    initializer_range: float = 0.02  # standard deviation of fresh Linear weights; small widths want more
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(0, "projector", self, "embed_width", "depth")
+        require_positive("projector", self, "initializer_range")
+
+    @property
+    def width(self) -> int:
+        return self.embed_width or self.in_width
+
+
+class HoneybeeC(OnGrid):
+    Config = HoneybeeCConfig
+    torch_code = "projector_honeybee_c.py"
     prefix = "abstractor."
 
-    def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: HoneybeeCConfig, *, rngs: nnx.Rngs):
         self.position = nnx.Param(normal(cfg.initializer_range)(rngs.params(), (1, cfg.grid**2, cfg.in_width)))
         for stage, block, in_width in _blocks(cfg):
             setattr(self, f"stage{stage}_block{block}", Bottleneck(in_width, cfg.width, rngs=rngs))
@@ -68,14 +91,8 @@ class HoneybeeC(nnx.Module):
             x = getattr(self, f"stage{stage}_block{block}")(x)
         return self.down(jax.nn.silu(self.up(x.reshape(x.shape[0], budget, -1))))
 
-    budgets = staticmethod(common.scale_budgets)
-
     @staticmethod
-    def needs(cfg: ProjectorConfig, layers: int) -> Needs:
-        return Needs(last=common.last_layer(cfg, layers))
-
-    @staticmethod
-    def name_table(cfg: ProjectorConfig) -> list[Entry]:
+    def name_table(cfg: HoneybeeCConfig) -> list[Entry]:
         table = [Entry("pos_emb", "position")]
         conv = lambda torch, path, bias=False: linear(torch, path, bias=bias, kind="conv1x1")
         for stage, block, in_width in _blocks(cfg):
@@ -102,7 +119,7 @@ class HoneybeeC(nnx.Module):
         )  # fmt: skip
 
 
-def _blocks(cfg: ProjectorConfig):
+def _blocks(cfg: HoneybeeCConfig):
     """(stage, block, input width), in order; the pool stands between the stages."""
     for stage in (1, 2):
         for block in range(1, (cfg.depth or DEPTH) + 1):
