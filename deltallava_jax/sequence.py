@@ -55,7 +55,10 @@ class Batch:
     ) -> Batch:
         """The batch of B = rows, T = text, I = images, H = W = size and Q = question with make(shape, dtype) for each
         array; size 0: images are given encoded; question 0: none are read."""
-        ints = lambda *shape: make((rows, *shape), np.int32)
+
+        def ints(*shape: int):
+            return make((rows, *shape), np.int32)
+
         return cls(
             tokens=ints(text),
             loss_mask=make((rows, text), np.bool_),
@@ -140,8 +143,12 @@ def layout(batch: Batch, valid: Bool[Array, "B I V"] | None, V: int) -> Layout:
     # Live slots before each slot, less those before its conversation began.
     before = jnp.cumsum(live, axis=1) - live
     begins = conversation != jnp.pad(conversation, ((0, 0), (1, 0)))[:, :-1]
-    latest = lambda flags: jax.lax.cummax(jnp.where(flags, before, 0), axis=1)
-    positions, branches = before - latest(begins), None
+
+    def latest(flags):  # of ``before``, at the last flag up to each slot
+        return jax.lax.cummax(jnp.where(flags, before, 0), axis=1)
+
+    positions = before - latest(begins)
+    branches = None
     if batch.branches is not None:
         branches = jnp.where(inside, jnp.take_along_axis(batch.branches, text_index, axis=1), 0)
         left = jnp.pad(branches, ((0, 0), (1, 0)))[:, :-1]
@@ -157,7 +164,10 @@ def layout(batch: Batch, valid: Bool[Array, "B I V"] | None, V: int) -> Layout:
     following = jnp.pad(following, ((0, 0), (0, 1)), constant_values=S)[:, 1:]
     exists = following < S
     following = jnp.minimum(following, S - 1)
-    at_next = lambda values: jnp.take_along_axis(values, following, axis=1)
+
+    def at_next(values):
+        return jnp.take_along_axis(values, following, axis=1)
+
     tokens = jnp.take_along_axis(batch.tokens, text_index, axis=1)
     supervised = jnp.take_along_axis(batch.loss_mask, text_index, axis=1) & ~is_visual & live
     loss_mask = live & exists & at_next(supervised) & (at_next(conversation) == conversation)
@@ -178,7 +188,8 @@ def layout(batch: Batch, valid: Bool[Array, "B I V"] | None, V: int) -> Layout:
 
 def text_layout(positions: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Layout:
     """The layout of slots that hold text alone and predict nothing: tokens appended while decoding."""
-    zeros, none = jnp.zeros_like(positions), jnp.zeros_like(positions, bool)
+    zeros = jnp.zeros_like(positions)
+    none = jnp.zeros_like(positions, bool)
     return Layout(positions, segments, none, zeros, zeros, zeros, none)
 
 

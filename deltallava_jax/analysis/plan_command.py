@@ -122,7 +122,8 @@ def report(plan: dict) -> str:
     for part, passes in plan["flops_by_part"].items():
         cells = ", ".join(f"{name} {operations(count)}" for name, count in passes.items() if count)
         lines.append(f"  {part:<10} {cells}")
-    lines.append(f"  XLA counts {operations(plan['compiler_flops_per_step'])}, element-wise work included")
+    if plan["compiler_flops_per_step"] is not None:
+        lines.append(f"  XLA counts {operations(plan['compiler_flops_per_step'])}, element-wise work included")
     if plan["collectives"] is not None:
         lines += ["", "collectives of a step on a device; bytes of the results, loops multiplied out"]
         for one in plan["collectives"]:

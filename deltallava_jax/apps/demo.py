@@ -10,6 +10,7 @@ all pictures when it ends."""
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import signal
 import tempfile
@@ -24,6 +25,7 @@ from deltallava_jax.inference.sampling import Sampling
 
 EARLIER = 12  # answers that stay on the page
 HOUR = 3600
+KNOWN_GRADIO = (6, 31), (7, 0)  # from, and below: versions whose image component handles files as ``guard`` expects
 STYLE = """
 .picture img {width: 100%; height: 100%; object-fit: contain; padding-top: 2.5rem}
 #answer textarea {font-size: 1.5rem; line-height: 1.35}
@@ -59,12 +61,18 @@ def main(options: argparse.Namespace) -> None:
 
 
 def gradio():
-    """The module, told to ask nobody. Raises ConfigError where it is not installed."""
+    """The module, told to ask nobody. Raises ConfigError where it is not installed or of a version not known."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     try:
         import gradio
     except ImportError as error:
         raise ConfigError(f"{error}; the demo needs: pip install -r requirements-demo.txt") from error
+    first, end = (".".join(map(str, version)) for version in KNOWN_GRADIO)
+    if not KNOWN_GRADIO[0] <= tuple(map(int, gradio.__version__.split(".")[:2])) < KNOWN_GRADIO[1]:
+        raise ConfigError(
+            f"gradio {gradio.__version__} is not known to guard uploads as the demo does; expected {first} or later, "
+            f"below {end}: pip install -r requirements-demo.txt"
+        )
     return gradio
 
 
@@ -168,7 +176,7 @@ def make_page(model, options: argparse.Namespace):
             buttons=[], elem_id="earlier",
         )  # fmt: skip
 
-        picture.preprocess, picture.async_move_resource_to_block_cache = path, uploaded
+        guard(picture)
         picture.upload(look, picture, api_visibility="private").failure(lambda: None, None, picture)
         asked = gr.on(
             [button.click, question.submit], ask, [picture, question, place, earlier],
@@ -176,6 +184,24 @@ def make_page(model, options: argparse.Namespace):
         )  # fmt: skip
         stop.click(None, cancels=asked)
     return page.queue(max_size=32)
+
+
+def guard(picture) -> None:
+    """Replaces how gradio's image component takes a file, so that none is opened unseen or fetched from elsewhere.
+
+    Raises ConfigError where the component has no such methods: replacing them would guard nothing."""
+    for name, ours in (("preprocess", path), ("async_move_resource_to_block_cache", uploaded)):
+        theirs = getattr(picture, name, None)
+        if (
+            theirs is None
+            or len(inspect.signature(theirs).parameters) != 1
+            or inspect.iscoroutinefunction(theirs) != inspect.iscoroutinefunction(ours)
+        ):
+            raise ConfigError(
+                f"gradio {gradio().__version__} has no {name} as the demo expects it, so uploads cannot be guarded; "
+                "pip install gradio==6.31"
+            )
+        setattr(picture, name, ours)
 
 
 def path(payload) -> str | None:

@@ -68,7 +68,8 @@ def build(source: LlavaJson | Mixture, folder: Path, workers: int) -> dict:
 
 def _range(source: LlavaJson | Mixture, number: int, shards: int) -> tuple[int, int, int]:
     """(first record, end, how many) of a shard."""
-    start, stop = len(source) * number // shards, len(source) * (number + 1) // shards
+    start = len(source) * number // shards
+    stop = len(source) * (number + 1) // shards
     return start, stop, stop - start
 
 
@@ -80,8 +81,11 @@ def _write_shard(task: tuple[LlavaJson | Mixture, Path, int, int]) -> int:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     source, folder, number, shards = task
-    features, faults, size, count = _features(), [], 0, 0
-    path, report = folder / NAME.format(number, shards), _report(folder, number, shards)
+    features = _features()
+    faults = []
+    size = count = 0
+    path = folder / NAME.format(number, shards)
+    report = _report(folder, number, shards)
     part = path.with_name(f".{path.name}.part")
     start, stop, records = _range(source, number, shards)
     writer = ArrayRecordWriter(str(part), "group_size:1")
@@ -95,7 +99,8 @@ def _write_shard(task: tuple[LlavaJson | Mixture, Path, int, int]) -> int:
         value = {"id": record.id, "conversations": json.dumps(record.conversation), "images": images}
         example = features.serialize_example(features.encode_example(value))
         writer.write(example)
-        size, count = size + len(example), count + 1
+        size += len(example)
+        count += 1
     writer.close()
     part.rename(path)
     with cache.writing(report) as written:

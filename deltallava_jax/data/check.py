@@ -56,7 +56,10 @@ def check(source: Source, plan: Plan, workers: int, *, decode: bool = True, exam
     share.
 
     decode: read every image, not just look whether it is there."""
-    found, seen, ids, cropped = dict(plan.faults), Counter(), Counter(), 0
+    found = dict(plan.faults)
+    seen = Counter()
+    ids = Counter()
+    cropped = 0
     with (
         multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool,
         progress_bar(what="checking", total=len(plan.records), unit="records") as bar,

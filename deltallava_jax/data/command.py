@@ -21,7 +21,8 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, line in (("check", "counts, lengths and faults"), ("build", "write ArrayRecord files")):
-        action, checks = actions.add_parser(name, help=line), name == "check"
+        action = actions.add_parser(name, help=line)
+        checks = name == "check"
         action.add_argument("--json", required=not checks, nargs="+", metavar="FILE", help="JSON or JSONL of records")
         action.add_argument("--images", required=not checks, help="folder that the records' image paths begin from")
         action.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")

@@ -69,11 +69,15 @@ def read_turns(turns: list[dict], images: int) -> Conversation:
 
     Raises BadSample unless human and gpt turns alternate, some round says something, and the human turns hold as many
     markers as there are images, the others none; and for a place of a video."""
-    system, first, notes = None, 0, []
+    system = None
+    first = 0  # the first question
+    notes = []
     if _speaker(turns, 0) == "system":
-        system, first = _value(turns, 0), 1
+        system = _value(turns, 0)
+        first = 1
     if _speaker(turns, first) == "gpt":
-        first, notes = first + 1, ["greeting"]
+        first += 1
+        notes.append("greeting")
     for index in range(first, len(turns)):
         expected = ("human", "gpt")[(index - first) % 2]
         if _speaker(turns, index) != expected:
@@ -124,14 +128,17 @@ def _value(turns: list[dict], index: int) -> str:
 
 def _rounds(questions: list[str], answers: list[str], marked: bool) -> tuple[list[Round], int]:
     """(the rounds in which every turn says something, how many others there were). marked: markers are places."""
-    rounds, silent, held = [], 0, 0
+    rounds = []
+    silent = 0
+    held = 0
     for question, answer in itertools.zip_longest(questions, answers):
         question = f"{IMAGE}\n" * held + question  # the images of rounds that were left out
         if question.strip() and (answer is None or answer.strip()):
             rounds.append(Round(_parts(question) if marked else (question,), answer))
             held = 0
         else:
-            silent, held = silent + 1, question.count(IMAGE) if marked else 0
+            silent += 1
+            held = question.count(IMAGE) if marked else 0
     if rounds and held:
         rounds.append(Round(_parts(question), None))
     return rounds, silent
@@ -296,9 +303,11 @@ def _assemble(conversation: Conversation, template: Template, continues: bool) -
     opening = template.after if continues else template.opening(system)
     front = f"{system}\n" if system and not template.system_format else ""
     before, _, behind = template.user.partition("{}")
-    text, length = _Text([opening], [], [], []), len(opening)
+    text = _Text([opening], [], [], [])
+    length = len(opening)
     for round in conversation.rounds:
-        parts, images = (front + round.parts[0], *round.parts[1:]), len(round.parts) - 1
+        parts = (front + round.parts[0], *round.parts[1:])
+        images = len(parts) - 1
         own = len(before) + len(front)  # where the question's own words begin
         if images:
             own = len(before) + sum(len(part) + 1 for part in parts[:-1]) + parts[-1].startswith("\n")
@@ -317,7 +326,8 @@ def _assemble(conversation: Conversation, template: Template, continues: bool) -
         said = f"{template.lead}{round.answer}{template.end}"
         text.answers.append((length, length + len(said)))
         text.pieces[-1] += said + template.after
-        length, front = length + len(said) + len(template.after), ""
+        length += len(said) + len(template.after)
+        front = ""
     return text
 
 
@@ -352,7 +362,9 @@ def tokenize(
     question."""
     text = _assemble(conversation, template.named(tokenizer), continues)
     ids = [] if tokenizer.bos is None or continues else [tokenizer.bos]
-    places, positions, start = [(-1, -1)] * len(ids), [], 0  # places: characters of each id
+    places = [(-1, -1)] * len(ids)  # characters of each id
+    positions = []
+    start = 0
     for index, piece in enumerate(text.pieces):
         if index:
             positions.append(len(ids))
@@ -369,6 +381,7 @@ def tokenize(
         mask |= (begins < end) & (ends > begin)
     of_round = np.searchsorted(text.starts, begins, side="right").astype(np.int32)
     questions = np.full((len(text.asked), question_length), -1, np.int32)
-    for image, question in enumerate(text.asked if question_length else ()):
-        questions[image] = question_ids(question, tokenizer, question_length)
+    if question_length:
+        for image, question in enumerate(text.asked):
+            questions[image] = question_ids(question, tokenizer, question_length)
     return Tokenized(np.array(ids, np.int32), mask, np.array(positions, np.int32), of_round, questions)

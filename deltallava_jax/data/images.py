@@ -21,10 +21,13 @@ from deltallava_jax.errors import BadSample, ConfigError
 
 # Of a file: together they bound the memory and time that one image can take. Pillow warns of a decompression bomb above
 # the first, and refuses twice as many pixels itself.
-MAX_PIXELS, MAX_SIDE, MAX_RATIO = 89_478_485, 2**15, 100
+MAX_PIXELS = 89_478_485
+MAX_SIDE = 2**15
+MAX_RATIO = 100
 # Bytes of a PNG's text and colour profile, one and all. Pillow refuses an image whose are larger than 1 MB unpacked,
 # which editors and generators of pictures write.
-PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**27
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26
+PngImagePlugin.MAX_TEXT_MEMORY = 2**27
 # Pillow reads many more, some through other programs (EPS starts Ghostscript): not for files from anywhere.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 STRIP = 2**22  # pixels of the padded canvas that exist at a time

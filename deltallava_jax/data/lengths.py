@@ -56,7 +56,8 @@ def measure(source: Source, template: Template, tokenizer: Tokenizer) -> Lengths
                 kept = Lengths(found["tokens"], found["images"], notes)
             if all(_is_broken(source, index) for index in np.flatnonzero(kept.tokens == 0)):  # below another root?
                 return kept
-    counts, notes = np.zeros((len(source), 2), np.int32), Counter()
+    counts = np.zeros((len(source), 2), np.int32)
+    notes = Counter()
     bar = progress_bar(what="measuring", total=len(source), unit="records")
     for start in range(0, len(source), BATCH):
         stop = min(start + BATCH, len(source))

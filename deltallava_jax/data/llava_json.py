@@ -29,7 +29,9 @@ def record_spans(data: np.ndarray, tell: Callable[[int], object] = lambda _: Non
     """[n, 2] first byte and end of each object at the top level of a JSON list, or of JSONL; data: the bytes.
 
     tell is called with each number of bytes that was read. Raises ValueError if the last object has no end."""
-    spans, depth, inside = [], 0, 0
+    spans = []
+    depth = 0  # of the braces that are open
+    inside = 0  # 1 in a string
     for offset in range(0, len(data), CHUNK):
         chunk = data[offset : offset + CHUNK]
         where = np.flatnonzero((chunk == QUOTE) | (chunk == OPEN) | (chunk == CLOSE)) + offset
@@ -41,7 +43,8 @@ def record_spans(data: np.ndarray, tell: Callable[[int], object] = lambda _: Non
         strings = (np.cumsum(kinds == QUOTE) + inside) % 2 == 1
         inside = int(strings[-1]) if len(strings) else inside
         braces = ~strings & (kinds != QUOTE)
-        where, steps = where[braces], np.where(kinds[braces] == OPEN, 1, -1)
+        where = where[braces]
+        steps = np.where(kinds[braces] == OPEN, 1, -1)
         level = np.cumsum(steps) + depth
         depth = int(level[-1]) if len(level) else depth
         spans.append(where[((steps == 1) & (level == 1)) | ((steps == -1) & (level == 0))])
@@ -55,7 +58,8 @@ def record_spans(data: np.ndarray, tell: Callable[[int], object] = lambda _: Non
 
 def _backslashes(data: np.ndarray, places: np.ndarray) -> np.ndarray:
     """How many backslashes stand right before each place."""
-    count, active = np.zeros(len(places), np.int64), np.arange(len(places))
+    count = np.zeros(len(places), np.int64)
+    active = np.arange(len(places))
     while len(active):
         before = places[active] - count[active] - 1
         active = active[(before >= 0) & (data[np.maximum(before, 0)] == BACKSLASH)]
@@ -69,7 +73,8 @@ class LlavaJson:
     fingerprint: of the file's content. Raises ConfigError for a file that is missing or no list of records."""
 
     def __init__(self, file: str | Path, images: str | Path):
-        self.file, self.images = str(file), str(images)
+        self.file = str(file)
+        self.images = str(images)
         local = self._local()
         if local.is_dir():
             raise ConfigError(f"data.json: {file} is a folder; one that data build made is given as data.array_record")

@@ -50,7 +50,10 @@ class Rows:
         template = known_template(cfg.template, tokenizer, setting="data.template")
         if cfg.independent_rounds and not template.user.startswith("{}"):
             raise ConfigError(f"data.independent_rounds needs a template without a question prefix, not {cfg.template}")
-        self.source, self.tokenizer, self.cfg, self.vision = source, tokenizer, cfg, vision
+        self.source = source
+        self.tokenizer = tokenizer
+        self.cfg = cfg
+        self.vision = vision
         self.question_length = question_length
 
     def read(self, index: int, room: int) -> tuple[Record, Tokenized]:
@@ -74,7 +77,9 @@ class Rows:
         use: ``Plan.faults``. What else breaks does so when images are read.
 
         Raises ConfigError for rows too short for any image, TooManyFaults if no record can be used."""
-        lengths, cfg, budget = self.lengths(), self.cfg, max(budgets)
+        lengths = self.lengths()
+        cfg = self.cfg
+        budget = max(budgets)
         tokens, images = lengths.tokens, lengths.images
         if images.any():
             require_room(cfg.row_length, cfg.images_per_row or 1, budget)
@@ -126,7 +131,8 @@ class Rows:
                     if row not in silent:
                         faults.append(str(error))
                     continue
-                segment, end = segment + 1, min(start + len(tokenized.ids), text)
+                segment += 1
+                end = min(start + len(tokenized.ids), text)
                 batch.tokens[row, start:end] = tokenized.ids[: end - start]
                 batch.loss_mask[row, start:end] = tokenized.loss_mask[: end - start]
                 batch.segments[row, start:end] = segment

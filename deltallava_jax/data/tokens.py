@@ -21,8 +21,10 @@ class Tokenizer:
     A text that holds the name of a special token is text: the token itself is written by ``named``."""
 
     def __init__(self, backend, bos: str | None = BOS, eos: str = EOS):
-        self._backend, self._names = backend, (bos, eos)
-        self.bos, self.eos = (backend.token_to_id(token) if token else None for token in (bos, eos))
+        self._backend = backend
+        self._names = (bos, eos)
+        self.bos = backend.token_to_id(bos) if bos else None
+        self.eos = backend.token_to_id(eos) if eos else None
         self.vocab_size = backend.get_vocab_size()
 
     def exported(self, image_token: str):
@@ -31,7 +33,8 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
         from tokenizers.processors import TemplateProcessing
 
-        backend, bos = Backend.from_str(self._backend.to_str()), self._names[0]
+        backend = Backend.from_str(self._backend.to_str())
+        bos = self._names[0]
         if self.bos is not None and backend.encode("a").ids[:1] != [self.bos]:
             backend.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, self.bos)])
         if backend.token_to_id(image_token) is None:
@@ -94,9 +97,11 @@ def _renamed(text: str, names: tuple[str | None, ...]):
     from tokenizers import Tokenizer as Backend
 
     content = json.loads(text)
-    is_special = lambda token: (
-        token["special"] or token["content"] in names or re.fullmatch(r"<\|.+\|>", token["content"])
-    )
+
+    def is_special(token: dict) -> bool:
+        name = token["content"]
+        return token["special"] or name in names or re.fullmatch(r"<\|.+\|>", name) is not None
+
     special = [token for token in content["added_tokens"] if is_special(token)]
     secret = secrets.token_hex(8)
     # The longest first, for the pattern of ``named``; hexadecimal digits survive any normalizer.

@@ -184,9 +184,12 @@ class Text:
     text; ``close`` gives the rest. finish: "stop" or "length" once it has ended."""
 
     def __init__(self, tokenizer: Tokenizer, end: int, stop: Sequence[str] = ()):
-        self.tokenizer, self.end, self.stop = tokenizer, end, stop
+        self.tokenizer = tokenizer
+        self.end = end
+        self.stop = stop
         self.ids: list[int] = []  # of the text: without the end, and without the token that completed a stop text
-        self.text, self.finish = "", None
+        self.text = ""
+        self.finish: str | None = None
 
     def add(self, token: int) -> str:
         if token == self.end:
@@ -216,21 +219,28 @@ class Text:
 
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of the text that may become the stop text."""
-    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+    for size in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
 
 
 class Clock:
     """Seconds of ``with clock:`` blocks, those of tracing and compiling apart."""
 
     def __init__(self):
-        self.seconds, self.compiling = 0.0, 0.0
+        self.seconds = 0.0
+        self.compiling = 0.0
 
     def __enter__(self):
         _listen()
-        self._began, _programs.spans = time.perf_counter(), []
+        _programs.spans = []
+        self._began = time.perf_counter()
 
     def __exit__(self, *_):
-        end, compiling, reached = time.perf_counter(), 0.0, self._began
+        end = time.perf_counter()
+        compiling = 0.0
+        reached = self._began
         spans = _programs.__dict__.pop("spans")
         for begin, until in sorted(spans):  # tracing a function holds tracing those in it: each second counts once
             compiling += max(until - max(begin, reached), 0)
@@ -263,12 +273,18 @@ class Answer:
         self, engine: Engine, begin: Callable[[Sampling], Slots], text: Text, sampling: Sampling, stride: int = STREAMED
     ):
         """begin: makes the slots, for a sampling that has a seed."""
-        self._engine, self._begin, self._text, self._stride = engine, begin, text, stride
-        self._sampling, self._clock, self._cancelled = sampling.seeded(), Clock(), False
+        self._engine = engine
+        self._begin = begin
+        self._text = text
+        self._stride = stride
+        self._sampling = sampling.seeded()
+        self._clock = Clock()
+        self._cancelled = False
         self.seed = self._sampling.seed
         self.slots: Slots | None = None
         self.said: list[int] = []  # by the device, which may be past a stop text
-        self.tokens, self.seconds_to_first = 0, 0.0
+        self.tokens = 0
+        self.seconds_to_first = 0.0
 
     def __iter__(self) -> Iterator[str]:
         with self._clock:
@@ -288,7 +304,8 @@ class Answer:
                 break
             with self._clock:
                 self.slots, (new,) = self._engine.decode(self.slots, self._stride)
-        if rest := self._text.close():
+        rest = self._text.close()
+        if rest:
             yield rest
 
     @property

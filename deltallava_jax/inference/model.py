@@ -52,11 +52,12 @@ class Model:
 
     def __repr__(self) -> str:
         """Three lines: the parts and their parameters, the visual tokens of an image, how texts are read."""
-        parts = [
-            f"{self.cfg.projector.name + ' ' if part == 'projector' else ''}{part} {_short(sizes)}"
-            for part, tree in self.params.items()
-            if (sizes := sum(leaf.size for leaf in jax.tree.leaves(tree)))
-        ]
+        parts = []
+        for part, tree in self.params.items():
+            name = f"{self.cfg.projector.name} projector" if part == "projector" else part
+            size = sum(leaf.size for leaf in jax.tree.leaves(tree))
+            if size:
+                parts.append(f"{name} {_short(size)}")
         tokens = "none"
         if self.cfg.projector:
             tokens = ", ".join(map(str, systems.budgets(self.cfg.projector))) + f" ({self.aspect} images)"
@@ -158,9 +159,9 @@ class Model:
         if conversation.images and not self.cfg.whole:
             raise ConfigError("the model has no vision tower, so it cannot read images")
         if self.template is not None:
-            length, template = systems.question_length(self.cfg.projector), TEMPLATES[self.template]
             tokenized = tokenize(
-                conversation, template, self.tokenizer, continues=continues, question_length=length
+                conversation, TEMPLATES[self.template], self.tokenizer, continues=continues,
+                question_length=systems.question_length(self.cfg.projector),
             )  # fmt: skip
         elif len(conversation.rounds) > 1 or conversation.system:
             raise ConfigError(
@@ -205,7 +206,9 @@ class Chat:
 
     def __init__(self, model: Model, budget: int | None, sampling: Sampling):
         model.engine.budget(budget)
-        self.model, self.budget, self.sampling = model, budget, sampling
+        self.model = model
+        self.budget = budget
+        self.sampling = sampling
         self.reset()
 
     def reset(self) -> None:
@@ -220,11 +223,15 @@ class Chat:
     def stream(self, prompt: str, images: Pictures = None) -> Answer:
         """The next answer piece by piece; it must have ended before the next question."""
         _check(prompt, images)
-        model, engine, before = self.model, self.model.engine, self.last
-        pixels, fresh = model.pixels(images), before is None or before.slots is None
+        model = self.model
+        engine = model.engine
+        before = self.last
+        fresh = before is None or before.slots is None
+        pixels = model.pixels(images)
         if len(pixels) and model.cfg.fastv and not fresh:
             raise ConfigError("FastV chooses among an image's tokens by the first question; begin anew for a new image")
-        prompted, sampling = model.ask([(prompt, None)], images, continues=not fresh), self.sampling
+        prompted = model.ask([(prompt, None)], images, continues=not fresh)
+        sampling = self.sampling
         if sampling.seed is not None:
             sampling = dataclasses.replace(sampling, seed=(sampling.seed + self._asked) % 2**32)
         self._asked += 1
@@ -236,7 +243,8 @@ class Chat:
         def begin(sampling: Sampling):
             visual, valid = engine.encode(pixels, batch, budget=self.budget)
             # The device has read all that it said but the last token; beyond the text's own tokens it is forgotten.
-            read, kept = len(before.said) - 1, len(before.ids)
+            read = len(before.said) - 1
+            kept = len(before.ids)
             slots = halted(before.slots, max(read - kept, 0))
             return engine.extend(slots, batch, visual, valid, sampling, model.end)
 

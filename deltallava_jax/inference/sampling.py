@@ -94,7 +94,10 @@ class Controls:
 def controls(rows: Sequence[Sampling], end: int) -> Controls:
     """numpy arrays, so that a jitted function takes them as they are. A row without a seed gets one."""
     rows = [row.seeded() for row in rows]
-    column = lambda name, dtype: np.array([getattr(row, name) for row in rows], dtype)
+
+    def column(name: str, dtype) -> np.ndarray:
+        return np.array([getattr(row, name) for row in rows], dtype)
+
     return Controls(
         temperature=np.array([row.temperature if row.temperature >= GREEDY_BELOW else 0 for row in rows], np.float32),
         top_k=column("top_k", np.int32),

@@ -51,7 +51,9 @@ class Scheduler:
         for name, value in (("slots", rows), ("context", context)):
             if value < 1:
                 raise ConfigError(f"--{name} {value}: expected 1 or more")
-        self.model, self.rows, self.context = model, rows, context
+        self.model = model
+        self.rows = rows
+        self.context = context
         self.counts = {"requests": 0, "errors": 0, "cancelled": 0, "tokens": 0, "first_token_seconds": 0.0}
         self._queue: queue.Queue[Request | None] = queue.Queue(waiting)
         self._running: dict[int, Request] = {}
@@ -82,7 +84,8 @@ class Scheduler:
         places, images = len(request.asked.image_positions), len(request.pixels)
         if places != images:
             raise ConfigError(f"a prompt with {places} image places, but {images} images")
-        room, answer = self.room(request.asked, request.budget), request.sampling.max_new_tokens
+        room = self.room(request.asked, request.budget)
+        answer = request.sampling.max_new_tokens
         if answer > room:
             raise ConfigError(
                 f"a prompt of {self.context - room} tokens (padded) and max_tokens={answer} do not fit into a slot of "
@@ -136,7 +139,8 @@ class Scheduler:
             row = free.pop(0)
             try:
                 one = self._read(request)
-                token, going = int(one.token[0]), bool(one.going[0])
+                token = int(one.token[0])
+                going = bool(one.going[0])
                 self._slots = device.insert(self._slots, one, row)
             except Exception as error:
                 self._end(row, request, f"{type(error).__name__}: {error}")
@@ -153,7 +157,8 @@ class Scheduler:
         return engine.begin(batch, visual, valid, [request.sampling], self.model.end, capacity=self.context)
 
     def _say(self, row: int, request: Request, tokens: list[int], going: bool) -> None:
-        text, piece = request.text, ""
+        text = request.text
+        piece = ""
         for token in tokens:
             if text.finish is None:
                 request.tokens += 1

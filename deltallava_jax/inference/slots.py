@@ -134,7 +134,11 @@ def decode(params: Params, cfg: ModelConfig, slots: Slots, steps: int) -> tuple[
 @functools.partial(jax.jit, donate_argnames=("slots",))
 def insert(slots: Slots, one: Slots, row: int) -> Slots:
     """``slots`` with the conversation of ``one`` (a single row, of no greater capacity) in place of row ``row``."""
-    place = lambda many, x: jax.lax.dynamic_update_slice(many, x.astype(many.dtype), (row,) + (0,) * (x.ndim - 1))
+
+    def place(many: Array, x: Array) -> Array:
+        start = (row, *[0] * (x.ndim - 1))
+        return jax.lax.dynamic_update_slice(many, x.astype(many.dtype), start)
+
     return jax.tree.map(place, slots, one)
 
 
@@ -171,7 +175,8 @@ def _read(params, cfg, slots: Slots, prompts: Batch, visual, valid, *, fresh: bo
         kept = _kept(cfg, prompts, hidden.shape[1])
         hidden, after, caches = fastv.run(weights, cfg.decoder, hidden, rows, cfg.fastv, kept, caches)
     else:
-        after, written = rows, []
+        after = rows
+        written = []
         for layers, cache in zip(stages(cfg), caches, strict=True):
             hidden, cache = decoder.run(
                 weights, cfg.decoder, hidden, rows, layers=layers, cache=cache, fresh=fresh

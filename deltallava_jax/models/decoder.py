@@ -66,26 +66,51 @@ class Layer(nnx.Module):
 
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         init = normal(cfg.initializer_range)
-        make = lambda a, b, bias=False: self.linear(a, b, bias=bias, kernel_init=init, rngs=rngs)
-        width, keys = cfg.width, cfg.kv_heads * cfg.head_dim
+
+        def make(inputs: int, outputs: int, bias: bool = False) -> Linear:
+            return self.linear(inputs, outputs, bias=bias, kernel_init=init, rngs=rngs)
+
+        width = cfg.width
+        kv_width = cfg.kv_heads * cfg.head_dim
         self.attention_norm = RMSNorm(width, eps=cfg.norm_eps)
         self.q = make(width, width, cfg.qkv_bias)
-        self.k, self.v = (make(width, keys, cfg.qkv_bias) for _ in range(2))
+        self.k = make(width, kv_width, cfg.qkv_bias)
+        self.v = make(width, kv_width, cfg.qkv_bias)
         self.o = make(width, width)
         self.mlp_norm = RMSNorm(width, eps=cfg.norm_eps)
-        self.gate, self.up = (make(width, cfg.mlp_width) for _ in range(2))
+        self.gate = make(width, cfg.mlp_width)
+        self.up = make(width, cfg.mlp_width)
         self.down = make(cfg.mlp_width, width)
         self.head_dim = cfg.head_dim
 
-    def __call__(self, x, rotary, seen: Seen, remember=lambda k, v: (k, v)):
-        """x [B, Q, d] -> x. remember: takes the new keys and values, returns those that are attended to."""
+    def __call__(self, x: Float[Array, "B S d"], rotary: tuple[Array, Array], seen: Seen) -> Float[Array, "B S d"]:
+        return self.feed(self.attend(x, *self.heads(x, rotary), seen))
+
+    def heads(self, x: Float[Array, "B Q d"], rotary: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        """(queries [B, Q, H, D], keys and values [B, Q, G, D]); queries and keys are rotated."""
         with jax.named_scope("attention"):
             y = self.attention_norm(x)
-            split = lambda t: rearrange(t, "b t (h d) -> b t h d", d=self.head_dim)
-            q, k, v = split(self.q(y)), split(self.k(y)), split(self.v(y))
-            k, v = remember(rotate(k, rotary), v)
-            y = attention(rotate(q, rotary), k.astype(q.dtype), v.astype(q.dtype), seen)
-            x = x + self.o(rearrange(y, "b t h d -> b t (h d)"))
+            q = split_heads(self.q(y), self.head_dim)
+            k = split_heads(self.k(y), self.head_dim)
+            v = split_heads(self.v(y), self.head_dim)
+            k = rotate(k, rotary)
+            return rotate(q, rotary), k, v
+
+    def attend(
+        self,
+        x: Float[Array, "B Q d"],
+        q: Float[Array, "B Q H D"],
+        k: Float[Array, "B C G D"],
+        v: Float[Array, "B C G D"],
+        seen: Seen,
+    ) -> Float[Array, "B Q d"]:
+        """The attention half: ``x`` and what its queries find in these keys and values."""
+        with jax.named_scope("attention"):
+            y = attention(q, k.astype(q.dtype), v.astype(q.dtype), seen)
+            return x + self.o(rearrange(y, "b t h d -> b t (h d)"))
+
+    def feed(self, x: Float[Array, "B Q d"]) -> Float[Array, "B Q d"]:
+        """The MLP half."""
         with jax.named_scope("mlp"):
             y = self.mlp_norm(x)
             return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
@@ -102,8 +127,8 @@ class Head(nnx.Module):
 
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         self.norm = RMSNorm(cfg.width, eps=cfg.norm_eps)
-        make = lambda init: Linear(cfg.width, cfg.vocab_size, bias=False, kernel_init=init, rngs=rngs)
-        self.out = None if cfg.tied_head else make(normal(cfg.initializer_range))
+        init = normal(cfg.initializer_range)
+        self.out = None if cfg.tied_head else Linear(cfg.width, cfg.vocab_size, bias=False, kernel_init=init, rngs=rngs)
 
 
 def init_params(cfg: DecoderConfig, key: Array) -> Params:
@@ -142,6 +167,10 @@ def rotary_frequencies(cfg: DecoderConfig) -> np.ndarray:
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
+def split_heads(x: Float[Array, "B S HD"], head_dim: int) -> Float[Array, "B S H D"]:
+    return rearrange(x, "b t (h d) -> b t h d", d=head_dim)
+
+
 def rotate(x: Float[Array, "B S H D"], rotary: tuple[Array, Array]) -> Float[Array, "B S H D"]:
     """Rotary positions in the half-split convention of the Hugging Face checkpoints, in float32."""
     cosine, sine = rotary
@@ -171,9 +200,11 @@ def unstacked(params: Params, cfg: DecoderConfig, dtype=None, *, donate: bool = 
         return found
 
     turned = jax.tree_util.tree_map_with_path(leaf, params)
-    lists = lambda x: isinstance(x, list)
-    layers = (jax.tree.map(lambda x, i=i: x[i], turned["layers"], is_leaf=lists) for i in range(cfg.layers))
-    return {**turned, "layers": tuple(layers)}
+
+    def taken(index: int) -> Params:
+        return jax.tree.map(lambda found: found[index], turned["layers"], is_leaf=lambda x: isinstance(x, list))
+
+    return {**turned, "layers": tuple(taken(index) for index in range(cfg.layers))}
 
 
 @functools.partial(jax.jit, static_argnames=("turn", "dtype"))
@@ -192,15 +223,21 @@ def layer(params: Params, cfg: DecoderConfig, index: int) -> Layer:
 def init_cache(cfg: DecoderConfig, rows: int, slots: int, dtype=jnp.float32, layers: int | None = None) -> Cache:
     """An empty cache for ``rows`` rows of at most ``slots`` slots, for that many layers (all by default)."""
     shape = (rows, slots, cfg.kv_heads, cfg.head_dim)
-    empty = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(cfg.layers if layers is None else layers))
-    return Cache(empty(), empty(), jnp.zeros((rows, slots), bool), jnp.zeros(rows, jnp.int32))
+    count = cfg.layers if layers is None else layers
+    return Cache(
+        k=tuple(jnp.zeros(shape, dtype) for _ in range(count)),
+        v=tuple(jnp.zeros(shape, dtype) for _ in range(count)),
+        live=jnp.zeros((rows, slots), bool),
+        length=jnp.zeros(rows, jnp.int32),
+    )
 
 
 def append(cache: Array, new: Array, at: Int[Array, " B"]) -> Array:
     """new [B, Q, ...] written into cache [B, C, ...], in each row from its own slot ``at``; C must have room."""
     if cache.shape[0] == 1:  # a slice is written in place on every backend, a scatter is slower on CPUs
         return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), at[0], axis=1)
-    rows, slots = jnp.arange(cache.shape[0])[:, None], at[:, None] + jnp.arange(new.shape[1])
+    rows = jnp.arange(cache.shape[0])[:, None]
+    slots = at[:, None] + jnp.arange(new.shape[1])
     return cache.at[rows, slots].set(new.astype(cache.dtype), mode="drop")
 
 
@@ -219,47 +256,70 @@ def run(
 
     layout gives the positions and segments of the Q slots. With a cache of this slice of layers, the slots of each row
     are appended to it and see what it holds; the cache must have room for them, and dead slots at the end of the Q are
-    overwritten by the next. fresh: the cache is empty, so the slots see each other alone. Returns (hidden, the cache or
-    None)."""
+    overwritten by the next. fresh: the cache is empty, so the slots see each other alone. remat: what the backward pass
+    computes again, without a cache. Returns (hidden, the cache or None)."""
     first, last = layers or (0, cfg.layers)
+    with jax.named_scope(f"decoder_layers_{first}_{last}"):
+        if cache is None:
+            return _run_rows(params, cfg, hidden, layout, range(first, last), remat), None
+        return _run_cached(params, cfg, hidden, layout, range(first, last), cache, fresh)
+
+
+def _run_rows(
+    params: Params, cfg: DecoderConfig, hidden: Float[Array, "B S d"], layout: Layout, layers: range, remat: str
+) -> Float[Array, "B S d"]:
+    """Whole rows through these layers: a scan over stacked layers, one after the other where they are unstacked."""
     rotary = rotary_angles(layout.positions, cfg)
-    scope = jax.named_scope(f"decoder_layers_{first}_{last}")
-    if cache is None:
-        seen = causal(layout.segments)
-        if layout.branches is not None:
-            own, keys = layout.branches[:, :, None], layout.branches[:, None, :]
-            seen = Seen(seen.mask & ((keys == 0) | (keys == own))[:, None])
-        if isinstance(params["layers"], tuple):
-            with scope:
-                for index in range(first, last):
-                    hidden = layer(params, cfg, index)(hidden, rotary, seen)
-                return hidden, None
-        stack = jax.tree.map(lambda x: x[first:last], params["layers"])
-        body = REMAT[remat](lambda x, layer: (by_rows(bind(Layer, cfg, layer)(by_rows(x), rotary, seen)), None))
-        with scope:
-            return jax.lax.scan(body, hidden, stack)[0], None
+    seen = causal(layout.segments)
+    if layout.branches is not None:
+        own = layout.branches[:, :, None]
+        keys = layout.branches[:, None, :]
+        seen = Seen(seen.mask & ((keys == 0) | (keys == own))[:, None])
+    if isinstance(params["layers"], tuple):
+        for index in layers:
+            hidden = layer(params, cfg, index)(hidden, rotary, seen)
+        return hidden
+
+    def body(x, weights):
+        return by_rows(bind(Layer, cfg, weights)(by_rows(x), rotary, seen)), None
+
+    stack = jax.tree.map(lambda x: x[layers.start : layers.stop], params["layers"])
+    return jax.lax.scan(REMAT[remat](body), hidden, stack)[0]
+
+
+def _run_cached(
+    params: Params,
+    cfg: DecoderConfig,
+    hidden: Float[Array, "B Q d"],
+    layout: Layout,
+    layers: range,
+    cache: Cache,
+    fresh: bool,
+) -> tuple[Float[Array, "B Q d"], Cache]:
+    """The next slots of each row through these layers: prefill (``fresh``), or what follows what the cache holds."""
     if layout.branches is not None:
         raise ValueError("branches are for whole rows; a cache holds one continuous text a row")
-    new, at, Q = layout.segments > 0, cache.length, hidden.shape[1]
-    live = append(cache.live, new, at)
+    rotary = rotary_angles(layout.positions, cfg)
+    start = cache.length
+    count = hidden.shape[1]
+    new = layout.segments > 0
+    live = append(cache.live, new, start)
     if fresh:
         seen = causal(new.astype(jnp.int32))
     else:
-        before = jnp.arange(live.shape[1]) <= at[:, None, None] + jnp.arange(Q)[:, None]
+        before = jnp.arange(live.shape[1]) <= start[:, None, None] + jnp.arange(count)[:, None]
         seen = Seen((live[:, None] & before)[:, None])
-    written = []
-
-    def remember(k, v):
-        index = len(written)
-        written.append((append(cache.k[index], k, at), append(cache.v[index], v, at)))
-        return (k, v) if fresh else written[-1]
-
-    with scope:
-        for index in range(first, last):
-            hidden = layer(params, cfg, index)(hidden, rotary, seen, remember)
-    k, v = zip(*written, strict=True) if written else ((), ())
-    used = jnp.where(new.any(1), Q - jnp.argmax(new[:, ::-1], axis=1), 0).astype(jnp.int32)
-    return hidden, Cache(k, v, live, at + used)
+    keys, values = list(cache.k), list(cache.v)
+    for place, index in enumerate(layers):
+        block = layer(params, cfg, index)
+        q, k, v = block.heads(hidden, rotary)
+        keys[place] = append(keys[place], k, start)
+        values[place] = append(values[place], v, start)
+        if not fresh:
+            k, v = keys[place], values[place]
+        hidden = block.feed(block.attend(hidden, q, k, v, seen))
+    used = jnp.where(new.any(1), count - jnp.argmax(new[:, ::-1], axis=1), 0).astype(jnp.int32)
+    return hidden, Cache(tuple(keys), tuple(values), live, start + used)
 
 
 def attention_row(
@@ -274,10 +334,12 @@ def attention_row(
     block = layer(params, cfg, index)
     rotary = rotary_angles(layout.positions, cfg)
     y = block.attention_norm(hidden)
-    split = lambda t: rearrange(t, "b t (h d) -> b t h d", d=cfg.head_dim)
-    at = lambda x: jnp.take_along_axis(x, slot.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
-    q = rotate(split(block.q(at(y))), jax.tree.map(at, rotary))
-    k = rotate(split(block.k(y)), rotary)
+
+    def at(x: Float[Array, "B S ..."]) -> Float[Array, "B 1 ..."]:
+        return jnp.take_along_axis(x, slot.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
+
+    q = rotate(split_heads(block.q(at(y)), cfg.head_dim), jax.tree.map(at, rotary))
+    k = rotate(split_heads(block.k(y), cfg.head_dim), rotary)
     q = rearrange(q, "b 1 (g r) d -> b g r d", g=cfg.kv_heads)
     scores = jnp.einsum("bgrd,bsgd->bgrs", q, k, preferred_element_type=jnp.float32) * cfg.head_dim**-0.5
     before = jnp.arange(layout.segments.shape[1]) <= slot[:, None]

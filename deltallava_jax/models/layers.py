@@ -191,18 +191,28 @@ def resize_matrix(n_in: int, n_out: int, kind: str) -> np.ndarray:
     if kind == "bilinear":
         centres = np.maximum(centres, 0.0)
         taps = (0, 1)
-        weight = lambda d: 1 - d
+        weight = _linear
     else:
-        a, taps = -0.75, (-1, 0, 1, 2)
-        weight = lambda d: np.where(
-            d <= 1, (a + 2) * d**3 - (a + 3) * d**2 + 1, a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-        )
+        taps = (-1, 0, 1, 2)
+        weight = _cubic
     first = np.floor(centres).astype(int)
     matrix = np.zeros((n_out, n_in))
     for tap in taps:
         index = np.clip(first + tap, 0, n_in - 1)
         np.add.at(matrix, (np.arange(n_out), index), weight(np.abs(centres - (first + tap))))
     return matrix
+
+
+def _linear(distance: np.ndarray) -> np.ndarray:
+    return 1 - distance
+
+
+def _cubic(distance: np.ndarray) -> np.ndarray:
+    """Keys' cubic convolution: one polynomial up to a distance of 1, another from there to 2."""
+    a, d = -0.75, distance
+    near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+    far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+    return np.where(d <= 1, near, far)
 
 
 def resize_grid(x: Float[Array, "B h w C"], side: int, kind: str) -> Float[Array, "B s s C"]:

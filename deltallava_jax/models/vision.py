@@ -80,7 +80,8 @@ class Embeddings(nnx.Module):
         self.cls = nnx.Param(normal(cfg.width**-0.5)(rngs.params(), (cfg.width,))) if clip else None
         self.position = nnx.Param(jnp.pad(table, ((int(clip), 0), (0, 0))))
         self.pre_norm = LayerNorm(cfg.width, eps=cfg.norm_eps) if clip else None
-        self.patch_size, self.grid = cfg.patch_size, cfg.grid
+        self.patch_size = cfg.patch_size
+        self.grid = cfg.grid
 
     def __call__(self, pixels: Float[Array, "n H W 3"]) -> Float[Array, "n N C"]:
         side = self.grid * self.patch_size
@@ -100,10 +101,16 @@ class Embeddings(nnx.Module):
 
 class Layer(nnx.Module):
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
-        make = lambda a, b, std: Linear(a, b, kernel_init=normal(std), rngs=rngs)
-        width, depth = cfg.width, (2 * cfg.layers) ** -0.5
+
+        def make(inputs: int, outputs: int, std: float) -> Linear:
+            return Linear(inputs, outputs, kernel_init=normal(std), rngs=rngs)
+
+        width = cfg.width
+        depth = (2 * cfg.layers) ** -0.5
         self.attention_norm = LayerNorm(width, eps=cfg.norm_eps)
-        self.q, self.k, self.v = (make(width, width, width**-0.5) for _ in range(3))
+        self.q = make(width, width, width**-0.5)
+        self.k = make(width, width, width**-0.5)
+        self.v = make(width, width, width**-0.5)
         self.o = make(width, width, width**-0.5 * depth)
         self.mlp_norm = LayerNorm(width, eps=cfg.norm_eps)
         self.up = make(width, cfg.mlp_width, (2 * width) ** -0.5)
@@ -232,8 +239,11 @@ def encode(
     pixels = normalize(images, cfg) if images.dtype == jnp.uint8 else images
     hidden = by_rows(embed(params, cfg, by_rows(pixels.astype(dtype))))
     skip = 1 if cfg.family == "clip" else 0
-    before = {layer - 1 for layer in (needs.keys, (needs.cls_attention or (None,))[0]) if layer is not None}
-    wanted = {needs.last, *needs.levels} | before
+    wanted = {needs.last, *needs.levels}
+    if needs.cls_attention is not None:
+        wanted.add(needs.cls_attention[0] - 1)  # a layer's attention and keys are made from its input
+    if needs.keys is not None:
+        wanted.add(needs.keys - 1)
     states, at = {}, 0
     kept, penalty, places = None, 0.0, None
     if needs.pruned:

@@ -50,7 +50,8 @@ def several(options: argparse.Namespace) -> bool:
                 f"expected HOST:PORT and a process from 0 to {options.processes - 1}"
             )
         return options.processes > 1
-    if (tasks := _slurm_tasks()) is not None:
+    tasks = _slurm_tasks()
+    if tasks is not None:
         return tasks > 1
     environment = os.environ
     workers = environment.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
@@ -214,7 +215,8 @@ def supervise(arguments: list[str]) -> None:
 
 def _relay(reader: int) -> str:
     """Passes the child's log on until its end; returns the entries about other processes instead of printing them."""
-    kept, keep = "", False
+    kept = ""
+    keep = False
     with os.fdopen(reader, errors="replace") as log:
         for line in log:
             if _ENTRY.match(line) or _PEERS.search(line):

@@ -62,7 +62,8 @@ def held_rows(mesh: Mesh, rows: int) -> dict[int, bool]:
 
 def put_rows(tree, mesh: Mesh):
     """Host arrays of the rows that this process holds (``held_rows``) -> global arrays sharded over the rows."""
-    sharding, shards = NamedSharding(mesh, ROWS), math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    sharding = NamedSharding(mesh, ROWS)
+    shards = math.prod(mesh.shape[axis] for axis in ROW_AXES)
     place = {shard: number for number, shard in enumerate(held_rows(mesh, shards))}
 
     def put(x: np.ndarray) -> jax.Array:

@@ -45,10 +45,16 @@ def shardings(tree, mesh: Mesh):
     """NamedSharding of every leaf of a whole model's train state; an optimizer's moments lie as their parameters.
 
     Raises ConfigError for a rule that matches nothing, or as ``spec_for``."""
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    paths = [name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     for pattern, _ in RULES:
         if pattern not in OPTIONAL and not any(re.search(pattern, path) for path in paths):
             raise ConfigError(f"the sharding rule {pattern!r} matches no parameter, e.g. {paths[0]}")
-    one = lambda path, leaf: NamedSharding(mesh, spec_for(name(path), leaf.shape, mesh))
-    return jax.tree_util.tree_map_with_path(one, tree)
+
+    def sharding(path, leaf) -> NamedSharding:
+        return NamedSharding(mesh, spec_for(_name(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

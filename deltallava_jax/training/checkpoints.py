@@ -37,7 +37,10 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, keep: int = 2, best: int = 0, *, create: bool = False, clean: bool = False):
         self.path = Path(workdir).absolute() / "checkpoints"
-        accuracy = lambda metrics: metrics["accuracy"]
+
+        def accuracy(metrics: dict) -> float:
+            return metrics["accuracy"]
+
         highest = BestN(get_metric_fn=accuracy, n=best, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             best_fn=accuracy if best else None,  # with it the accuracies are saved too
@@ -90,8 +93,8 @@ class Checkpoints:
         self.require_optimizer(step)
         self._compare(step, saved, params)
         optimizer = {"step": shapes.step, "moments": shapes.optimizer}
-        arrays = lambda tree: sorted(leaf.shape for leaf in jax.tree.leaves(tree))
-        if (kept := arrays(self._saved_optimizer(step))) and kept != arrays(optimizer):
+        kept = _array_shapes(self._saved_optimizer(step))
+        if kept and kept != _array_shapes(optimizer):
             raise CheckpointError(
                 f"checkpoint {self.path / str(step)} holds the state of another optimizer; go on with the "
                 f"optimizer.name of {self.path.parent / 'config.json'}, or train in another --workdir with "
@@ -103,11 +106,10 @@ class Checkpoints:
             optimizer=ocp.args.StandardRestore(optimizer),
             record=ocp.args.JsonRestore(),
         )
-        params, optimizer = items["params"], items["optimizer"]
-        return (
-            TrainState(optimizer["step"], params["trained"], params["frozen"], optimizer["moments"]),
-            items["record"],
-        )
+        params = items["params"]
+        optimizer = items["optimizer"]
+        state = TrainState(optimizer["step"], params["trained"], params["frozen"], optimizer["moments"])
+        return state, items["record"]
 
     def require_optimizer(self, step: int) -> None:
         """CheckpointError for a checkpoint to begin from, not to go on with."""
@@ -128,7 +130,8 @@ class Checkpoints:
         wanted = {}
         for part, tree in saved.items():
             found = {path: (place or as_saved)(path, leaf) for path, leaf in flatten(tree).items()}
-            if found := {path: leaf for path, leaf in found.items() if leaf is not None}:
+            found = {path: leaf for path, leaf in found.items() if leaf is not None}
+            if found:
                 wanted[part] = unflatten(found)
         if not wanted:  # orbax takes an empty tree for a mistake
             return {}
@@ -218,6 +221,10 @@ def has_finished(workdir: str | Path) -> bool:
     asked for before several processes are connected."""
     folder = Path(workdir).absolute() / "checkpoints"
     return folder.is_dir() and ocp.utils.any_checkpoint_step(folder) is not None
+
+
+def _array_shapes(tree) -> list[tuple[int, ...]]:
+    return sorted(leaf.shape for leaf in jax.tree.leaves(tree))
 
 
 def as_saved(path: str, saved: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

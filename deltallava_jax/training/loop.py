@@ -77,7 +77,8 @@ def train(
                 pooling = llavolta.stage_at(every.llavolta, number - 1, steps)
                 trace.before(number)
                 state, values = step(state, batch, element.budget, pooling)
-                if told := trace.after(number, values):
+                told = trace.after(number, values)
+                if told:
                     metrics.say(told)
                 metrics.push(
                     number, values, operations(batch, element.budget, pooling) if operations else 0.0,
@@ -122,7 +123,8 @@ def _initial_params(cfg: Config, step: TrainStep) -> Params | None:
     """The newest parameters of ``init_from``, in the dtypes and places of the train state; None without one."""
     if not cfg.init_from:
         return None
-    source, shapes = Workdir(cfg.init_from).checkpoints, flatten(step.shapes.params)
+    source = Workdir(cfg.init_from).checkpoints
+    shapes = flatten(step.shapes.params)
     return source.restore_params(source.latest(), cfg.model, lambda path, _: shapes[path])
 
 
@@ -133,7 +135,8 @@ def _stopping() -> Iterator[Callable[[int], str | None]]:
     A second Ctrl-C ends the process at once. Several processes agree on the step, the next one that none of them has
     passed, whichever of them got the signal: jax's runtime has caught SIGTERM since jax.distributed.initialize, and
     does the agreeing beside the training. For it Ctrl-C is turned into SIGTERM."""
-    several, came = jax.process_count() > 1, []
+    several = jax.process_count() > 1
+    came: list[int] = []
 
     def note(number, _):
         came.append(number)

@@ -47,7 +47,10 @@ class Metrics:
         budgets: Sequence[int] = (),
     ):
         self._budgets = budgets
-        self._leads, self._log_every, self._seen, self._peak = hosts.leads(), max(log_every, 1), seen, peak
+        self._leads = hosts.leads()
+        self._log_every = max(log_every, 1)
+        self._seen = seen
+        self._peak = peak
         if self._leads:
             from tensorboardX import SummaryWriter
 
@@ -77,12 +80,15 @@ class Metrics:
         """Writes the queued step, waiting for its values. Raises NonFiniteLoss."""
         if self._pending is None:
             return
-        (step, values, known, operations), self._pending = self._pending, None
+        step, values, known, operations = self._pending
+        self._pending = None
         values = {name: value.item() for name, value in jax.device_get(values).items()}
         if not values.pop("finite"):
             raise NonFiniteLoss(f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}", step)
-        self._tokens, self._images = self._tokens + values["tokens"], self._images + values["images"]
-        self._steps, self._operations = self._steps + 1, self._operations + operations
+        self._steps += 1
+        self._tokens += values["tokens"]
+        self._images += values["images"]
+        self._operations += operations
         told = step % self._log_every == 0
         rates = self._rates() if told else {}
         self._write(step, {**known, **values, **rates})
@@ -113,7 +119,8 @@ class Metrics:
     def _rates(self) -> dict[str, float]:
         """Speed since the last report; memory in GiB: of this process now, and where the device tells, the most that
         was taken on its first device. docs/clusters.md has the formulas."""
-        elapsed, devices = time.monotonic() - self._since, jax.device_count()
+        elapsed = time.monotonic() - self._since
+        devices = jax.device_count()
         rates = {
             "seconds_per_step": elapsed / self._steps,
             "tokens_per_second": self._tokens / elapsed,
@@ -132,7 +139,9 @@ class Metrics:
 
     def scalars(self, step: int, values: dict[str, float], group: str = "train") -> None:
         """Adds scalars to the TensorBoard files."""
-        for name, value in values.items() if self._board else ():
+        if self._board is None:
+            return
+        for name, value in values.items():
             if math.isfinite(value):
                 self._board.add_scalar(f"{group}/{name}", value, step)
 

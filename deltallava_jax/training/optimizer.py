@@ -33,16 +33,14 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping by the global norm, AdamW or Muon with weight decay on matrices alone, the schedule."""
     rate = schedule(cfg, steps)
-    decay = lambda params: unflatten({path: _decays(path) for path in flatten(params)})
+    clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
     adamw = optax.adamw(
-        rate, cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype, weight_decay=cfg.weight_decay, mask=decay
+        rate, cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype, weight_decay=cfg.weight_decay, mask=_decayed
     )  # fmt: skip
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        adamw
-        if cfg.name == "adamw"
-        else optax.partition({"muon": _muon(cfg, lambda step: cfg.muon_rate * rate(step)), "adamw": adamw}, kinds),
-    )
+    if cfg.name == "adamw":
+        return optax.chain(clip, adamw)
+    muon = _muon(cfg, lambda step: cfg.muon_rate * rate(step))
+    return optax.chain(clip, optax.partition({"muon": muon, "adamw": adamw}, kinds))
 
 
 def _muon(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -51,15 +49,17 @@ def _muon(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransform
     An orthogonal r x c matrix has a root mean square of max(r, c)**-0.5. It is brought to 0.2, about that of AdamW's
     updates, so that rate and weight decay mean the same for both (Liu et al. 2025, arXiv:2502.16982)."""
     matrix = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    every = lambda updates: jax.tree.map(lambda _: matrix, updates)
-    scale = lambda update: MUON_RMS * max(update.shape[-2:]) ** 0.5 * update
+
+    def scale(update):
+        return MUON_RMS * max(update.shape[-2:]) ** 0.5 * update
+
     return optax.chain(
         scale_by_muon(
             ns_steps=cfg.muon_iterations,
             beta=cfg.muon_momentum,
             eps=cfg.eps,
             mu_dtype=cfg.mu_dtype,
-            weight_dimension_numbers=every,
+            weight_dimension_numbers=lambda updates: jax.tree.map(lambda _: matrix, updates),
         ),
         optax.stateless(lambda updates, _: jax.tree.map(scale, updates)),
         optax.add_decayed_weights(cfg.weight_decay),
@@ -70,13 +70,17 @@ def _muon(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransform
 def kinds(params: Params) -> Params:
     """ "muon" for the matrices inside the layers and the projector, "adamw" for the rest: embeddings, heads, norms,
     biases, convolutions, the narrow factors of a low-rank update."""
-    inside = lambda path: re.search(r"(^projector|/layers)/.*(kernel|base)$", path)
-    kind = lambda path, leaf: "muon" if inside(path) and leaf.ndim in (2, 3) else "adamw"  # 3: stacked layers
+
+    def kind(path: str, leaf) -> str:
+        inside = re.search(r"(^projector|/layers)/.*(kernel|base)$", path)
+        return "muon" if inside and leaf.ndim in (2, 3) else "adamw"  # 3: stacked layers
+
     return unflatten({path: kind(path, leaf) for path, leaf in flatten(params).items()})
 
 
-def _decays(path: str) -> bool:
-    return path.rsplit("/", 1)[-1] in ("kernel", "base", "U", "V")
+def _decayed(params: Params) -> Params:
+    """Whether weight decay applies to each parameter: to matrices alone."""
+    return unflatten({path: path.rsplit("/", 1)[-1] in ("kernel", "base", "U", "V") for path in flatten(params)})
 
 
 def split(params: Params, frozen: tuple[str, ...]) -> tuple[Params, Params]:

@@ -22,7 +22,9 @@ class Trace:
     """Traces the steps N to M of this run, in the leading process, into a folder."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
-        self._steps, self._folder, self._running = steps if hosts.leads() else None, folder, False
+        self._steps = steps if hosts.leads() else None
+        self._folder = folder
+        self._running = False
 
     def before(self, step: int) -> None:
         if self._steps and self._steps[0] <= step <= self._steps[1] and not self._running:

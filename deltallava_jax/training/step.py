@@ -39,7 +39,10 @@ class TrainState:
 def state_shapes(cfg: Config, mesh: Mesh, steps: int) -> TrainState:
     """The train state as shapes with their shardings, nothing allocated."""
     shapes = jax.eval_shape(lambda: _fresh_state(cfg, steps))
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
     return jax.tree.map(place, shapes, rules.shardings(shapes, mesh))
 
 
@@ -106,9 +109,10 @@ def gradients(
 def batch_shapes(cfg: Config, mesh: Mesh, text: int, images: int) -> Batch:
     """The global batch as shapes with their sharding: T text tokens and I image places a row."""
     make = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, ROWS))
-    rows, size, branches = cfg.data.rows, cfg.model.vision.image_size, cfg.data.independent_rounds
-    question = systems.question_length(cfg.model.projector)
-    return Batch.shapes(rows, text, images, size, question=question, branches=branches, make=make)
+    return Batch.shapes(
+        cfg.data.rows, text, images, cfg.model.vision.image_size,
+        question=systems.question_length(cfg.model.projector), branches=cfg.data.independent_rounds, make=make,
+    )  # fmt: skip
 
 
 class TrainStep:
@@ -120,10 +124,12 @@ class TrainStep:
 
     def __init__(self, cfg: Config, mesh: Mesh, steps: int):
         llavolta.check(cfg)
-        self.cfg, self.mesh = cfg, mesh
+        self.cfg = cfg
+        self.mesh = mesh
         self.shapes = state_shapes(cfg, mesh, steps)
         self.compiled: dict[tuple, jax.stages.Compiled] = {}
-        self._optimizer, self._rate = make_optimizer(cfg.optimizer, steps), schedule(cfg.optimizer, steps)
+        self._optimizer = make_optimizer(cfg.optimizer, steps)
+        self._rate = schedule(cfg.optimizer, steps)
         placed = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         self._jit = jax.jit(
             self._step, static_argnums=(2, 3), donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, P()))
@@ -137,7 +143,8 @@ class TrainStep:
     def compile(self, batch: Batch, budget: int, pooling: llavolta.Pooling | None = None) -> jax.stages.Compiled:
         """The program for batches like ``batch``."""
         if not batch.image_positions.shape[1]:  # without images all budgets are one program
-            budget, pooling = systems.budgets(self.cfg.model.projector)[0], None
+            budget = systems.budgets(self.cfg.model.projector)[0]
+            pooling = None
         signature = (budget, pooling, *batch.tokens.shape, batch.image_positions.shape[1])
         if signature not in self.compiled:
             lowered = self.trace(batch, budget, pooling).lower()
@@ -157,7 +164,10 @@ class TrainStep:
             updates, moments = self._optimizer.update(grads, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        keep = lambda new, old: jnp.where(finite, new, old)
+
+        def keep(new, old):
+            return jnp.where(finite, new, old)
+
         images = (batch.image_positions < batch.tokens.shape[1]).sum()
         metrics = {
             "loss": loss,

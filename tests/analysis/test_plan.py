@@ -5,6 +5,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from deltallava_jax import __main__ as door
@@ -175,3 +176,15 @@ def test_where_the_state_alone_does_not_fit_more_devices_are_tried(monkeypatch):
     assert tried == [("cpu:4", -1, 8), ("cpu:8", -1, 8), ("cpu:16", -1, 16)]
     assert found["target"] == "cpu:16" and "--config.data.rows=16" in found["change"]
     assert parse_target(found["target"]).count == 16
+
+
+def test_every_scan_is_unrolled_in_a_version_of_jax_that_is_known(monkeypatch):
+    """``unrolled`` replaces jax.lax.scan: where a version of jax no longer looks there, this fails first."""
+    assert plan.can_unroll()
+    program = lambda x: jax.lax.scan(lambda total, y: (total @ y, None), jnp.eye(2), x)[0]
+    count = lambda: jax.jit(lambda x: program(x)).lower(jnp.ones((5, 2, 2))).as_text().count("stablehlo.while")
+    assert count() == 1
+    with plan.unrolled():
+        assert count() == 0
+    monkeypatch.setattr(jax, "__version__", "0.99.0")
+    assert not plan.can_unroll()

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,3 +174,15 @@ def test_in_a_browser_which_asks_no_other_server(address, tmp_path):
     sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
     asked = {one["request"]["url"] for one in sent if one["documentURL"].startswith(address)}
     assert len(asked) > 5 and all(url.startswith((address, "data:", "blob:")) for url in asked), asked
+
+
+def test_a_component_that_cannot_be_guarded_is_refused():
+    """What the demo replaces in gradio must be there: a version that renamed it would open files unseen."""
+    picture = demo.gradio().Image(type="filepath")
+    demo.guard(picture)
+    assert picture.preprocess is demo.path and picture.async_move_resource_to_block_cache is demo.uploaded
+    with pytest.raises(ConfigError, match="has no preprocess as the demo expects it"):
+        demo.guard(SimpleNamespace())
+    other = SimpleNamespace(preprocess=lambda payload: None, async_move_resource_to_block_cache=lambda path: None)
+    with pytest.raises(ConfigError, match="has no async_move_resource_to_block_cache as the demo expects it"):
+        demo.guard(other)  # no longer a coroutine
