@@ -19,7 +19,7 @@ def base(name: str, projector: dict, *, data: dict = {}, training: dict = {}) ->
         model=c.compose(
             vision,
             c.preset(c.DecoderConfig, "tiny"),
-            small | projector,
+            c.settings_of(projector["name"], small) | projector,
             dtype="float32",
             remat="full",  # on a CPU recomputing takes no longer than storing
         ),

@@ -34,7 +34,9 @@ def get_config(which: str = "pretrain") -> c.Config:
     return c.Config(
         name=f"emoji_{system}_{stage}",
         init_from=f"runs/emoji_{system}_{'start' if pretrain else 'pretrain'}",
-        model=c.compose(TOWER, DECODER, SMALL | SYSTEMS[system], dtype="float32"),
+        model=c.compose(
+            TOWER, DECODER, c.settings_of(SYSTEMS[system]["name"], SMALL) | SYSTEMS[system], dtype="float32"
+        ),
         data=c.DataConfig(
             dataset="llava",
             json=(f"data/emoji/{stage}.json",),

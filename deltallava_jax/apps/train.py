@@ -17,8 +17,8 @@ from deltallava_jax.config import Config, ModelConfig, load_config, override
 from deltallava_jax.parallel import hosts
 
 
-def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """(config, the other options) of a command line. Raises ConfigError."""
+def read(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, str]]:
+    """(options, overrides of settings by dotted key) of a command line. Raises ConfigError."""
     parser = argparse.ArgumentParser(
         prog=cli.door("train"),
         description=__doc__,
@@ -30,14 +30,20 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
     parser.add_argument("--profile", metavar="N:M", help="writes a profiler trace of steps N to M to WORKDIR/profile")
     hosts.add_arguments(parser)
-    known, rest = parser.parse_known_args(arguments)
-    cfg, changes = load_config(known.config), cli.overrides(rest, cli.door("train"))
+    options, rest = parser.parse_known_args(arguments)
+    return options, cli.overrides(rest, cli.door("train"))
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """(config, the other options) of a command line. Raises ConfigError."""
+    options, changes = read(arguments)
+    cfg = load_config(options.config)
     if cfg.model == ModelConfig():  # it names none
         from deltallava_jax.workdir import Workdir
 
-        model = Workdir(known.workdir).model_for(changes.get("init_from", cfg.init_from))
+        model = Workdir(options.workdir).model_for(changes.get("init_from", cfg.init_from))
         cfg = dataclasses.replace(cfg, model=model)
-    return override(cfg, changes), known
+    return override(cfg, changes), options
 
 
 def main(cfg: Config, options: argparse.Namespace) -> None:
