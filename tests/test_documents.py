@@ -29,9 +29,8 @@ def commands(text: str) -> list[str]:
     ]
     found = []
     for line in lines:
+        line = re.sub(r'^ *--command "(.*)"$', r"\1", line)  # of another program, which runs it
         line = re.sub(r"\s+#\s.*", "", line).removeprefix("$ ").removeprefix("srun ").strip()
-        if line.startswith('--command "'):  # of another program, which runs it
-            line = line.removeprefix('--command "').removesuffix('"')
         found += [part.strip() for part in line.split("&&") if part.strip().startswith(PROGRAMS)]
     return found
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from deltallava_jax.arrays import Array
 from deltallava_jax.config import DecoderConfig
@@ -335,7 +335,7 @@ def attention_row(
     rotary = rotary_angles(layout.positions, cfg)
     y = block.attention_norm(hidden)
 
-    def at(x: Float[Array, "B S ..."]) -> Float[Array, "B 1 ..."]:
+    def at(x: Shaped[Array, "B S ..."]) -> Shaped[Array, "B 1 ..."]:
         return jnp.take_along_axis(x, slot.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
 
     q = rotate(split_heads(block.q(at(y)), cfg.head_dim), jax.tree.map(at, rotary))
