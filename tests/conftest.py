@@ -7,8 +7,10 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from tests.xla import FAST_COMPILES
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # the latter: faster compiles
+flags = f"--xla_force_host_platform_device_count=8 {FAST_COMPILES}"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "xla")

@@ -24,6 +24,7 @@ from deltallava_jax.convert import command as convert_command
 from deltallava_jax.convert.workdir import open_model
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import systems
+from tests.xla import FAST_COMPILES
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def command():
     """Runs python -m deltallava_jax with one device."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": FAST_COMPILES}
 
     def command(*arguments) -> subprocess.CompletedProcess:
         line = [sys.executable, "-m", "deltallava_jax", *map(str, arguments)]

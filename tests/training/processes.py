@@ -10,6 +10,8 @@ import time
 
 import tiny
 
+from tests.xla import FAST_COMPILES
+
 ROOT = tiny.FILE.parent.parent
 GUARD = 1200  # seconds: against hanging, not a measurement
 
@@ -19,8 +21,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of
 
 def environment(devices=1):
     """Fake devices; the programs that are compiled stay for the next process."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return {**os.environ, "XLA_FLAGS": flags}
+    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST_COMPILES}"}
 
 
 def start(workdir, *settings, devices=1, variables={}):
