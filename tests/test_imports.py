@@ -18,15 +18,7 @@ LEVELS = [
 ]
 APART = [{"data", "models"}]  # on one level, and neither imports the other
 LINES = 400
-# To be split.
-LONG = {
-    "tests/convert/test_exports.py",
-    "tests/convert/test_refusals.py",
-    "tests/convert/test_round_trips.py",
-    "tests/convert/test_workdir.py",
-    "tests/pipeline/test_images.py",
-    "tests/test_config.py",
-}
+LONG = {"tests/test_config.py"}  # to be split
 
 
 def module_of(file: Path) -> str:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -165,3 +166,16 @@ def refused(target: Path, *arguments, lines: int | None = 1) -> str:
     message = str(caught.value)
     assert lines is None or len(message.splitlines()) == lines, message
     return message
+
+
+def assert_says(message: str, *words) -> None:
+    for word in words:
+        assert str(word) in message, message
+
+
+def assert_same_params(ours, theirs) -> None:
+    ours, theirs = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (ours, theirs))
+    assert set(ours) == set(theirs)
+    for path, leaf in theirs.items():
+        assert ours[path].dtype == leaf.dtype, path
+        np.testing.assert_array_equal(np.asarray(ours[path]), np.asarray(leaf), err_msg=str(path))

@@ -21,6 +21,7 @@ from deltallava_jax import __main__
 from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import Tokenized
 from deltallava_jax.inference.generate import prompt_batch
+from deltallava_jax.models.names import flatten
 from deltallava_jax.sequence import Batch
 
 t.logging.set_verbosity_error()
@@ -237,6 +238,31 @@ def convert(*arguments) -> None:
     """python -m deltallava_jax convert, in this process."""
     options = __main__.parse(["convert", *map(str, arguments)])
     options.main(options)
+
+
+COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
+              "generation_config.json")  # fmt: skip
+
+
+def assert_same_folder(ours, theirs):
+    """Tensors, names and companion files."""
+    assert_same_bits(tensors(ours), tensors(theirs))
+    kept = [name for name in COMPANIONS if (theirs / name).exists()]
+    assert "config.json" in kept
+    for name in kept:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+def folders(parent, *names):
+    """New empty folders."""
+    for name in names:
+        (parent / name).mkdir()
+    return [parent / name for name in names]
+
+
+def assert_same_params(ours: dict, theirs: dict):
+    ours, theirs = ({path: np.asarray(leaf) for path, leaf in flatten(tree).items()} for tree in (ours, theirs))
+    assert_same_bits(ours, theirs)
 
 
 # ------------------------------------------------------------------ rows of ids for both sides

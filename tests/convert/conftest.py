@@ -71,3 +71,26 @@ def chat_model(saved, tmp_path_factory):
         return dataclasses.replace(made, cfg=cfg, params=made.params | {"projector": drawn})
 
     return lambda projector, bos="<s>": model(projector, bos)
+
+
+@pytest.fixture(scope="session")
+def composed(saved):
+    """composed(tower, decoder, projector, dtype, **settings): a new model, its projector far from its start."""
+    from exports import composer
+
+    return composer(saved)
+
+
+@pytest.fixture(scope="session")
+def delta_folder(composed, tmp_path_factory):
+    """(our model, its export) with a tokenizer to which the image token was added."""
+    from exports import DELTA, exported
+
+    model = composed("clip", "llama_grouped", "delta", **DELTA)
+    return model, exported(model, tmp_path_factory.mktemp("delta") / "text")
+
+
+@pytest.fixture
+def target(tmp_path) -> Path:
+    """Where a conversion that should be refused is told to go."""
+    return tmp_path / "out" / "model"
