@@ -2,7 +2,7 @@
 the mixture of lengths that an instruction data set has.
 
     python benchmarks/make_llava.py data/synthetic --records 3000
-    python benchmarks/data_loading.py data/synthetic --tokenizer tests/data/llama_tokenizer
+    python benchmarks/data_loading.py data/synthetic --tokenizer tests/testdata/llama_tokenizer
 
 The peer is what LLaVA's training does: torch's DataLoader, PIL, square padding, CLIP's image processor (Pillow), a
 padded collator, one conversation a row. Both read the same records with as many workers and give the same pixels."""

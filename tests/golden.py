@@ -1,4 +1,4 @@
-"""Weights and inputs of the golden data (data/README.md), and random weights of the same kind for any projector."""
+"""Weights and inputs of the golden data (tests/testdata/README.md); random weights alike for any projector."""
 
 import json
 import zlib
@@ -11,7 +11,7 @@ from deltallava_jax.config import ProjectorConfig
 from deltallava_jax.models import systems
 from deltallava_jax.models.vision import VisionFeatures
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "testdata"
 
 
 def draw(name: str, shape) -> np.ndarray:

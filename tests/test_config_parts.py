@@ -5,7 +5,6 @@ import dataclasses
 import json
 
 import pytest
-import tiny
 
 import train as door
 from deltallava_jax.config import (
@@ -22,6 +21,7 @@ from deltallava_jax.config import (
     workdir_config,
 )
 from deltallava_jax.errors import ConfigError
+from tests import tiny
 
 WHOLE = tiny.get_config()
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)

@@ -1,4 +1,4 @@
-"""Workdirs that version 0.1.0 made (tests/data/v1) load, answer, and go on as they would have there."""
+"""Workdirs that version 0.1.0 made (tests/testdata/v1) load, answer, and go on as they would have there."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ import train as door
 from deltallava_jax.parallel import mesh
 from deltallava_jax.workdir import Workdir
 
-DATA = Path(__file__).parent / "data" / "v1"
+DATA = Path(__file__).parent / "testdata" / "v1"
 EXPECTED = json.loads((DATA / "expected.json").read_text())
 STAGE = {"first": (), "second": ("--config.init_from=first", "--config.optimizer.frozen=('^vision/',)")}
 

@@ -14,7 +14,7 @@ from deltallava_jax import __main__ as commands
 from deltallava_jax import cli
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT / "tests" / "data" / "v1"
+DATA = ROOT / "tests" / "testdata" / "v1"
 EASY_VQA = ROOT / "configs" / "easy_vqa.py"
 
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 import train as door
 from deltallava_jax.config import Config, OptimizerConfig, RopeScaling, override, to_dict
@@ -22,6 +21,7 @@ from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.training.optimizer import split
 from deltallava_jax.training.step import TrainState
 from deltallava_jax.workdir import Workdir
+from tests import tiny
 
 FROZEN = ("^vision/",)
 TOKENIZER = tokens.train(["what color is the shape? red"], 300)

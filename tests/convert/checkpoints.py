@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import hf
 import ml_dtypes  # noqa: F401  safetensors asks numpy for bfloat16
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from deltallava_jax.data.conversation import Tokenized
 from deltallava_jax.inference.generate import prompt_batch
 from deltallava_jax.models.names import flatten
 from deltallava_jax.sequence import Batch
+from tests.models import hf
 
 t.logging.set_verbosity_error()
 t.logging.disable_progress_bar()

@@ -1,17 +1,14 @@
 """What the conversion tests share: folders with tiny Hugging Face models, each written once a run.
 
-tests/models lies on the path for its helpers; the code that transformers copies from exported models goes to a folder
-of its own, removed at the end."""
+The code that transformers copies from exported models goes to a folder of its own, removed at the end."""
 
 import functools
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "models"))
 MODULES = tempfile.TemporaryDirectory(prefix="hf_modules_")  # removed when the process ends
 os.environ["HF_MODULES_CACHE"] = MODULES.name
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 def saved(tmp_path_factory):
     """saved(name, dtype): the folder of a model of checkpoints.MODELS; nobody writes into it."""
     pytest.importorskip("torch")
-    import checkpoints
+    from tests.convert import checkpoints
 
     root = tmp_path_factory.mktemp("checkpoints")
 
@@ -50,12 +47,11 @@ def chat_model(saved, tmp_path_factory):
     its start."""
     import dataclasses
 
-    from checkpoints import chat_decoder
-    from rows import random_params
-
     from deltallava_jax.config import system_config
     from deltallava_jax.convert.workdir import compose
     from deltallava_jax.models import systems
+    from tests.convert.checkpoints import chat_decoder
+    from tests.models.rows import random_params
 
     root = tmp_path_factory.mktemp("chat")
 
@@ -76,7 +72,7 @@ def chat_model(saved, tmp_path_factory):
 @pytest.fixture(scope="session")
 def composed(saved):
     """composed(tower, decoder, projector, dtype, **settings): a new model, its projector far from its start."""
-    from exports import composer
+    from tests.convert.exports import composer
 
     return composer(saved)
 
@@ -84,7 +80,7 @@ def composed(saved):
 @pytest.fixture(scope="session")
 def delta_folder(composed, tmp_path_factory):
     """(our model, its export) with a tokenizer to which the image token was added."""
-    from exports import DELTA, exported
+    from tests.convert.exports import DELTA, exported
 
     model = composed("clip", "llama_grouped", "delta", **DELTA)
     return model, exported(model, tmp_path_factory.mktemp("delta") / "text")

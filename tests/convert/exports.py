@@ -9,10 +9,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from checkpoints import (  # noqa: E402
-    our_batch,
-)
-from rows import random_params  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForImageTextToText,
 )
@@ -24,6 +20,10 @@ from deltallava_jax.convert.workdir import compose  # noqa: E402
 from deltallava_jax.inference.generate import Engine, prompt_batch  # noqa: E402
 from deltallava_jax.inference.sampling import Sampling  # noqa: E402
 from deltallava_jax.models import systems, vlm  # noqa: E402
+from tests.convert.checkpoints import (  # noqa: E402
+    our_batch,
+)
+from tests.models.rows import random_params  # noqa: E402
 
 DELTA = dict(scale_factor=(1, 2, 4), head_dim=16, block_head_dim=8, rank=4, mlp_width=24)
 

@@ -6,7 +6,8 @@ import shutil
 import ml_dtypes
 import numpy as np
 import torch
-from checkpoints import renamed, tensors, write_config, write_tensors
+
+from tests.convert.checkpoints import renamed, tensors, write_config, write_tensors
 
 
 def save_bin(folder, named: dict, shards: int, name: str = "pytorch_model"):

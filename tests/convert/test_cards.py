@@ -11,12 +11,11 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
-from checkpoints import convert  # noqa: E402
-
 import deltallava_jax  # noqa: E402
 from deltallava_jax.convert.workdir import write_workdir  # noqa: E402
 from deltallava_jax.data.conversation import TEMPLATES  # noqa: E402
 from deltallava_jax.workdir import Workdir  # noqa: E402
+from tests.convert.checkpoints import convert  # noqa: E402
 
 
 @pytest.fixture(scope="module")

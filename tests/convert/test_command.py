@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from broken import clip, convert, llama, llava_hf, mlp_weights
 from safetensors.numpy import load_file, save_file
 
 import deltallava_jax
@@ -24,6 +23,7 @@ from deltallava_jax.convert import command as convert_command
 from deltallava_jax.convert.workdir import open_model
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import systems
+from tests.convert.broken import clip, convert, llama, llava_hf, mlp_weights
 from tests.xla import FAST_COMPILES
 
 ROOT = Path(__file__).parents[2]

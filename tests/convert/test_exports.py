@@ -10,17 +10,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import checkpoints  # noqa: E402
-from checkpoints import (  # noqa: E402
-    assert_same_bits,
-    our_batch,
-    pixels,
-    rows_of,
-    tensors,
-    torch_pixels,
-    torch_rows,
-)
-from exports import DELTA, assert_close, exported, loaded, our_logits, our_tokens  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
     AutoModel,
@@ -37,6 +26,17 @@ from deltallava_jax.models.names import flatten  # noqa: E402
 from deltallava_jax.training.checkpoints import Checkpoints  # noqa: E402
 from deltallava_jax.training.optimizer import split  # noqa: E402
 from deltallava_jax.training.step import TrainState  # noqa: E402
+from tests.convert import checkpoints  # noqa: E402
+from tests.convert.checkpoints import (  # noqa: E402
+    assert_same_bits,
+    our_batch,
+    pixels,
+    rows_of,
+    tensors,
+    torch_pixels,
+    torch_rows,
+)
+from tests.convert.exports import DELTA, assert_close, exported, loaded, our_logits, our_tokens  # noqa: E402
 
 # ------------------------------------------------------------------ MLP models: transformers' own LLaVA
 

@@ -6,14 +6,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from checkpoints import pixels, rows_of, torch_pixels, torch_rows  # noqa: E402
-from rows import random_params  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
 
 from deltallava_jax.config import system_config  # noqa: E402
 from deltallava_jax.convert.export import write_hf  # noqa: E402
 from deltallava_jax.convert.workdir import compose  # noqa: E402
 from deltallava_jax.models import systems  # noqa: E402
+from tests.convert.checkpoints import pixels, rows_of, torch_pixels, torch_rows  # noqa: E402
+from tests.models.rows import random_params  # noqa: E402
 
 SETTINGS = {
     "delta": dict(scale_factor=2, head_dim=16, block_head_dim=8, rank=4),

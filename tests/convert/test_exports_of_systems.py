@@ -7,19 +7,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from checkpoints import (  # noqa: E402
+from deltallava_jax.config import FastVConfig  # noqa: E402
+from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
+from deltallava_jax.errors import ConfigError, ConversionError  # noqa: E402
+from deltallava_jax.models import systems  # noqa: E402
+from tests.convert.checkpoints import (  # noqa: E402
     pixels,
     rows_of,
     torch_pixels,
     torch_questions,
     torch_rows,
 )
-from exports import assert_close, exported, loaded, our_logits, our_tokens  # noqa: E402
-
-from deltallava_jax.config import FastVConfig  # noqa: E402
-from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
-from deltallava_jax.errors import ConfigError, ConversionError  # noqa: E402
-from deltallava_jax.models import systems  # noqa: E402
+from tests.convert.exports import assert_close, exported, loaded, our_logits, our_tokens  # noqa: E402
 
 SYSTEMS = {
     "quecc": ("clip", "llama_grouped", "quecc", dict(scale_factor=2, head_dim=16, level_count=2, question_length=4)),

@@ -12,10 +12,6 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
-from checkpoints import (  # noqa: E402
-    SIDE,
-)
-from exports import DELTA, exported, loaded  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
@@ -31,6 +27,10 @@ from deltallava_jax.data.conversation import TEMPLATES, tokenize  # noqa: E402
 from deltallava_jax.data.images import load_image  # noqa: E402
 from deltallava_jax.inference.model import Model  # noqa: E402
 from deltallava_jax.models import vision  # noqa: E402
+from tests.convert.checkpoints import (  # noqa: E402
+    SIDE,
+)
+from tests.convert.exports import DELTA, exported, loaded  # noqa: E402
 
 PROMPT = "What is in the picture?"
 LONGER = "The shape is green, is it not? What is in the picture, on a blue square?"

@@ -4,11 +4,9 @@ Needs no torch."""
 
 import json
 
-import golden
 import jax
 import numpy as np
 import pytest
-import test_llava_golden
 from safetensors.numpy import save_file
 
 from deltallava_jax.convert.read import read
@@ -16,6 +14,8 @@ from deltallava_jax.data.conversation import Tokenized
 from deltallava_jax.inference.generate import Engine, prompt_batch
 from deltallava_jax.inference.sampling import Sampling
 from deltallava_jax.models import vlm
+from tests import golden
+from tests.models import test_llava_golden
 
 V, IMAGE_TOKEN = test_llava_golden.V, test_llava_golden.IMAGE_TOKEN
 

@@ -8,10 +8,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import checkpoints  # noqa: E402
 import ml_dtypes  # noqa: E402
 import transformers  # noqa: E402
-from checkpoints import (  # noqa: E402
+
+from deltallava_jax.config import ProjectorConfig, system_config  # noqa: E402
+from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
+from deltallava_jax.convert.read import Pretrained, read  # noqa: E402
+from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir  # noqa: E402
+from deltallava_jax.models import systems  # noqa: E402
+from tests.convert import checkpoints  # noqa: E402
+from tests.convert.checkpoints import (  # noqa: E402
     assert_same_bits,
     assert_same_folder,
     assert_same_params,
@@ -20,14 +26,8 @@ from checkpoints import (  # noqa: E402
     renamed,
     tensors,
 )
-from layouts import FROM_EXPORT, TO_LLAVA, llava_folder, save_bin, tower_folder  # noqa: E402
-from rows import random_params  # noqa: E402
-
-from deltallava_jax.config import ProjectorConfig, system_config  # noqa: E402
-from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
-from deltallava_jax.convert.read import Pretrained, read  # noqa: E402
-from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir  # noqa: E402
-from deltallava_jax.models import systems  # noqa: E402
+from tests.convert.layouts import FROM_EXPORT, TO_LLAVA, llava_folder, save_bin, tower_folder  # noqa: E402
+from tests.models.rows import random_params  # noqa: E402
 
 # ------------------------------------------------------------------ the original LLaVA layout
 

@@ -14,7 +14,7 @@ from deltallava_jax.data.conversation import TEMPLATES, asked, tokenize
 from deltallava_jax.inference.generate import prompt_batch
 from deltallava_jax.models import vlm
 
-V1 = Path(__file__).parents[1] / "data" / "v1"
+V1 = Path(__file__).parents[1] / "testdata" / "v1"
 QUESTION = "what color is the shape?"
 
 

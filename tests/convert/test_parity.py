@@ -11,9 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import checkpoints  # noqa: E402
 import transformers  # noqa: E402
-from rows import assert_trees_close, text_layout  # noqa: E402
 
 from deltallava_jax.convert.families import DECODERS, TOWERS, decoder_family, tower_family  # noqa: E402
 from deltallava_jax.convert.read import read  # noqa: E402
@@ -21,6 +19,8 @@ from deltallava_jax.inference.generate import Engine, prompt_batch  # noqa: E402
 from deltallava_jax.inference.sampling import Sampling  # noqa: E402
 from deltallava_jax.models import decoder, vision, vlm  # noqa: E402
 from deltallava_jax.sequence import layout  # noqa: E402
+from tests.convert import checkpoints  # noqa: E402
+from tests.models.rows import assert_trees_close, text_layout  # noqa: E402
 
 TOKENS = 16  # an image, in the MLP models
 

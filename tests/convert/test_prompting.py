@@ -14,7 +14,6 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
-from checkpoints import TEXTS_END  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor  # noqa: E402
 
 import deltallava_jax  # noqa: E402
@@ -28,6 +27,7 @@ from deltallava_jax.data.conversation import TEMPLATES, asked, end_id, tokenize 
 from deltallava_jax.inference.model import Model  # noqa: E402
 from deltallava_jax.training.checkpoints import Checkpoints  # noqa: E402
 from deltallava_jax.training.step import TrainState  # noqa: E402
+from tests.convert.checkpoints import TEXTS_END  # noqa: E402
 
 QUESTION, LONGER = "What is in the picture?", "The shape is green, is it not? What is in the picture, on a blue square?"
 

@@ -3,10 +3,12 @@
 import re
 import shutil
 
-import broken
 import numpy as np
 import pytest
-from broken import (
+from safetensors.numpy import load_file, save_file
+
+from tests.convert import broken
+from tests.convert.broken import (
     CLIP,
     LLAMA,
     assert_says,
@@ -22,7 +24,6 @@ from broken import (
     refused,
     save,
 )
-from safetensors.numpy import load_file, save_file
 
 # ------------------------------------------------------------------ config.json
 

@@ -9,10 +9,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-import broken
 import numpy as np
 import pytest
-from broken import (
+from safetensors.numpy import save_file
+
+from tests.convert import broken
+from tests.convert.broken import (
     LLAMA,
     assert_says,
     clip,
@@ -22,7 +24,6 @@ from broken import (
     refused,
     save,
 )
-from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parents[2]
 

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
-import broken
 import numpy as np
 import pytest
-from broken import (
+from safetensors.numpy import save_file
+
+from deltallava_jax.convert import shards, workdir
+from tests.convert import broken
+from tests.convert.broken import (
     CLIP,
     assert_says,
     clip,
@@ -18,9 +21,6 @@ from broken import (
     refused,
     save,
 )
-from safetensors.numpy import save_file
-
-from deltallava_jax.convert import shards, workdir
 
 # ------------------------------------------------------------------ composing
 

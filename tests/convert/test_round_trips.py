@@ -9,9 +9,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import checkpoints  # noqa: E402
 import transformers  # noqa: E402
-from checkpoints import (  # noqa: E402
+
+from deltallava_jax.config import ASPECTS  # noqa: E402
+from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
+from deltallava_jax.convert.read import read  # noqa: E402
+from deltallava_jax.convert.workdir import read_workdir, write_workdir  # noqa: E402
+from tests.convert import checkpoints  # noqa: E402
+from tests.convert.checkpoints import (  # noqa: E402
     assert_same_bits,
     assert_same_folder,
     assert_same_params,
@@ -21,12 +26,7 @@ from checkpoints import (  # noqa: E402
     renamed,
     tensors,
 )
-from layouts import save_bin  # noqa: E402
-
-from deltallava_jax.config import ASPECTS  # noqa: E402
-from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
-from deltallava_jax.convert.read import read  # noqa: E402
-from deltallava_jax.convert.workdir import read_workdir, write_workdir  # noqa: E402
+from tests.convert.layouts import save_bin  # noqa: E402
 
 FAMILIES = ("llama_grouped", "qwen2", "clip", "siglip", "llava", "llava_qwen2")
 

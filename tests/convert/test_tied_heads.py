@@ -7,7 +7,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from checkpoints import copy_with, rows_of, tensors  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from deltallava_jax.convert.export import write_hf  # noqa: E402
@@ -15,6 +14,7 @@ from deltallava_jax.convert.read import read  # noqa: E402
 from deltallava_jax.convert.workdir import read_workdir, write_workdir  # noqa: E402
 from deltallava_jax.inference.generate import Engine, prompt_batch  # noqa: E402
 from deltallava_jax.inference.sampling import Sampling  # noqa: E402
+from tests.convert.checkpoints import copy_with, rows_of, tensors  # noqa: E402
 
 COUNT = 8
 

@@ -4,10 +4,11 @@ import dataclasses
 import importlib.util
 import sys
 
-import golden
 import jax
 import numpy as np
 import pytest
+
+from tests import golden
 
 torch = pytest.importorskip("torch")
 

@@ -9,8 +9,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny
-from broken import assert_same_params, edit, llava_hf
 
 import train as door
 from deltallava_jax.analysis import plan as analysis
@@ -24,6 +22,8 @@ from deltallava_jax.parallel import mesh
 from deltallava_jax.training import loop
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.training.step import TrainStep
+from tests import tiny
+from tests.convert.broken import assert_same_params, edit, llava_hf
 
 # Four tokens an image and one layer of each kind: what a test of a training run can wait for.
 SMALL = {

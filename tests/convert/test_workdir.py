@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from broken import assert_same_params, clip, convert, edit, llama, llava, llava_hf
 from PIL import Image
 
 import deltallava_jax
@@ -24,6 +23,7 @@ from deltallava_jax.data.images import load_image
 from deltallava_jax.errors import BadSample, ConfigError, ConversionError
 from deltallava_jax.inference import model as inference
 from deltallava_jax.inference.generate import Engine
+from tests.convert.broken import assert_same_params, clip, convert, edit, llama, llava, llava_hf
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "what color is the shape?"

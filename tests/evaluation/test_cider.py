@@ -7,7 +7,7 @@ import pytest
 
 from deltallava_jax.evaluation.cider import cider
 
-GOLDEN = json.loads((Path(__file__).parent.parent / "data" / "cider.json").read_text())
+GOLDEN = json.loads((Path(__file__).parent.parent / "testdata" / "cider.json").read_text())
 ITEMS = GOLDEN["items"]
 
 

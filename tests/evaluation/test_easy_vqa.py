@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-import tiny
 
 from deltallava_jax.data import easy_vqa
 from deltallava_jax.data.images import load_image
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.evaluation.easy_vqa import _pixels, derangement, evaluate
+from tests import tiny
 
 
 def test_a_derangement_gives_each_item_another_one_and_uses_all():

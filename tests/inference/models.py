@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
-import tiny
 
-from deltallava_jax.config import FastVConfig
+from deltallava_jax.config import Config, DataConfig, FastVConfig, to_dict
 from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import Tokenized
 from deltallava_jax.inference.model import Model
 from deltallava_jax.models import vlm
+from deltallava_jax.training.checkpoints import Checkpoints
+from tests import tiny
 
 TEXTS = ["what color is the shape?", "is there a red circle on the blue square?", "yes no red green blue"] * 3
 VOCAB = 384
@@ -28,6 +31,18 @@ def model(fastv: bool = False, template: str = "brief", scale: float = 1.0) -> M
         fastv=FastVConfig(1, 2) if fastv else None,
     )
     return Model(cfg, vlm.init_params(cfg, jax.random.key(0)), tokens.train(TEXTS, VOCAB), template)
+
+
+def save_workdir(folder: Path) -> Path:
+    """The model in a workdir, as train.py would leave it."""
+    one = model()
+    config = Config(name="tiny", model=one.cfg, data=DataConfig(template=one.template))
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    one.tokenizer.save(folder / "tokenizer.json")
+    checkpoints = Checkpoints(folder, create=True)
+    checkpoints.save_params(one.params)
+    checkpoints.close()
+    return folder
 
 
 def picture(seed: int = 0) -> np.ndarray:

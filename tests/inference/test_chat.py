@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import model, picture, visual
 from PIL import Image
 
 import deltallava_jax
@@ -18,6 +17,7 @@ from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.inference.generate import Clock, Engine, Text, bucket, prompt_batch
 from deltallava_jax.inference.model import Model
 from deltallava_jax.inference.sampling import Sampling
+from tests.inference.models import model, picture, visual
 
 QUESTION = "what color is the shape?"
 

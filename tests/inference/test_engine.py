@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from models import VOCAB, model, picture, prompt, visual
 
 import deltallava_jax as dl
 from deltallava_jax.inference import slots as device
 from deltallava_jax.inference.generate import bucket, prompt_batch
 from deltallava_jax.inference.sampling import Sampling, controls
+from tests.inference.models import VOCAB, model, picture, prompt, visual
 
 NEW = 10
 SHORT = Sampling(max_new_tokens=NEW)

@@ -5,10 +5,10 @@ import inspect
 import jax
 import numpy as np
 import pytest
-from windows import draw
 
 from deltallava_jax.kernels import devices
 from deltallava_jax.kernels.windowed_attention import dispatch, reference, windowed_attention
+from tests.kernels.windows import draw
 
 
 @pytest.fixture

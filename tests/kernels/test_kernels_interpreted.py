@@ -1,6 +1,5 @@
 """The TPU and GPU kernels on a CPU, forward and derivative, against float64 and the reference."""
 
-import golden
 import jax
 import numpy as np
 import pytest
@@ -8,13 +7,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
-from windows import assert_same, draw
 
 from deltallava_jax.config import system_config
 from deltallava_jax.kernels.windowed_attention import gpu, tpu
 from deltallava_jax.kernels.windowed_attention.vjp import attend
 from deltallava_jax.models import systems
 from deltallava_jax.models.systems import common
+from tests import golden
+from tests.kernels.windows import assert_same, draw
 
 needs_gpu_interpreter = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="JAX interprets Mosaic GPU's kernels from 0.11 on"

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rows import random_params, text_layout
 
 from deltallava_jax.config import DecoderConfig
 from deltallava_jax.models import decoder
+from tests.models.rows import random_params, text_layout
 
 CFG = DecoderConfig(vocab_size=50, width=32, layers=3, heads=4, kv_heads=2, mlp_width=48)
 PARAMS = random_params(decoder.init_params, CFG)

@@ -6,12 +6,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import hf  # noqa: E402
-from rows import assert_trees_close, text_layout  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 from deltallava_jax.config import DecoderConfig  # noqa: E402
 from deltallava_jax.models import decoder  # noqa: E402
+from tests.models import hf  # noqa: E402
+from tests.models.rows import assert_trees_close, text_layout  # noqa: E402
 
 SIZES = dict(vocab_size=50, width=32, layers=3, heads=4, mlp_width=48)
 CASES = {

@@ -1,6 +1,5 @@
 """Gradients of the Delta projector (release) against a PyTorch version written from its description."""
 
-import golden
 import jax
 import numpy as np
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from deltallava_jax.config import system_config
 from deltallava_jax.models import systems
 from deltallava_jax.models.vision import VisionFeatures
+from tests import golden
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional

@@ -6,13 +6,13 @@ the channels as the release does, norms have eps 1e-5 in the block and 1e-6 in e
 
 import math
 
-import golden
 import jax
 import numpy as np
 import pytest
 
 from deltallava_jax.config import system_config
 from deltallava_jax.models import systems
+from tests import golden
 
 # Widths differ wherever they can: 3 heads of 16 in the refinement, 3 + 1 in the block, 2 heads of 32 in the windows.
 SMALL = dict(

@@ -2,12 +2,10 @@
 
 import dataclasses
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rows import text_layout
 
 from deltallava_jax.config import DecoderConfig, FastVConfig, VisionConfig, compose
 from deltallava_jax.errors import ConfigError
@@ -15,6 +13,8 @@ from deltallava_jax.inference.generate import Engine
 from deltallava_jax.inference.sampling import Sampling
 from deltallava_jax.models import decoder, fastv, vlm
 from deltallava_jax.sequence import Batch, layout
+from tests import golden
+from tests.models.rows import text_layout
 
 CFG = compose(
     VisionConfig(image_size=32, patch_size=8, width=32, layers=2, heads=2, mlp_width=64),

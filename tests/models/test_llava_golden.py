@@ -1,7 +1,5 @@
 """The whole model against stored outputs of Hugging Face's LLaVA: CLIP, MLP projector, Llama or Qwen2."""
 
-import golden
-import hf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,8 @@ import pytest
 from deltallava_jax.config import DecoderConfig, VisionConfig, compose
 from deltallava_jax.models import vlm
 from deltallava_jax.sequence import Batch
+from tests import golden
+from tests.models import hf
 
 VISION = VisionConfig(image_size=56, patch_size=14, width=64, layers=4, heads=4, mlp_width=256)
 SIZES = dict(vocab_size=320, width=128, layers=4, heads=8, kv_heads=4, mlp_width=256)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rows import SIDE, conversation, pack, random_params, text_layout
 
 from deltallava_jax.config import Config, DecoderConfig, TrainingConfig, VisionConfig, compose
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import decoder, llavolta, vlm
 from deltallava_jax.sequence import layout
+from tests.models.rows import SIDE, conversation, pack, random_params, text_layout
 
 T, I, V = 20, 2, 16
 VISION = VisionConfig(image_size=SIDE, patch_size=8, width=32, layers=2, heads=2, mlp_width=48)

@@ -7,11 +7,9 @@ import re
 import sys
 from pathlib import Path
 
-import golden
 import jax
 import numpy as np
 import pytest
-from own_system import Corners, CornersConfig
 
 import deltallava_jax
 from deltallava_jax.analysis import efficiency, gradcam
@@ -21,7 +19,8 @@ from deltallava_jax.convert.export import projector_code
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import systems, vision, vlm
 from deltallava_jax.sequence import Batch
-from tests import tiny
+from tests import golden, tiny
+from tests.models.own_system import Corners, CornersConfig
 
 SMALL = dict(grid=8, in_width=32, out_width=48)
 

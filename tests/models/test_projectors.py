@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import golden
 import jax
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from deltallava_jax.errors import ConfigError, WeightMismatch
 from deltallava_jax.models import systems, vision
 from deltallava_jax.models.systems.delta import ABLATIONS, split_channels
 from deltallava_jax.models.vision import Needs, VisionFeatures
+from tests import golden
 
 SMALL = dict(grid=8, in_width=64, out_width=24, mlp_width=40, head_dim=32, block_head_dim=16, rank=4, level_count=2)
 RELEASE = system_config(out_width=64)  # the golden data's sizes, at scale factor 2

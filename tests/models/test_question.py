@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
-from rows import text_layout
 
 from deltallava_jax.config import DataConfig, DecoderConfig, VisionConfig, compose
 from deltallava_jax.data import tokens
@@ -18,6 +17,7 @@ from deltallava_jax.inference.model import Model
 from deltallava_jax.models import decoder, vlm
 from deltallava_jax.models.names import flatten
 from deltallava_jax.sequence import Batch
+from tests.models.rows import text_layout
 
 CFG = compose(
     VisionConfig(image_size=32, patch_size=8, width=32, layers=2, heads=2, mlp_width=64),

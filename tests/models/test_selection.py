@@ -1,6 +1,5 @@
 """Token selection against the original code's outputs: the same positions, in the same order, and the same tokens."""
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,7 @@ from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import systems, vision
 from deltallava_jax.models.systems import fastervlm, prumerge
 from deltallava_jax.models.vision import VisionFeatures
+from tests import golden
 
 RATIOS = {"s06": 0.0, "s10": 0.0, "s15": 0.0, "fixed8_b2": 1 / 8, "fixed4_b2": 1 / 4}
 

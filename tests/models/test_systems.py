@@ -1,8 +1,7 @@
-"""Every other system of the paper against the original code's outputs (tests/data/README.md), and what they share."""
+"""Every other system of the paper against the original code's outputs (tests/testdata), and what they share."""
 
 import functools
 
-import golden
 import jax
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import systems, vision
 from deltallava_jax.models.systems import common, honeybee_d
 from deltallava_jax.models.vision import VisionFeatures
+from tests import golden
 
 SMALL = dict(grid=8, in_width=32, out_width=48, mlp_width=40, head_dim=16, block_head_dim=16, rank=4, level_count=2,
              scale_factor=2, queries=16, text_width=12, depth=1)  # fmt: skip

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from rows import SIDE, conversation, pack, random_params
 
 from deltallava_jax.config import DecoderConfig, VisionConfig, compose, renamed, settings_of, system_config
 from deltallava_jax.errors import ConfigError
@@ -16,6 +15,7 @@ from deltallava_jax.models import systems, vision, vlm
 from deltallava_jax.models.layers import bind
 from deltallava_jax.models.names import flatten
 from deltallava_jax.models.systems.dynamicvit import PENALTY
+from tests.models.rows import SIDE, conversation, pack, random_params
 
 VISION = VisionConfig(image_size=SIDE, patch_size=4, width=32, layers=4, heads=2, mlp_width=48)
 DECODER = DecoderConfig(vocab_size=97, width=32, layers=1, heads=2, kv_heads=2, mlp_width=48)

@@ -1,13 +1,13 @@
 """The towers against stored outputs of Hugging Face's CLIP and SigLIP; weights and pixels by the golden formula."""
 
-import golden
-import hf
 import jax
 import numpy as np
 import pytest
 
 from deltallava_jax.config import VisionConfig
 from deltallava_jax.models import vision
+from tests import golden
+from tests.models import hf
 
 SIZES = dict(image_size=56, patch_size=14, width=64, layers=4, heads=4, mlp_width=256)
 TOWERS = {

@@ -9,14 +9,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import hf  # noqa: E402
-from rows import assert_trees_close  # noqa: E402
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel  # noqa: E402
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
 from deltallava_jax.config import VisionConfig  # noqa: E402
 from deltallava_jax.models import vision  # noqa: E402
 from deltallava_jax.models.vision import Needs  # noqa: E402
+from tests.models import hf  # noqa: E402
+from tests.models.rows import assert_trees_close  # noqa: E402
 
 # 34 pixels leave a remainder of two, which the patch convolution cuts off.
 SIZES = dict(image_size=34, patch_size=8, width=32, layers=3, heads=4, mlp_width=48)

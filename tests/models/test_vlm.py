@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from rows import SIDE, assert_trees_close, conversation, pack, random_params
 
 from deltallava_jax.config import DecoderConfig, ModelConfig, VisionConfig, compose
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import vlm
 from deltallava_jax.sequence import Batch, layout
+from tests.models.rows import SIDE, assert_trees_close, conversation, pack, random_params
 
 VOCAB, T, I, V = 97, 20, 2, 4
 S = T + I * (V - 1)

@@ -1,6 +1,6 @@
 """A small model trained over every mesh of four devices, by one process or as one of several:
 
-    python tests/training/meshes.py FOLDER COORDINATOR PROCESSES PROCESS
+    python -m tests.training.meshes FOLDER COORDINATOR PROCESSES PROCESS
 
 The rows are real ones, and lie on the devices as in a training; the model has parameters under the names in the rules,
 so that they are divided as a real one's, and is small enough to be compiled in a second."""
@@ -70,7 +70,6 @@ def loss_of(params, batch):
 def train(devices, meshes=MESHES):
     """{mesh: (losses, parameters after the last step, faults told by this process)}."""
     import jax
-    import tiny
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
@@ -80,6 +79,7 @@ def train(devices, meshes=MESHES):
     from deltallava_jax.models.names import flatten
     from deltallava_jax.parallel import hosts, rules
     from deltallava_jax.parallel.mesh import compiler_options, held_rows, make_mesh, put_rows
+    from tests import tiny
 
     def update(params, batch):
         loss, gradients = jax.value_and_grad(loss_of)(params, batch)
@@ -116,7 +116,6 @@ def train(devices, meshes=MESHES):
 if __name__ == "__main__":
     import jax
 
-    sys.path[:0] = map(str, Path(__file__).parents[1:3])
     folder, coordinator, processes, process = sys.argv[1:]
     jax.distributed.initialize(coordinator, int(processes), int(process))
     devices = jax.devices()

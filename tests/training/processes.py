@@ -8,8 +8,7 @@ import subprocess
 import sys
 import time
 
-import tiny
-
+from tests import tiny
 from tests.xla import FAST_COMPILES
 
 ROOT = tiny.FILE.parent.parent
@@ -69,7 +68,7 @@ def start_as_slurm(count, workdir, *settings):
 
 def start_meshes(count, folder):
     """tests/training/meshes.py as ``count`` processes with four devices in all; the results go into the folder."""
-    common = ["tests/training/meshes.py", folder, f"127.0.0.1:{free_port()}", count]
+    common = ["-m", "tests.training.meshes", folder, f"127.0.0.1:{free_port()}", count]
     return [_run(*common, number, devices=4 // count) for number in range(count)]
 
 

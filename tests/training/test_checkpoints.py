@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from deltallava_jax.config import override
 from deltallava_jax.data.pipeline import elements
@@ -15,6 +14,7 @@ from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel.mesh import make_mesh, put_rows
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.training.step import TrainStep, init_state
+from tests import tiny
 
 RECORD = {"epoch": 0, "records": 0, "faults": 0}
 

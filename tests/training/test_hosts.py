@@ -11,11 +11,16 @@ import sys
 import time
 
 import jax
-import meshes
 import numpy as np
 import pytest
-import tiny
-from processes import (
+
+from deltallava_jax.errors import ConfigError
+from deltallava_jax.models.names import flatten
+from deltallava_jax.parallel import hosts
+from deltallava_jax.training.checkpoints import Checkpoints
+from tests import tiny
+from tests.training import meshes
+from tests.training.processes import (
     GUARD,
     ROOT,
     environment,
@@ -28,11 +33,6 @@ from processes import (
     start_several,
     wait_for,
 )  # fmt: skip
-
-from deltallava_jax.errors import ConfigError
-from deltallava_jax.models.names import flatten
-from deltallava_jax.parallel import hosts
-from deltallava_jax.training.checkpoints import Checkpoints
 
 SETTINGS = ("--config.training.steps=60", "--config.training.checkpoint_every=5")
 COUNTS = ("tokens", "images", "conversations", "supervised")  # of the whole batch: they tell batches apart

@@ -6,7 +6,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from deltallava_jax.config import override
 from deltallava_jax.data import easy_vqa
@@ -17,6 +16,7 @@ from deltallava_jax.parallel.mesh import make_mesh
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.training.loop import train
 from deltallava_jax.training.step import TrainStep
+from tests import tiny
 
 
 class Folder:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
 from deltallava_jax.config import MeshConfig, OptimizerConfig, from_dict, load_config, override, to_dict
 from deltallava_jax.config.run import Config
@@ -21,6 +20,7 @@ from deltallava_jax.parallel.mesh import make_mesh, put_rows
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.training.optimizer import kinds, make_optimizer, schedule
 from deltallava_jax.training.step import TrainStep, init_state, state_shapes
+from tests import tiny
 
 
 def orthogonalised(matrix, iterations):

@@ -11,9 +11,19 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import GUARD, ROOT, environment, evaluate, evaluate_several, finish, lines, start, wait_for
 
 from deltallava_jax.training.checkpoints import Checkpoints
+from tests.training.processes import (
+    GUARD,
+    ROOT,
+    environment,
+    evaluate,
+    evaluate_several,
+    finish,
+    lines,
+    start,
+    wait_for,
+)
 
 LONG = ("--config.training.steps=160", "--config.training.checkpoint_every=30")
 OFTEN = ("--config.training.steps=160", "--config.training.checkpoint_every=1")  # some save is always under way

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax.sharding import PartitionSpec
 
 from deltallava_jax.config import MeshConfig, override
@@ -19,6 +18,7 @@ from deltallava_jax.parallel import rules
 from deltallava_jax.parallel.mesh import AXES, make_mesh, put_rows
 from deltallava_jax.training.optimizer import schedule, split
 from deltallava_jax.training.step import TrainStep, batch_shapes, gradients, init_state
+from tests import tiny
 
 
 @functools.cache

@@ -1,14 +1,14 @@
-"""Conversations against the ids and labels of LLaVA's own code (data/README.md)."""
+"""Conversations against the ids and labels of LLaVA's own code (testdata/README.md)."""
 
 import dataclasses
 
-import golden
 import numpy as np
 import pytest
 
 from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import IMAGE, TEMPLATES, Round, asked, read_turns, tokenize
 from deltallava_jax.errors import BadSample
+from tests import golden
 
 CASES = {case["name"]: case for case in golden.read_json("conversation")["cases"]}
 IMAGE_ID = -200

@@ -4,7 +4,6 @@ import json
 import pickle
 import shutil
 
-import golden
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 
 from deltallava_jax.data import tokens
 from deltallava_jax.errors import ConfigError
+from tests import golden
 
 SAMPLE = "is there a blue triangle? no</s>ünïcode 🟦\n"
 

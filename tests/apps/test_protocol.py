@@ -10,11 +10,11 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from models import model
 from PIL import Image
-from servers import PATH, QUESTION, messages, post, said, watched
 
 from deltallava_jax.apps import protocol
+from tests.apps.servers import PATH, QUESTION, messages, post, said, watched
+from tests.inference.models import model
 
 
 @pytest.mark.parametrize(

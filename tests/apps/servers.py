@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from io import BytesIO
 
 import pytest
-from models import model, picture
 from PIL import Image
+
+from tests.inference.models import model, picture
 
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")

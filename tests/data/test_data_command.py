@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import golden
 import pytest
 from PIL import Image
 
@@ -15,6 +14,7 @@ from deltallava_jax.data.array_record import ArrayRecords
 from deltallava_jax.data.llava_json import LlavaJson
 from deltallava_jax.data.pipeline import Rows
 from deltallava_jax.errors import ConfigError, TokenizerError
+from tests import golden
 
 LLAMA = golden.DATA / "llama_tokenizer"
 

@@ -9,11 +9,11 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from models import model, picture
-from servers import PATH, QUESTION, app_of, messages, post, running, said, uri
 
 from deltallava_jax.data.conversation import Conversation, Round
 from deltallava_jax.inference.sampling import Sampling
+from tests.apps.servers import PATH, QUESTION, app_of, messages, post, running, said, uri
+from tests.inference.models import model, picture
 
 
 def answer(conversation, images=(), one=None, **settings):

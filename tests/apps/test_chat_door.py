@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import model, picture
 from PIL import Image
 
 from deltallava_jax import cli
 from deltallava_jax.__main__ import parse
+from tests.inference.models import model, picture
 
 ROOT = Path(__file__).parents[2]
 DOOR = [sys.executable, "-m", "deltallava_jax", "chat"]

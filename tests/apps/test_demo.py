@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from models import model, picture
 from PIL import Image
 
 from deltallava_jax.analysis import gradcam
 from deltallava_jax.apps import demo
 from deltallava_jax.errors import ConfigError
+from tests.inference.models import model, picture
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "what color is the shape?"

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import encoded, pixels, save
 from PIL import Image, PngImagePlugin
 
 from deltallava_jax.data.images import load_image
 from deltallava_jax.errors import BadSample
+from tests.data.pictures import encoded, pixels, save
 
 # ------------------------------------------------------------------ bad files
 

@@ -6,9 +6,6 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-import tiny
-from golden import outputs
-from pictures import ORIENTATION, RNG, encoded, pixels, save
 from PIL import Image
 
 from deltallava_jax.config import ASPECTS, DataConfig, VisionConfig, override, preset
@@ -17,6 +14,9 @@ from deltallava_jax.data.images import load_image
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.evaluation import easy_vqa as evaluation
 from deltallava_jax.models.vision import normalize
+from tests import tiny
+from tests.data.pictures import ORIENTATION, RNG, encoded, pixels, save
+from tests.golden import outputs
 
 
 def test_an_image_of_the_right_size_is_untouched(tmp_path):

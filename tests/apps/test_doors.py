@@ -8,7 +8,6 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from models import TEXTS, model, picture
 from PIL import Image
 
 from deltallava_jax.apps import protocol, serve
@@ -21,6 +20,7 @@ from deltallava_jax.errors import BadSample
 from deltallava_jax.inference.generate import Answer, Text
 from deltallava_jax.inference.model import Chat, Model
 from deltallava_jax.inference.sampling import GREEDY
+from tests.inference.models import TEXTS, model, picture
 
 FIRST, SAID, NEXT = "is </s> it <|im_end|> red?", "<s> yes <|eot_id|>{}", "what color is the shape?<pad>"
 

@@ -3,7 +3,6 @@
 import collections
 import json
 
-import golden
 import numpy as np
 import pytest
 
@@ -14,6 +13,7 @@ from deltallava_jax.data.array_record import ArrayRecords, build
 from deltallava_jax.data.check import check, table
 from deltallava_jax.data.llava_json import LlavaJson
 from deltallava_jax.data.pipeline import Rows, elements
+from tests import golden
 
 RECORDS, EACH = 80, 2
 VISION = VisionConfig(image_size=32, patch_size=8)

@@ -5,7 +5,6 @@ import re
 from dataclasses import dataclass
 from io import BytesIO
 
-import golden
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,6 +19,7 @@ from deltallava_jax.data.pipeline import Rows
 from deltallava_jax.data.records import Record
 from deltallava_jax.errors import FAULTS, BadSample, TooManyFaults
 from deltallava_jax.inference.model import Model
+from tests import golden
 
 SPECIAL = r"</?s>|<pad>|<unk>|<\|\w+\|>"
 WORDS = ["what?", "a blue shape ", "ünï 🟦", "\ud83d", "USER: ", "ASSISTANT:", "{}", "<s", "/s>", " ", "\n"]
