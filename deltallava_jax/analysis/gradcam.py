@@ -55,8 +55,8 @@ def check(cfg: ModelConfig) -> None:
     cfg.require_whole("a heat map")
     if systems.system(cfg.projector).places is None:
         raise ConfigError(
-            f"no heat map: {cfg.projector.name}'s tokens have no place of their own in the image, as those of learned "
-            "queries have none"
+            f"no heat map: where in the image the tokens of {cfg.projector.name} lie is not known, as that of learned "
+            "queries is not"
         )
     if cfg.fastv:
         raise ConfigError("no heat map: FastV drops visual tokens inside the decoder; ask the model without it")

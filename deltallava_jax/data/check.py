@@ -17,6 +17,7 @@ from deltallava_jax.errors import FAULTS, BadSample
 from deltallava_jax.progress import progress_bar
 
 CHUNK = 64
+LOSSES = (0.25, 0.5, 0.75)  # shares of a picture's area that a square crop cuts off
 EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -59,7 +60,7 @@ def check(source: Source, plan: Plan, workers: int, *, decode: bool = True, exam
     found = dict(plan.faults)
     seen = Counter()
     ids = Counter()
-    cropped = 0
+    cropped = Counter()
     with (
         multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool,
         progress_bar(what="checking", total=len(plan.records), unit="records") as bar,
@@ -71,7 +72,7 @@ def check(source: Source, plan: Plan, workers: int, *, decode: bool = True, exam
                 found[index] = fault
                 continue
             ids[key] += key is not None
-            cropped += sum(share > 0.25 for share in lost)
+            cropped.update(loss for share in lost for loss in LOSSES if share > loss)
             seen.update(rounds=rounds, cut=bool(plan.lengths[index] > plan.room[index]))
     usable = np.setdiff1d(plan.records, list(found))
     lengths, images = plan.lengths[usable], plan.images[usable]
@@ -88,7 +89,7 @@ def check(source: Source, plan: Plan, workers: int, *, decode: bool = True, exam
         "text_only": int((images == 0).sum()),
         "text_tokens": int(lengths.sum(dtype=np.int64)),
         "cut": seen["cut"],
-        "cropped": cropped,
+        "cropped": {f"{loss:.0%}": cropped[loss] for loss in LOSSES},
         "notes": {kind: plan.notes[kind] for kind in NOTES},
         "faults": {kind: len(found) for kind, found in faults.items()},
         "examples": {kind: found[:examples] for kind, found in faults.items() if found},
@@ -106,10 +107,11 @@ def table(report: dict) -> str:
         f"{report['cut']:,} are longer than the limit and will be cut; {report['duplicate_ids']:,} ids are shared",
         *(f"{count:,} {NOTES[kind]}" for kind, count in report["notes"].items() if count),
     ]
-    if report["cropped"]:
+    if any(report["cropped"].values()):
+        counts = ", ".join(f"{count:,} more than {loss}" for loss, count in report["cropped"].items())
         lines.append(
-            f"{report['cropped']:,} of {report['images']:,} pictures lose more than a quarter of their area with "
-            "data.aspect=square; --config.data.aspect=pad keeps them whole"
+            f"pictures of {report['images']:,} that lose a part of their area with data.aspect=square: {counts}; "
+            "--config.data.aspect=pad keeps them whole"
         )
     lines += ["", "text tokens     records"]
     most = max(report["histogram"].values()) or 1

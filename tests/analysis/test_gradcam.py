@@ -166,7 +166,7 @@ def test_systems_on_a_grid(tokenizer, name):
 def test_tokens_without_a_place_are_refused(tokenizer, name):
     cfg = tiny.get_config().model
     cfg = dataclasses.replace(cfg, projector=renamed(cfg.projector, {"name": name}))
-    with pytest.raises(ConfigError, match=f"no heat map: {name}'s tokens have no place"):
+    with pytest.raises(ConfigError, match=f"where in the image the tokens of {name} lie is not known"):
         gradcam.heat_maps(Model(cfg, {}, tokenizer), picture(), QUESTION)
 
 

@@ -107,7 +107,8 @@ def test_pictures_that_a_square_crop_cuts_are_counted(folder, tmp_path, capsys):
     (tmp_path / "data.json").write_text(json.dumps(entries))
     data("check", tmp_path, "--tokenizer", LLAMA)
     out = capsys.readouterr().out
-    assert "3 of 5 pictures lose more than a quarter of their area with data.aspect=square" in out
+    assert "pictures of 5 that lose a part of their area with data.aspect=square" in out
+    assert "3 more than 25%, 2 more than 50%, 1 more than 75%" in out
     assert "--config.data.aspect=pad keeps them whole" in out
 
 

@@ -91,6 +91,17 @@ def test_sigterm_during_a_save_and_ctrl_c_save_the_current_step(undisturbed, tmp
     assert "training: 160 of 160 steps, loss" in err
 
 
+def test_ctrl_c_before_the_first_step_names_no_checkpoint(tmp_path):
+    process = start(tmp_path / "run")
+    while not (tmp_path / "run" / "config.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = finish(process, code=130)
+    assert "interrupted, and nothing is lost; the same command goes on" in err
+    assert "checkpoint" not in err and "Traceback" not in err and Checkpoints(tmp_path / "run").latest() is None
+
+
 def test_a_second_ctrl_c_ends_at_once():
     program = """
 import os, signal, time
