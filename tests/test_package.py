@@ -20,8 +20,8 @@ def get_config():
 """
 LOADS = """
 from deltallava_jax.config.values import CONFIGS, load_config
-print(load_config("easy_vqa").name, load_config("llava_systems/mqt:pretrain").name, load_config("mine.py").name)
-print(load_config("configs/systems/m3.py").name, CONFIGS)
+print(load_config("easy_vqa").name, load_config("llava:mqt-pretrain").name, load_config("mine.py").name)
+print(load_config("configs/easy_vqa.py:m3").name, CONFIGS)
 """
 
 
