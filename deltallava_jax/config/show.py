@@ -14,6 +14,7 @@ import shutil
 import textwrap
 import tokenize
 import typing
+from pathlib import Path
 
 from deltallava_jax.config.run import Config
 from deltallava_jax.config.values import dataclass_in, load_config, override, type_name
@@ -21,7 +22,7 @@ from deltallava_jax.config.values import dataclass_in, load_config, override, ty
 INTRODUCTION = "Settings of {}; --config.KEY=VALUE sets another value. Marked with *: not the default."
 
 
-def show(path: str, changes: dict[str, str] | None = None) -> str:
+def show(path: str | Path, changes: dict[str, str] | None = None) -> str:
     """The settings of a configuration file with some overridden, as wide as the terminal. Raises ConfigError."""
     width = max(40, shutil.get_terminal_size().columns)
     config = override(load_config(path), changes or {})
