@@ -7,7 +7,7 @@
     python benchmarks/report.py                                          # docs/results.md from the result files
 
 The tower and the decoder are those of one model, trained from scratch with the MLP. As in LLaVA's second stage the
-tower is frozen, projector and decoder train. A run is convert, train.py and eval.py on configs/systems/SYSTEM.py; its
+tower is frozen, projector and decoder train. A run is convert, train.py and eval.py on configs/easy_vqa.py:SYSTEM; its
 result is one file in benchmarks/results/easy_vqa/. Started again, it goes on where it stopped. There are no pretrained
 towers here of one size and several shapes, so --towers trains everything from scratch, tower included."""
 
@@ -117,7 +117,7 @@ def run(system: str, tokens: int | None, seed: int, epochs: float, runs: Path) -
     else:
         workdir, evaluated = runs / name, {}
         changes = TRAINED[system](tokens) if tokens else {}
-    config = ROOT / "configs" / "systems" / f"{system}.py"
+    config = ROOT / "configs" / f"easy_vqa.py:{system}"
     if system in TRAINED:
         start = begin(config, changes, seed, runs / f"{name}-start", runs / "base")
         settings = {"seed": seed, "training.epochs": epochs, "training.eval_every": 0, "init_from": start}
@@ -140,7 +140,7 @@ def run_tower(tower: str, seed: int, runs: Path) -> None:
     changes |= {"vision.norm_eps": 1e-6} if family == "siglip" else {}
     changes = {f"model.{key}": value for key, value in (changes | {"projector.scale_factor": scale}).items()}
     settings = {"seed": seed, "training.epochs": TOWER_EPOCHS, "training.eval_every": 0} | changes
-    config = ROOT / "configs" / "systems" / "delta.py"
+    config = ROOT / "configs" / "easy_vqa.py:delta"
     call("train.py", "--config", config, "--workdir", workdir, PROTOCOL | settings)
     call("eval.py", "--workdir", workdir)
     result = {"tower": tower, "family": family, "pixels": pixels, "patches": (pixels // 8) ** 2, "scale_factor": scale}
@@ -166,7 +166,7 @@ def begin(config: Path, changes: dict, seed: int, start: Path, base: Path) -> Pa
     """A workdir with the base's tower and decoder and a fresh projector; the base is trained if it is not there."""
     finished = base / "finished"
     if not finished.exists():
-        config_of_base = ROOT / "configs" / "systems" / f"{BASE}.py"
+        config_of_base = ROOT / "configs" / f"easy_vqa.py:{BASE}"
         call("train.py", "--config", config_of_base, "--workdir", base, PROTOCOL | BASE_SETTINGS)
         finished.touch()
     if not start.exists():
@@ -248,9 +248,7 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
 
     def prepare(system):
         changes = PROTOCOL | (TRAINED[system](tokens) if TRAINED[system] else {})
-        cfg = override(
-            load_config(ROOT / "configs" / "systems" / f"{system}.py"), {k: str(v) for k, v in changes.items()}
-        )
+        cfg = override(load_config(ROOT / "configs" / f"easy_vqa.py:{system}"), {k: str(v) for k, v in changes.items()})
         mesh, source = make_mesh(cfg, jax.devices()[:1]), training_source(cfg.data)
         tokenizer = tokenizers.train(source.texts(), cfg.model.decoder.vocab_size)
         rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, systems.question_length(cfg.model.projector))

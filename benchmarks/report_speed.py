@@ -143,5 +143,5 @@ def towers() -> str:
         "  patches a side instead of 24, 16 and 27. SigLIP's shape has no class token and no norm before its layers.",
         "- Nothing was pretrained: this shows what resolution and tokens do to a small tower that learns with the",
         "  rest, not how the published CLIP and SigLIP compare. After so few epochs shapes are only partly learned.",
-        "- The paper's own towers are configs/llava_systems/delta_clip_224.py and delta_siglip.py, with the 7B data.",
+        "- The paper's own towers are configs/llava.py:delta_clip_224 and :delta_siglip, with the 7B data.",
     ])  # fmt: skip

@@ -7,7 +7,6 @@ runs/emoji_SYSTEM_start, made by ``convert``; stage 1 goes to runs/emoji_SYSTEM_
 benchmarks/emoji_recipe.py makes all of it, tower included, and evaluates the style that is held out."""
 
 from deltallava_jax import config as c
-from deltallava_jax.errors import ConfigError
 
 # The pictures are mostly white.
 TOWER = c.preset(c.VisionConfig, "tiny", layers=4, image_mean=(0.8,) * 3, image_std=(0.35,) * 3)
@@ -24,12 +23,7 @@ SYSTEMS = {
 
 
 def get_config(which: str = "pretrain") -> c.Config:
-    system, _, stage = which.rpartition("-")
-    system = system or "delta"
-    if system not in SYSTEMS or stage not in ("pretrain", "finetune"):
-        raise ConfigError(
-            f"{which!r}: expected STAGE or SYSTEM-STAGE; systems: {', '.join(SYSTEMS)}, stages: pretrain, finetune"
-        )
+    system, stage = c.system_and_stage(which, SYSTEMS)
     pretrain = stage == "pretrain"
     return c.Config(
         name=f"emoji_{system}_{stage}",

@@ -14,6 +14,7 @@ from deltallava_jax import cli
 COMMANDS = {
     "train": ("deltallava_jax.apps.train", "trains a model"),
     "eval": ("deltallava_jax.apps.eval", "evaluates a workdir's newest checkpoint"),
+    "config": ("deltallava_jax.apps.config", "every setting of a configuration, and what it is for"),
     "data": ("deltallava_jax.data.command", "LLaVA data sets: check them, build them into ArrayRecord"),
     "convert": ("deltallava_jax.convert.command", "checkpoints of Hugging Face, LLaVA and ours, into each other"),
     "plan": ("deltallava_jax.analysis.plan_command", "memory, operations and collectives of a run on a machine"),

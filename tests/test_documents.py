@@ -29,7 +29,7 @@ def commands(text: str) -> list[str]:
     ]
     found = []
     for line in lines:
-        line = re.sub(r'^ *--command "(.*)"$', r"\1", line)  # of another program, which runs it
+        line = re.sub(r'^.*--command "(.*)"$', r"\1", line)  # of another program, which runs it
         line = re.sub(r"\s+#\s.*", "", line).removeprefix("$ ").removeprefix("srun ").strip()
         found += [part.strip() for part in line.split("&&") if part.strip().startswith(PROGRAMS)]
     return found
@@ -54,7 +54,7 @@ def check(command: str) -> None:
         if program:
             arguments = arguments[1:]
     if program == "train.py":
-        arguments = ["configs/easy_vqa.py" if word == "CONFIG" else word for word in arguments]
+        arguments = ["configs/easy_vqa.py" if word == "CONFIG" else word for word in arguments if word != "--help"]
         options, changes = training.read(["--workdir", "DIR", *arguments])
         override(load_config(options.config), changes)
     elif program == "eval.py":

@@ -20,8 +20,8 @@ def get_config():
 """
 LOADS = """
 from deltallava_jax.config.values import CONFIGS, load_config
-print(load_config("easy_vqa").name, load_config("llava_systems/mqt:pretrain").name, load_config("mine.py").name)
-print(load_config("configs/systems/m3.py").name, CONFIGS)
+print(load_config("easy_vqa").name, load_config("llava:mqt-pretrain").name, load_config("mine.py").name)
+print(load_config("configs/easy_vqa.py:m3").name, CONFIGS)
 """
 
 
@@ -79,7 +79,7 @@ def test_it_has_its_dependencies_its_extras_and_its_command(installed):
     assert (installed / "deltallava_jax" / "analysis" / "h100.txtpb").is_file()
 
 
-@pytest.mark.parametrize("command", ["train", "eval", ""])
+@pytest.mark.parametrize("command", ["train", "eval", "config", ""])
 def test_the_command_runs_from_any_folder(installed, tmp_path, command):
     code = f"import sys; sys.argv = ['deltallava', *{[command, '--help'] if command else ['--help']}]"
     done = run(installed, tmp_path, "-c", f"{code}; from deltallava_jax.__main__ import main; main()")
@@ -93,6 +93,15 @@ def test_configurations_are_found_by_name_and_a_copied_one_runs(installed, tmp_p
     done = run(installed, tmp_path, "-c", LOADS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["easy_vqa", "mqt_pretrain", "mine", "m3", str(installed / "deltallava_jax/configs")]
+
+
+def test_a_systems_configuration_is_found_and_shown(installed, tmp_path):
+    for name in ("configs/easy_vqa.py:mqt", "easy_vqa:mqt"):
+        code = f"import sys; sys.argv = ['deltallava', 'config', 'show', {name!r}]"
+        done = run(installed, tmp_path, "-c", f"{code}; from deltallava_jax.__main__ import main; main()")
+        assert done.returncode == 0 and done.stderr == ""
+        assert "model.projector.name: str = 'mqt'\n" in done.stdout
+        assert "learned queries" in done.stdout  # the comments come with the wheel
 
 
 def test_a_base_beside_a_configuration_is_taken_before_ours(installed, tmp_path):

@@ -2,6 +2,8 @@
 
 The same command with the same --workdir resumes from the newest checkpoint. Any setting can be overridden:
     python train.py --config configs/easy_vqa.py --workdir runs/s4 --config.model.projector.scale_factor=4
+Beside a --config, --help prints all of its settings too:
+    python train.py --config configs/easy_vqa.py --help
 """
 
 from __future__ import annotations
@@ -9,29 +11,42 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import resource
+import sys
 import time
 from pathlib import Path
 
 from deltallava_jax import cli
 from deltallava_jax.config import Config, ModelConfig, load_config, override
+from deltallava_jax.config.show import show
 from deltallava_jax.parallel import hosts
 
 
 def read(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, str]]:
     """(options, overrides of settings by dotted key) of a command line. Raises ConfigError."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog=cli.door("train"),
         description=__doc__,
+        epilog=_settings(arguments),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, help="a Python file with get_config()")
+    parser.add_argument("--config", required=True, help="a Python file with get_config(), or FILE:SYSTEM-STAGE")
     parser.add_argument("--workdir", required=True, type=Path, help="checkpoints, metrics and results go here")
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
     parser.add_argument("--profile", metavar="N:M", help="writes a profiler trace of steps N to M to WORKDIR/profile")
     hosts.add_arguments(parser)
     options, rest = parser.parse_known_args(arguments)
     return options, cli.overrides(rest, cli.door("train"))
+
+
+def _settings(arguments: list[str]) -> str | None:
+    """What --help prints after the options: the settings of the configuration, where one is named."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--config", nargs="?")
+    options, _ = parser.parse_known_args(arguments)
+    return show(options.config) if options.help and options.config else None
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:

@@ -26,6 +26,7 @@ from deltallava_jax.config.run import (
     TrainingConfig,
 )
 from deltallava_jax.config.systems import SYSTEMS, ProjectorConfig, register, settings_of, system, system_config
+from deltallava_jax.config.tables import STAGES, entry, system_and_stage
 from deltallava_jax.config.values import (
     drop_foreign,
     from_dict,
@@ -55,12 +56,14 @@ __all__ = [
     "OptimizerConfig",
     "ProjectorConfig",
     "RopeScaling",
+    "STAGES",
     "SYSTEMS",
     "TrainingConfig",
     "VisionConfig",
     "compose",
     "dtype_name",
     "drop_foreign",
+    "entry",
     "from_dict",
     "load_config",
     "override",
@@ -71,6 +74,7 @@ __all__ = [
     "renamed",
     "settings_of",
     "system",
+    "system_and_stage",
     "system_config",
     "to_dict",
     "workdir_config",

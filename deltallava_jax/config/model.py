@@ -10,18 +10,22 @@ from deltallava_jax.config.systems import ProjectorConfig, system_config
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A ViT tower. ``clip``: CLS token, LayerNorm before the layers. ``siglip``: neither, a bias on the patches."""
+    """A ViT tower."""
 
-    family: str = "clip"
-    image_size: int = 336
-    patch_size: int = 14
-    width: int = 1024
-    layers: int = 24
-    heads: int = 16
-    mlp_width: int = 4096
-    norm_eps: float = 1e-5
-    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    family: str = "clip"  # clip: a CLS token, LayerNorm before the layers; siglip: neither, a bias on the patches
+    image_size: int = 336  # pixels a side of the square that the tower reads
+    patch_size: int = 14  # pixels a side of a patch; what is left over at the edge is cut off
+    width: int = 1024  # of the hidden states
+    layers: int = 24  # transformer layers
+    heads: int = 16  # of the attention; they divide the width
+    mlp_width: int = 4096  # hidden width of a layer's MLP
+    norm_eps: float = 1e-5  # epsilon of LayerNorm
+    image_mean: tuple[float, ...] = (  # of each channel, from 0 to 1: subtracted
+        0.48145466,
+        0.4578275,
+        0.40821073,
+    )  # of each channel, subtracted; pixels are 0 to 1
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)  # of each channel: what it is divided by
 
     def __post_init__(self):
         require_at_least(1, "vision", self, "patch_size", "width", "layers", "heads", "mlp_width")
@@ -54,10 +58,10 @@ class VisionConfig:
 class RopeScaling:
     """Llama 3's: wavelengths beyond the original context are stretched by ``factor``, short ones kept."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: int
+    factor: float  # what wavelengths beyond the original context are multiplied by, 1 or more
+    low_freq_factor: float  # wavelengths above original_length / this are stretched in full
+    high_freq_factor: float  # wavelengths below original_length / this are kept; in between it is interpolated
+    original_length: int  # tokens of the context that the decoder was pretrained with
 
     def __post_init__(self):
         require(
@@ -70,17 +74,17 @@ class RopeScaling:
 class DecoderConfig:
     """A Llama-architecture decoder (Vicuna, Llama, SmolLM2, Qwen2 with ``qkv_bias``)."""
 
-    vocab_size: int = 32000
-    width: int = 4096
-    layers: int = 32
-    heads: int = 32
-    kv_heads: int = 32
-    mlp_width: int = 11008
-    rope_base: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-5
-    qkv_bias: bool = False
-    tied_head: bool = False
+    vocab_size: int = 32000  # tokens of the vocabulary: rows of the embedding
+    width: int = 4096  # of the hidden states
+    layers: int = 32  # transformer layers
+    heads: int = 32  # of the attention's queries; they divide the width
+    kv_heads: int = 32  # of its keys and values; they divide heads (grouped-query attention)
+    mlp_width: int = 11008  # hidden width of a layer's gated MLP
+    rope_base: float = 10000.0  # base of the rotary embedding's wavelengths (theta)
+    rope_scaling: RopeScaling | None = None  # Llama 3's stretching of the rotary embedding; None: off
+    norm_eps: float = 1e-5  # epsilon of RMSNorm
+    qkv_bias: bool = False  # whether queries, keys and values have a bias, as in Qwen2
+    tied_head: bool = False  # whether the output matrix is the embedding
     initializer_range: float = 0.02  # standard deviation of fresh weights; small widths want more
 
     def __post_init__(self):
@@ -105,8 +109,8 @@ class DecoderConfig:
 class FastVConfig:
     """FastV: before decoder layer ``layer``, ``keep`` visual tokens a prompt stay. Inference only."""
 
-    layer: int = 2
-    keep: int = 144
+    layer: int = 2  # the decoder layer, from 0, before which visual tokens are dropped
+    keep: int = 144  # visual tokens a prompt that stay: those with the most attention
 
     def __post_init__(self):
         require_at_least(1, "fastv", self, "layer", "keep")
@@ -140,12 +144,12 @@ class ModelConfig:
 
     ``dtype`` is the compute dtype; parameters that train stay float32."""
 
-    vision: VisionConfig | None = field(default_factory=VisionConfig)
-    projector: ProjectorConfig | None = field(default_factory=system_config)
-    decoder: DecoderConfig | None = field(default_factory=DecoderConfig)
-    fastv: FastVConfig | None = None
-    dtype: str = "bfloat16"
-    remat: str = "none"
+    vision: VisionConfig | None = field(default_factory=VisionConfig)  # the tower; None: not there
+    projector: ProjectorConfig | None = field(default_factory=system_config)  # between the two; None: not there
+    decoder: DecoderConfig | None = field(default_factory=DecoderConfig)  # the language model; None: not there
+    fastv: FastVConfig | None = None  # drops visual tokens inside the decoder, in inference alone; None: off
+    dtype: str = "bfloat16"  # of computing, bfloat16 or float32; parameters that train stay float32
+    remat: str = "none"  # computed again in the backward pass: none, all but matrix products (dots), or all (full)
     loss_chunk: int = 512  # row positions whose logits exist at a time
     tower_images: int = 0  # images of a row that the tower takes at a time; 0: all
 

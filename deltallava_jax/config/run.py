@@ -16,23 +16,23 @@ OPTIMIZERS = ("adamw", "muon")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The training data and its packing. ``row_length`` S bounds text plus visual tokens of a row."""
+    """The training data and its packing."""
 
-    dataset: str = "easy_vqa"  # or "llava": the files of ``json``
+    dataset: str = "easy_vqa"  # easy_vqa, or llava: the files of json, or array_record
     json: tuple[str, ...] = ()  # JSON or JSONL files of LLaVA's records
     weights: tuple[float, ...] = ()  # how often each of the files is taken; empty: once
     images: str = ""  # the folder that image paths of the records begin from
-    array_record: str = ""  # instead of these: a folder that ``data build`` made
-    aspect: str = "pad"  # how images become square: padded, shortest side and crop ("square"), or squashed
-    template: str = "vicuna_v1"
+    array_record: str = ""  # in place of json and images: a folder that data build made
+    aspect: str = "pad"  # how images become square: padded, shortest side and crop (square), or squashed (squash)
+    template: str = "vicuna_v1"  # of the text: vicuna_v1, plain (captions), chatml, llama_3, or brief (no prefixes)
     turns: int = 0  # easy_vqa: questions a conversation; 0: all of an image's questions
     independent_rounds: bool = False  # a conversation's questions see its image but not each other
     rows: int = 16  # rows of the global batch
-    row_length: int = 2048
+    row_length: int = 2048  # slots of a row, for text and visual tokens
     packed: bool = True  # False: LLaVA-1.5's batches, a conversation a row, padded, grouped by modality
-    images_per_row: int = 0  # 0: chosen from the data for each budget
+    images_per_row: int = 0  # places for images in a row; 0: chosen from the data for each budget
     workers: int = 1  # processes that load data; 0: in the training process
-    max_bad_fraction: float = 0.01  # of the records; more that cannot be used end the run
+    max_bad_fraction: float = 0.01  # of the records: with a larger fraction that cannot be used the run ends
 
     def __post_init__(self):
         require_at_least(1, "data", self, "rows")
@@ -65,29 +65,27 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW or Muon, with linear warmup and cosine decay to ``final_lr_ratio`` of the peak.
+    """AdamW or Muon, with linear warmup and cosine decay.
 
-    ``name`` muon: the matrices of the layers and of the projector take orthogonalised momentum (Muon), scaled to the
-    root mean square of AdamW's updates, at ``muon_rate`` times ``lr``; everything else takes AdamW at ``lr``.
-    ``frozen`` holds regular expressions over parameter paths ("vision/", "decoder/embed"); what matches stays as it
-    is, in bfloat16 and out of the optimizer. ``accumulation`` splits the batch into that many microbatches.
+    Muon: the matrices of the layers and of the projector take orthogonalised momentum, everything else AdamW. What
+    matches ``frozen`` ("vision/", "decoder/embed") stays as it is, in bfloat16 and out of the optimizer.
     """
 
-    name: str = "adamw"
-    lr: float = 2e-5
-    warmup_ratio: float = 0.03
-    final_lr_ratio: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    muon_rate: float = 1.0
-    muon_momentum: float = 0.95
-    muon_iterations: int = 5  # of Newton and Schulz; fewer are faster and orthogonalise less exactly
+    name: str = "adamw"  # adamw; or muon, for the matrices of layers and projector, with AdamW for the rest
+    lr: float = 2e-5  # the peak learning rate; of muon that of what AdamW updates
+    warmup_ratio: float = 0.03  # share of the steps over which the rate rises linearly to its peak
+    final_lr_ratio: float = 0.0  # of the peak: where the cosine decay ends at the last step
+    b1: float = 0.9  # AdamW's decay of the first moment
+    b2: float = 0.999  # AdamW's decay of the second moment
+    eps: float = 1e-8  # added to the denominator of an update
+    weight_decay: float = 0.0  # decoupled, times the learning rate; of matrices alone
+    clip_norm: float = 1.0  # largest global norm of the gradient, beyond which it is scaled down; 0: none
+    muon_rate: float = 1.0  # of muon: its learning rate as a multiple of lr
+    muon_momentum: float = 0.95  # of muon: the decay of its momentum
+    muon_iterations: int = 5  # of muon: steps of Newton and Schulz; fewer are faster and orthogonalise less exactly
     mu_dtype: str = "float32"  # of the first moment; bfloat16 saves two bytes a trained parameter
-    accumulation: int = 1
-    frozen: tuple[str, ...] = ()
+    accumulation: int = 1  # microbatches that the batch is split into, one after the other
+    frozen: tuple[str, ...] = ()  # regular expressions over parameter paths; what matches does not train, in bfloat16
 
     def __post_init__(self):
         require(self.name in OPTIMIZERS, f"optimizer.name is {self.name!r}; known: {', '.join(OPTIMIZERS)}")
@@ -114,16 +112,16 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Length of the run and what happens how often, in steps; 0 switches a thing off."""
+    """Length of the run and what happens how often."""
 
-    epochs: float = 1.0
-    steps: int = 0  # more than 0: exactly so many steps, whatever ``epochs`` says
-    log_every: int = 10
-    eval_every: int = 0
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2  # the newest
-    keep_best: int = 0  # and so many with the highest accuracy, of those saved at a step that was evaluated
-    llavolta: tuple[tuple[int, ...], ...] = ()  # (stride, decoder layer) of equal parts: visual tokens are pooled
+    epochs: float = 1.0  # passes over the training data
+    steps: int = 0  # of the optimizer; more than 0: exactly so many, whatever epochs is
+    log_every: int = 10  # steps between lines of the log
+    eval_every: int = 0  # steps between evaluations; 0: none
+    checkpoint_every: int = 500  # steps between checkpoints; 0: one at the end alone
+    keep_checkpoints: int = 2  # how many of the newest checkpoints are kept
+    keep_best: int = 0  # checkpoints kept besides: the most accurate of those saved at a step that was evaluated
+    llavolta: tuple[tuple[int, ...], ...] = ()  # visual tokens pooled in equal parts: (stride, decoder layer)
     every_budget: bool = False  # an elastic model: each step averages the loss of all budgets, not one that is drawn
 
     def __post_init__(self):
@@ -150,9 +148,9 @@ ROW_AXES = ("data", "fsdp")  # the mesh axes that share the rows of a batch
 class MeshConfig:
     """Devices along each axis of the mesh; -1 once, for what the others leave."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # devices that share the rows of a batch, with a copy of the parameters each
+    fsdp: int = 1  # devices that share the rows, the parameters and the optimizer's state
+    tensor: int = 1  # devices that share every layer's heads and widths
 
     def sizes(self, devices: int) -> tuple[int, int, int]:
         """(data, fsdp, tensor) for a number of devices.
@@ -170,11 +168,11 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How answers are generated and scored. ``limit`` bounds the questions asked during training, not by eval.py."""
+    """How answers are generated and scored."""
 
-    batch_size: int = 256
-    max_new_tokens: int = 8
-    limit: int = 1024
+    batch_size: int = 256  # questions that are answered at a time, at most
+    max_new_tokens: int = 8  # length of an answer, in tokens, at most
+    limit: int = 1024  # questions asked in an evaluation during training; eval.py asks all; 0: all
 
     def __post_init__(self):
         require_at_least(1, "evaluation", self, "batch_size", "max_new_tokens")
@@ -183,15 +181,15 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Config:
-    name: str = "unnamed"
-    seed: int = 0
+    name: str = "unnamed"  # of the run, as reports call it
+    seed: int = 0  # of fresh parameters, the order of the data and the budgets that are drawn; 0 to 2**32 - 1
     init_from: str = ""  # a workdir whose newest parameters and tokenizer the training begins with
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)  # tower, projector and decoder
+    data: DataConfig = field(default_factory=DataConfig)  # the training data and their packing
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # how the parameters are updated, and which
+    training: TrainingConfig = field(default_factory=TrainingConfig)  # the run's length, and what happens how often
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # devices along each axis; -1 once, for what the others leave
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)  # how answers are generated and scored
 
     def __post_init__(self):
         require_at_least(0, "config", self, "seed")

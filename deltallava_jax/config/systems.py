@@ -19,7 +19,7 @@ class ProjectorConfig:
     """What every system between tower and decoder has. Each adds its own settings in a subclass beside it
     (models/systems), whose defaults are the published ones; ``system_config`` makes it by the system's name."""
 
-    name: str = ""  # of the system
+    name: str = ""  # of the system; with another name alone its settings are as published with it
     grid: int = 24  # patches a side of the tower's output
     in_width: int = 1024  # the tower's width
     out_width: int = 4096  # the decoder's width

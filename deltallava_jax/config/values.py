@@ -67,7 +67,7 @@ def override(config, assignments: dict[str, str]):
         *parents, leaf = path.split(".")
         for key in parents:
             hints = typing.get_type_hints(kind)
-            sections = {name: section for name, hint in hints.items() if (section := _dataclass_in(hint))}
+            sections = {name: section for name, hint in hints.items() if (section := dataclass_in(hint))}
             if key not in sections:
                 raise ConfigError(f"unknown config section {done + key!r}{nearest(key, sections)}")
             if isinstance(node[key], str):  # a preset set earlier in the same command
@@ -161,13 +161,14 @@ CONFIGS = folder if (folder := _PACKAGE / "configs").is_dir() else _PACKAGE.pare
 def load_config(path: str | Path) -> Config:
     """The Config that get_config() of a Python file returns; of "FILE:ARGUMENT" what get_config(ARGUMENT) returns.
 
-    Where there is no such file, one of the repository's by its name: "easy_vqa", "llava_systems/mqt:pretrain"."""
+    Where there is no such file, one of the repository's by its name: "easy_vqa", "llava:mqt-pretrain"."""
     path, arguments = Path(path), []
     if not path.is_file() and ":" in path.name:
         name, argument = path.name.rsplit(":", 1)
+        require(argument, f"config {str(path)!r} has nothing after its colon; expected FILE or FILE:SYSTEM-STAGE")
         path, arguments = path.with_name(name), [argument]
     if not path.is_file():
-        path = _shipped(path)
+        path = _shipped(path, arguments)
     _find_bases(path)
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None:
@@ -203,8 +204,15 @@ def _in_file(path: Path):
         raise ConfigError(f"config file {str(path)!r}{where}: {type(error).__name__}: {error}") from error
 
 
-def _shipped(path: Path) -> Path:
+# Folders of version 0.1.0, which had a file a system -> the file whose table has them.
+_TABLES = {"systems": "configs/easy_vqa.py", "llava_systems": "configs/llava.py"}
+
+
+def _shipped(path: Path, arguments: list[str]) -> Path:
     """The repository's configuration of that name. Raises ConfigError with the nearest."""
+    if path.parent.name in _TABLES:
+        new = f"{_TABLES[path.parent.name]}:{'-'.join([path.stem, *arguments])}"
+        raise ConfigError(f"config file {str(path)!r} does not exist; it is {new} now")
     name = path.with_suffix("").as_posix().removeprefix("configs/")
     known = {file.relative_to(CONFIGS).with_suffix("").as_posix(): file for file in sorted(CONFIGS.rglob("*.py"))}
     if name not in known or path.suffix not in ("", ".py"):
@@ -221,7 +229,7 @@ def _find_bases(path: Path) -> None:
     configs.__path__ = list(dict.fromkeys([*own, *getattr(configs, "__path__", []), str(CONFIGS)]))
 
 
-def _dataclass_in(hint) -> type | None:
+def dataclass_in(hint) -> type | None:
     """The dataclass that a hint is, alone or as ``X | None``."""
     return next((option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)), None)
 
@@ -242,8 +250,8 @@ def _typed(hint, value, path: str):
         if isinstance(value, (dict, str)):
             return from_dict(hint, value, f"{path}.")
     elif isinstance(hint, types.UnionType):
-        if value is not None and _dataclass_in(hint):  # X | None: what is wrong with the X is said
-            return _typed(_dataclass_in(hint), value, path)
+        if value is not None and dataclass_in(hint):  # X | None: what is wrong with the X is said
+            return _typed(dataclass_in(hint), value, path)
         for option in typing.get_args(hint):
             try:
                 return _typed(option, value, path)
@@ -260,8 +268,12 @@ def _typed(hint, value, path: str):
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         require(hint is not int or abs(value) <= _LARGEST, _too_large(path, value))
         return value
-    expected = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    raise ConfigError(f"config key {path!r} expects {expected}, got {_shown(value)}")
+    raise ConfigError(f"config key {path!r} expects {type_name(hint)}, got {_shown(value)}")
+
+
+def type_name(hint) -> str:
+    """A type as it is written."""
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
 def _shown(value) -> str:

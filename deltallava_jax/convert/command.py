@@ -6,7 +6,7 @@
     python -m deltallava_jax convert --vision clip-vit-large-patch14-336 --decoder vicuna-7b-v1.5 \\
         --projector delta --scale-factor 2 runs/start                      # a new model: where stage 1 starts
     python -m deltallava_jax convert --vision clip-vit-large-patch14-336 --decoder vicuna-7b-v1.5 \\
-        --config configs/llava_systems/mqt.py:pretrain runs/mqt_start      # with a configuration's projector
+        --config configs/llava.py:mqt-pretrain runs/mqt_start              # with a configuration's projector
 """
 
 from __future__ import annotations
