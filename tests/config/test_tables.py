@@ -10,7 +10,7 @@ from deltallava_jax.config import STAGES, OptimizerConfig, load_config, override
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import llavolta, systems
 
-ROOT = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parents[2] / "configs"
 STAGED = [
     f"{file}.py:{system}-{stage}"
     for file, table in (("emoji", emoji), ("llava", llava))
