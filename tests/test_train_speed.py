@@ -1,10 +1,10 @@
-"""What benchmarks/train_speed.py makes of measured steps: batches, rates and ratios by hand."""
+"""What benchmarks/measure/train_speed.py makes of measured steps: batches, rates and ratios by hand."""
 
 import numpy as np
 import pytest
 
-from benchmarks import train_speed
-from benchmarks.data_loading import draw
+from benchmarks.measure import train_speed
+from benchmarks.measure.data_loading import draw
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

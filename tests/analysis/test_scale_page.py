@@ -1,8 +1,8 @@
-"""docs/scale.md is what benchmarks/scale.py makes of the result files, to the letter."""
+"""docs/scale.md is what benchmarks/measure/scale.py makes of the result files, to the letter."""
 
 import json
 
-from benchmarks import scale
+from benchmarks.measure import scale
 
 
 def test_the_page_is_made_of_the_result_files():

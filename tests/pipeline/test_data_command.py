@@ -7,7 +7,7 @@ import golden
 import pytest
 from PIL import Image
 
-from benchmarks.make_llava import FAULTS, make
+from benchmarks.recipes.make_llava import FAULTS, make
 from deltallava_jax.__main__ import parse
 from deltallava_jax.config import DataConfig, VisionConfig
 from deltallava_jax.data import tokens

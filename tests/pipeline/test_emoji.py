@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import emoji
+from benchmarks.recipes import emoji
 from deltallava_jax.config import DataConfig
 from deltallava_jax.data.sources import training_source
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import emoji_recipe, emoji_tower
+from benchmarks.recipes import emoji_recipe, emoji_tower
 from deltallava_jax.config import load_config
 from deltallava_jax.convert.workdir import open_model
 from deltallava_jax.errors import ConfigError

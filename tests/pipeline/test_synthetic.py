@@ -1,4 +1,4 @@
-"""A whole data set with planted faults (benchmarks/make_llava.py): each is found, and nothing else is lost."""
+"""A whole data set with planted faults (benchmarks/recipes/make_llava.py): each is found, and nothing else is lost."""
 
 import collections
 import json
@@ -7,7 +7,7 @@ import golden
 import numpy as np
 import pytest
 
-from benchmarks.make_llava import FAULTS, make
+from benchmarks.recipes.make_llava import FAULTS, make
 from deltallava_jax.config import DataConfig, VisionConfig
 from deltallava_jax.data import array_record, tokens
 from deltallava_jax.data.array_record import ArrayRecords, build

@@ -1,14 +1,14 @@
 """Train steps by visual tokens: speed, memory and the ratio to 576 tokens, beside the paper's Table 4.
 
-    python benchmarks/train_speed.py --minutes 9              # on the GPU at hand, at Vicuna-7B's size
-    python benchmarks/train_speed.py --size small --stages finetune --layouts packed       # on a CPU
-    python benchmarks/train_speed.py --compile-for h100:8     # without a GPU: compiles each step, says what it needs
+    python -m benchmarks.measure.train_speed --minutes 9              # on the GPU at hand, at Vicuna-7B's size
+    python -m benchmarks.measure.train_speed --size small --stages finetune --layouts packed       # on a CPU
+    python -m benchmarks.measure.train_speed --compile-for h100:8     # without a GPU: compiles each step alone
 
 A run is a file in benchmarks/results/train_speed/; one that is there is kept, so that the same command goes on where
 --minutes or a kill ended it. Weights are random. Both stages of LLaVA's recipe at the share of one of eight devices: 32
 conversations a step in stage 1, 16 in stage 2 (small: 8 and 4). 576 tokens is LLaVA-1.5's MLP, fewer are Delta. Texts
 are random tokens whose lengths follow captions in stage 1 and an instruction mixture in stage 2
-(benchmarks/data_loading.py), once packed, once padded as LLaVA's batches are. Records without an image have steps of
+(data_loading.py), once packed, once padded as LLaVA's batches are. Records without an image have steps of
 their own, measured once a layout (--tokens 0). Where a device cannot hold the decoder with its optimizer, it gets fewer
 layers."""
 
@@ -19,24 +19,18 @@ import collections
 import dataclasses
 import json
 import os
-import platform
 import re
 import statistics
-import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
+from benchmarks.measure import sizes
+from benchmarks.measure.data_loading import MIXTURE, draw
+from benchmarks.program import RESULTS, argument_parser, cores, origin, write_result
 
-from benchmarks import sizes  # noqa: E402
-from benchmarks.data_loading import MIXTURE, draw  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "train_speed"
+FOLDER = RESULTS / "train_speed"
 TOKENS = (576, 1, 144, 16, 64, 4, 0)  # the first ones give the ratio; 0: records without an image
 # Of the recipe's batch, as on eight devices or on 32, and slots of a packed row, about.
 SHARE, ROW = {"vicuna_7b": 8, "small": 32}, {"vicuna_7b": 3072, "small": 1536}
@@ -183,10 +177,8 @@ def run(size: str, stage: str, tokens: int, layout: str, steps: int) -> dict:
         **{f"{key}_a_second": round(value / load.measured / second, 2) for key, value in load.epoch.items()},
         "mfu": round(operations / second / jax.device_count() / peak, 3) if peak else None,
         "tera_operations_a_step": round(operations / 1e12, 2), "peak_memory_gib": round(held + temporary, 1),
-        "loss": round(loss, 3), "steps": steps, "load": round(os.getloadavg()[0], 1), "date": str(date.today()),
-        "hardware": f"{jax.device_count()} {device.device_kind}, {os.cpu_count()} CPU cores",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "command": f"python benchmarks/train_speed.py --size {size}",
+        "loss": round(loss, 3), "steps": steps, "load": round(os.getloadavg()[0], 1),
+        **origin(__spec__.name, ["--size", size], f"{jax.device_count()} {device.device_kind}, {cores()}"),
     }  # fmt: skip
 
 
@@ -248,8 +240,8 @@ HEAD = ["Stage", "Tokens", "Layout", "Conversations/s", "Ratio to 576", "Paper's
         "Memory, GiB", "Layers"]  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
     parser.add_argument("--size", choices=sizes.SIZES, default="vicuna_7b", help=sizes.HELP)
     parser.add_argument("--stages", default="finetune,pretrain")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
@@ -257,7 +249,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begins no run that would end later")
     parser.add_argument("--compile-for", metavar="TARGET", help="as for the plan command, e.g. h100:8")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
     began, longest = time.monotonic(), 0.0
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     from deltallava_jax.analysis.targets import parse_target, prepare
@@ -279,7 +275,7 @@ def main() -> None:
     import jax
 
     kind = re.sub(r"\W+", "-", jax.devices()[0].device_kind.lower())
-    folder = RESULTS / f"{options.size}-{jax.device_count()}-{kind}"
+    folder = FOLDER / f"{options.size}-{jax.device_count()}-{kind}"
     folder.mkdir(parents=True, exist_ok=True)
     for stage, tokens, layout in asked:
         file, start = folder / f"{stage}-{tokens}-{layout}.json", time.monotonic()
@@ -295,7 +291,7 @@ def main() -> None:
                 raise
             print(f"{file.stem}: the memory does not suffice, left out; {str(error).splitlines()[0]}", flush=True)
             continue
-        file.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(file, result)
         longest = max(longest, time.monotonic() - start)
         print(f"{file.stem}: {result['seconds_a_step']} s a step, {time.monotonic() - start:.0f} s in all", flush=True)
     table = [HEAD, *rows(read(folder))]

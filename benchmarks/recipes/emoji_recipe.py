@@ -1,39 +1,33 @@
 """LLaVA's two stages on emoji, exactly as a user runs them on 558k and 665k records, with one drawing style held out.
 
-    python benchmarks/emoji_recipe.py                         # every run of docs/results.md; what is finished is kept
-    python benchmarks/emoji_recipe.py --runs delta,mqt --seeds 1
-    python benchmarks/emoji_recipe.py --signs 0 --steps 6000,6000 --tower-steps 6000 --work runs/emoji_all \\
+    python -m benchmarks.recipes.emoji_recipe               # every run of docs/results.md; what is finished is kept
+    python -m benchmarks.recipes.emoji_recipe --runs delta,mqt --seeds 1
+    python -m benchmarks.recipes.emoji_recipe --signs 0 --steps 6000,6000 --tower-steps 6000 --work runs/emoji_all \\
         --results runs/emoji_all/results --config.data.rows=16 --config.model.dtype=bfloat16         # all, on a GPU
 
-The pictures come from npm (emoji.py), SmolLM2-135M from its package (smollm2.py says what to install). First a small
-tower is trained on the pictures of two styles and their names (emoji_tower.py); it stays frozen. Then, for each run:
-convert composes tower, projector and decoder, train.py aligns the projector (configs/emoji.py, stage pretrain), and
-train.py tunes projector and decoder (stage finetune). Measured: the loss of stage 1 with the pictures and with the
-pictures shuffled among the names, and names told of the held-out style, by exact match and CIDEr. A run is one file."""
+The pictures come from npm (emoji.py), SmolLM2-135M from its package (benchmarks/smollm2.py says what to install).
+First a small tower is trained on the pictures of two styles and their names (emoji_tower.py); it stays frozen. Then,
+for each run: convert composes tower, projector and decoder, train.py aligns the projector (configs/emoji.py, stage
+pretrain), and train.py tunes projector and decoder (stage finetune). Measured: the loss of stage 1 with the pictures
+and with the pictures shuffled among the names, and names told of the held-out style, by exact match and CIDEr. A run is
+one file."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 import statistics
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
+from benchmarks.program import RESULTS, ROOT, argument_parser, call, cores, numbers, origin, write_result
+from deltallava_jax import cli
 
-from benchmarks.easy_vqa import call, versions  # noqa: E402
-from deltallava_jax import cli  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "emoji"
 HELD_OUT, SEEN = "facebook", "google"  # of the styles; Twitter's trains too
 # run -> its system in configs/emoji.py
 TRAINED = {
@@ -60,14 +54,15 @@ NEW_TOKENS = 16  # the longest name has fewer
 class Recipe:
     """What all runs share: data, decoder and tower, each made once in ``work``."""
 
-    def __init__(self, options: argparse.Namespace, overrides: list[str]):
-        self.work, self.results, self.overrides = options.work, options.results, overrides
+    def __init__(self, options: argparse.Namespace):
+        self.work, self.results, self.overrides = options.work, options.results, options.overrides
         self.signs, self.tower_steps = options.signs, options.tower_steps
-        self.steps = dict(zip(("pretrain", "finetune"), map(int, options.steps.split(",")), strict=True))
+        self.steps = dict(zip(("pretrain", "finetune"), options.steps, strict=True))
         self.data, self.decoder, self.tower = self.work / "data", self.work / "smollm2", self.work / "tower"
 
     def prepare(self) -> None:
-        from benchmarks import emoji, smollm2
+        from benchmarks import smollm2
+        from benchmarks.recipes import emoji
 
         if not (self.decoder / "config.json").exists():
             if missing := smollm2.absent():
@@ -94,7 +89,7 @@ class Recipe:
     def _train_tower(self) -> None:
         import jax
 
-        from benchmarks import emoji_tower
+        from benchmarks.recipes import emoji_tower
 
         began = time.monotonic()
         captions, test = self.read("pretrain"), self.read("test")
@@ -147,13 +142,9 @@ class Recipe:
             "steps": self.steps,
             "tower": json.loads((self.tower / "about.json").read_text()),
             "minutes": round((time.monotonic() - began) / 60, 1),
-            "date": str(date.today()),
-            "hardware": f"{os.cpu_count()} CPU cores",
-            "versions": versions(),
-            "command": f"python benchmarks/emoji_recipe.py --runs {name} --seeds {seed}",
+            **origin(__spec__.name, ["--runs", name, "--seeds", str(seed)], cores()),
         }
-        self.results.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(out, result)
         cells = (f"{t}: {found['exact']:.3f}, {found['cider']:.1f}" for t, found in result.get("held_out", {}).items())
         print(f"{name}-s{seed}: {result['minutes']} min; tokens: exact, CIDEr: {'; '.join(cells)}", flush=True)
 
@@ -182,7 +173,7 @@ class Recipe:
         settings = {"seed": seed, "init_from": start, "training.steps": self.steps[stage],
                     "data.json": self.file(data), "data.images": self.data / "images"}  # fmt: skip
         config = f"configs/emoji.py:{system}-{stage}"
-        call("train.py", "--config", config, "--workdir", workdir, settings, *self.overrides)
+        call("train.py", "--config", config, "--workdir", workdir, settings | self.overrides)
 
     # -------------------------------------------------------------- measured
 
@@ -217,7 +208,7 @@ class Recipe:
         second picture of a style that was trained on.
 
         changes: settings of the model, for methods without training."""
-        from benchmarks.emoji import NAME
+        from benchmarks.recipes.emoji import NAME
         from deltallava_jax import load
         from deltallava_jax.config import override, workdir_config
         from deltallava_jax.evaluation.answers import Answerer
@@ -279,24 +270,30 @@ def name_vectors(names: list[str], decoder: Path) -> np.ndarray:
     return np.stack([table[tokenizer.encode(name)[0]].mean(0) for name in names])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
     parser.add_argument("--runs", default=",".join([*TRAINED, *PRUNED]), help="comma-separated; all without it")
-    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--seeds", type=numbers, default="0")
     parser.add_argument("--signs", type=int, default=64, help="so many of the 1,854, spread over all; 0: all")
-    parser.add_argument("--steps", default="600,300", help="of stage 1 and of stage 2")
+    parser.add_argument("--steps", type=numbers, default="600,300", help="of stage 1 and of stage 2")
     parser.add_argument("--tower-steps", type=int, default=400)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "emoji", help="data, tower and workdirs")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS / "emoji")
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting of both stages")
-    options, overrides = parser.parse_known_args()
+    options, rest = parser.parse_known_args(arguments)
+    options.overrides = cli.overrides(rest, parser.prog)
+    return options
+
+
+def main() -> None:
+    options = parse()
     names = options.runs.split(",")
     if unknown := [name for name in names if name not in TRAINED and name not in PRUNED]:
         sys.exit(f"unknown run {unknown[0]!r}; known: {', '.join([*TRAINED, *PRUNED])}")
     options.work, options.results = options.work.resolve(), options.results.resolve()
-    recipe = Recipe(options, overrides)
+    recipe = Recipe(options)
     recipe.prepare()
-    for seed in map(int, options.seeds.split(",")):
+    for seed in options.seeds:
         for name in names:
             recipe.run(name, seed)
 

@@ -1,7 +1,7 @@
 """Seconds to load a Vicuna-7B-sized checkpoint of random weights from local safetensors onto one device.
 
-    python benchmarks/load_weights.py --folder /local/disk [--layers 32] [--out benchmarks/results/load_weights.json]
-    python benchmarks/load_weights.py --compile-for h100.txtpb      # no GPU: compile what runs on it, measure nothing
+    python -m benchmarks.measure.load_weights --folder /local/disk --layers 32
+    python -m benchmarks.measure.load_weights --compile-for h100.txtpb      # no GPU: compile what runs on it alone
 
 The peer is reading the same files and doing nothing with them: the ratio says how far loading is from the disk."""
 
@@ -9,26 +9,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.program import RESULTS, argument_parser, cores, origin, write_result
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the checkpoint is made")
     parser.add_argument("--layers", type=int, default=32, help="fewer for a trial")
     parser.add_argument("--shards", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "load_weights.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "load_weights.json")
     parser.add_argument("--compile-for", type=Path, help="an XLA GPU target description in text form")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def make(folder: Path, layers: int, shards: int) -> int:
@@ -104,7 +101,8 @@ def compile_for(target: Path, layers: int) -> None:
     print(f"{kind}: {whole / 2**30:.1f} GiB of parameters, {peak / 2**30:.1f} GiB at most to move one")
 
 
-def main(options: argparse.Namespace) -> None:
+def main() -> None:
+    options = parse()
     if options.compile_for:
         compile_for(options.compile_for, options.layers)
         return
@@ -127,12 +125,8 @@ def main(options: argparse.Namespace) -> None:
         loading = time.perf_counter() - began
     finally:
         shutil.rmtree(folder)
-    device = jax.devices()[0]
     result = {
-        "date": str(date.today()),
-        "command": "python " + " ".join(sys.argv),
-        "hardware": f"{device.device_kind}, {os.cpu_count()} CPU cores",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        **origin(__spec__.name, sys.argv[1:], f"{jax.devices()[0].device_kind}, {cores()}"),
         "gigabytes": round(size / 1e9, 2),
         "layers": options.layers,
         "seconds_to_load": round(loading, 2),
@@ -140,9 +134,9 @@ def main(options: argparse.Namespace) -> None:
         "ratio": round(loading / reading, 2),
         "note": "the files were just written, so both may read them from memory",
     }
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.out, result)
     print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
-    main(parse())
+    main()

@@ -1,14 +1,16 @@
 """Speed of answers: time to the first token and steady decoding.
 
-    python benchmarks/inference.py                        # SmolLM2-135M, float32, beside transformers' generate
-    python benchmarks/inference.py --workdir runs/easy_vqa    # a model of ours, at each of its budgets
-    python benchmarks/inference.py --random vicuna_7b --compile-for h100:1    # no GPU: compiles alone
-    python benchmarks/inference.py --random vicuna_7b     # random bfloat16 weights, CLIP ViT-L/14-336, 576 to 1 tokens
-    python benchmarks/inference.py --random small --out benchmarks/results/inference_small.json    # the same on a CPU
+    python -m benchmarks.measure.inference                        # SmolLM2-135M, float32, beside transformers' generate
+    python -m benchmarks.measure.inference --workdir runs/easy_vqa    # a model of ours, at each of its budgets
+    python -m benchmarks.measure.inference --random vicuna_7b --compile-for h100:1    # no GPU: compiles alone
+    python -m benchmarks.measure.inference --random vicuna_7b     # random weights, CLIP ViT-L/14-336, 576 to 1 tokens
+    python -m benchmarks.measure.inference --random small \\
+        --out benchmarks/results/inference_small.json             # the same on a CPU
 
-What to install for SmolLM2 is said in smollm2.py. Both sides run the same prompts in turns within one process; torch
-does so with a thread for each core and with one alone, and the faster of the two counts. Beside the speeds stands what
-the memory allows: all weights read once for a token, at the speed at which torch sums a large array in the same rounds.
+What to install for SmolLM2 is said in benchmarks/smollm2.py. Both sides run the same prompts in turns within one
+process; torch does so with a thread for each core and with one alone, and the faster of the two counts. Beside the
+speeds stands what the memory allows: all weights read once for a token, at the speed at which torch sums a large array
+in the same rounds.
 Other programs slow both sides, torch's threads more than ours: the load of the machine is written down."""
 
 from __future__ import annotations
@@ -18,16 +20,14 @@ import functools
 import itertools
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from benchmarks import sizes, smollm2  # noqa: E402
+from benchmarks import smollm2
+from benchmarks.measure import sizes
+from benchmarks.program import RESULTS, argument_parser, cores, origin, write_result
 
 PROMPTS = (
     "The capital of France is",
@@ -39,8 +39,8 @@ TEXT = 68  # text tokens of a prompt about an image, as in the paper's measureme
 PAPER = {576: 23.96, 1: 37.08}  # Figure 3: tokens a second, where section 6.5 prints them
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--random", choices=sizes.SIZES, help=sizes.HELP)
     parser.add_argument("--compile-for", metavar="TARGET", help="as plan's --target")
@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=30, help="new tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def ours(engine, batch, visual, new: int) -> tuple[float, float]:
@@ -263,7 +263,8 @@ def compile_for(options: argparse.Namespace) -> list[dict]:
     return results
 
 
-def main(options: argparse.Namespace) -> None:
+def main() -> None:
+    options = parse()
     hardware = f"compiled for {options.compile_for}, not run" if options.compile_for else ""
     if options.compile_for:
         results = compile_for(options)
@@ -271,28 +272,20 @@ def main(options: argparse.Namespace) -> None:
         results = by_budget(options) if options.workdir or options.random else beside_torch(options)
     import jax
 
-    hardware = hardware or f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
-    versions = {"python": platform.python_version(), "jax": jax.__version__}
+    hardware = hardware or f"{jax.devices()[0].device_kind}, {cores()}"
     name = "compiled" if options.compile_for else "random" if options.random else "workdir"
+    packages = ("jax",)
     if not (options.workdir or options.random):
-        import torch
-        import transformers
-
         name = "smollm2"
-        versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    out = options.out or Path(__file__).parent / "results" / f"inference_{name}.json"
-    record = {
-        "date": str(date.today()),
-        "command": "python benchmarks/inference.py " + " ".join(Path(word).name for word in sys.argv[1:]),
-        "hardware": hardware,
-        "versions": versions,
-        "new_tokens": options.new,
-    }
+        packages = ("jax", "torch", "transformers")
+    out = options.out or RESULTS / f"inference_{name}.json"
+    record = origin(__spec__.name, [Path(word).name for word in sys.argv[1:]], hardware, packages)
+    record["new_tokens"] = options.new
     if not options.compile_for:
         record |= {"rounds": options.rounds, "pairs": "ours, transformers'"}
-    out.write_text(json.dumps(record | {"results": results}, indent=2) + "\n")
+    write_result(out, record | {"results": results})
     print(f"written to {out}")
 
 
 if __name__ == "__main__":
-    main(parse())
+    main()

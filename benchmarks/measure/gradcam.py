@@ -1,30 +1,24 @@
-"""How often a heat map finds the shape: python benchmarks/gradcam.py [--runs runs/benchmark]
+"""How often a heat map finds the shape.
 
-Over easy-VQA test images, models of benchmarks/easy_vqa.py and both methods of analysis/gradcam.py: the share of the
+    python -m benchmarks.measure.gradcam --runs runs/benchmark
+
+Over easy-VQA test images, models of recipes.easy_vqa and both methods of analysis/gradcam.py: the share of the
 heat in cells that the shape touches, and whether the hottest cell does. Writes benchmarks/results/gradcam.json."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
-from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not this folder, whose easy_vqa.py would hide the package of that name
+import numpy as np
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
+import deltallava_jax
+from benchmarks.program import RESULTS, ROOT, argument_parser, cores, origin, write_result
+from deltallava_jax.analysis import gradcam
+from deltallava_jax.data import easy_vqa
+from deltallava_jax.data.images import load_image
 
-import deltallava_jax  # noqa: E402
-from deltallava_jax.analysis import gradcam  # noqa: E402
-from deltallava_jax.data import easy_vqa  # noqa: E402
-from deltallava_jax.data.images import load_image  # noqa: E402
-
-OUT = ROOT / "benchmarks" / "results" / "gradcam.json"
+OUT = RESULTS / "gradcam.json"
 MODELS = {  # workdir -> tokens
     "mlp-all-s0": (64,),
     "delta_elastic-all-s0": (64, 16),
@@ -78,14 +72,19 @@ def measure(runs: Path, count: int) -> list[dict]:
     return rows
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmark", help="workdirs of easy_vqa.py")
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmark", help="workdirs of recipes.easy_vqa")
     parser.add_argument("--images", type=int, default=200)
-    options = parser.parse_args()
-    made = dict(
-        command="python benchmarks/gradcam.py", date=str(date.today()), hardware=f"{os.cpu_count()} CPU cores",
-        jax=jax.__version__, rows=measure(options.runs, options.images),
-    )  # fmt: skip
-    OUT.write_text(json.dumps(made, indent=2) + "\n")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
+    rows = measure(options.runs, options.images)
+    write_result(OUT, {**origin(__spec__.name, [], cores()), "rows": rows})
     print(f"written to {OUT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,26 +1,22 @@
 """Real weights through our converter: SmolLM2-135M-Instruct against transformers.
 
-    python benchmarks/smollm2_parity.py [--out benchmarks/results/smollm2_parity.json]
+    python -m benchmarks.measure.smollm2_parity
 
-What to install for the weights is said in smollm2.py. Our converter reads the folder that transformers writes; compared
-are the logits of twenty prompts and 32 greedy tokens of each, alone and in one batch. Exits 0 with a
-reason if a package is absent, 1 if the logits differ by more than 1e-3 of their scale or a token differs."""
+What to install for the weights is said in benchmarks/smollm2.py. Our converter reads the folder that
+transformers writes; compared are the logits of twenty prompts and 32 greedy tokens of each, alone and in one batch.
+Exits 0 with a reason if a package is absent, 1 if the logits differ by more than 1e-3 of their scale or a token
+differs."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
-os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import smollm2  # noqa: E402
+from benchmarks import smollm2
+from benchmarks.program import RESULTS, argument_parser, cores, origin, write_result
 
 PROMPTS = (
     "The capital of France is",
@@ -48,14 +44,20 @@ NEW_TOKENS = 32
 NEVER = -1  # no token ends an answer: all 32 are compared
 
 
-def main(out: Path) -> int:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS / "smollm2_parity.json")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    out = parse().out
     if missing := smollm2.absent():
-        print(f"skipped: {', '.join(missing)} not installed; see the head of smollm2.py")
+        print(f"skipped: {', '.join(missing)} not installed; see the head of benchmarks/smollm2.py")
         return 0
     import jax
     import numpy as np
     import torch
-    import transformers
 
     from deltallava_jax import load
     from deltallava_jax.inference.generate import prompt_batch
@@ -63,6 +65,7 @@ def main(out: Path) -> int:
     from deltallava_jax.inference.sampling import Sampling
     from deltallava_jax.models import vlm
 
+    jax.config.update("jax_default_matmul_precision", "highest")
     with tempfile.TemporaryDirectory() as folder:
         theirs = smollm2.write(folder)
         ours = load(folder)
@@ -99,21 +102,15 @@ def main(out: Path) -> int:
         r["max_abs_error"] < 1e-3 * r["max_abs_logit"] and all(r[key] == r["tokens"] for key in same) for r in rows
     )
     result = {
-        "date": str(date.today()),
-        "command": "python benchmarks/smollm2_parity.py",
-        "hardware": f"{os.cpu_count()} CPU cores",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "torch": torch.__version__,
-                     "transformers": transformers.__version__},
+        **origin(__spec__.name, [], cores(), ("jax", "torch", "transformers")),
         "weights": smollm2.gguf().name,
         "equal": good,
         "prompts": rows,
-    }  # fmt: skip
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    }
+    write_result(out, result)
     print(f"{'equal' if good else 'DIFFERENT'}; written to {out}")
     return 0 if good else 1
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "smollm2_parity.json")
-    sys.exit(main(parser.parse_args().out))
+    sys.exit(main())

@@ -1,12 +1,12 @@
 """The server under load: many clients at a time, some of whom leave early or send what they should not.
 
-    python benchmarks/serve_load.py runs/easy_vqa [--clients 50] [--requests 6]
+    python -m benchmarks.load.serve_load runs/easy_vqa --clients 50 --requests 6
 
 Starts ``python -m deltallava_jax serve`` and asks it with plain HTTP. Of the requests six in ten are sound (texts and
 images of easy-VQA's size, all budgets, streamed or whole), one leaves in the middle of its stream, and three are
 garbage: no JSON, an oversized image, a decompression bomb, a wrong role. Sound answers are compared with those of
-Model.generate. Writes results/serve_load.json; exits 1 if an answer differs, a status is not as it should be, or the
-server has died."""
+Model.generate. Writes benchmarks/results/serve_load.json; exits 1 if an answer differs, a status is not as it should
+be, or the server has died."""
 
 from __future__ import annotations
 
@@ -24,23 +24,22 @@ import urllib.error
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from io import BytesIO
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.program import RESULTS, ROOT, argument_parser, cores, origin, write_result
 
 QUESTIONS = ("what color is the shape?", "is there a circle?", "what shape is in the image?", "is there a red shape?")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--requests", type=int, default=6, help="of a client")
     parser.add_argument("--port", type=int, default=8321)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "serve_load.json")
-    return parser.parse_args()
+    parser.add_argument("--out", type=Path, default=RESULTS / "serve_load.json")
+    return parser.parse_args(arguments)
 
 
 def drawing(seed: int):
@@ -124,7 +123,8 @@ def memory(process: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def main(options: argparse.Namespace) -> int:
+def main() -> int:
+    options = parse()
     import deltallava_jax
     from deltallava_jax.models import systems
 
@@ -132,7 +132,7 @@ def main(options: argparse.Namespace) -> int:
     budgets = systems.budgets(model.cfg.projector)
     address = f"http://127.0.0.1:{options.port}"
     command = [sys.executable, "-m", "deltallava_jax", "serve", str(options.model), f"--port={options.port}"]
-    server = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):
             try:
@@ -165,9 +165,7 @@ def main(options: argparse.Namespace) -> int:
     waits = sorted(wait for (kind, *_), (_, _, wait) in zip(asked, found, strict=True) if kind == "sound")
     kinds = [kind for kind, *_ in asked]
     result = {
-        "date": str(date.today()),
-        "command": f"python benchmarks/serve_load.py {options.model.name}",
-        "hardware": f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}",
+        **origin(__spec__.name, [options.model.name], f"{cores()}, load {os.getloadavg()[0]:.1f}"),
         "clients": options.clients,
         "requests": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "wrong": wrong,
@@ -181,10 +179,10 @@ def main(options: argparse.Namespace) -> int:
         },
         "server_megabytes": {"before": round(before), "after": round(after)},
     }
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.out, result)
     print(json.dumps(result, indent=2))
     return 0 if alive and not wrong else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse()))
+    sys.exit(main())

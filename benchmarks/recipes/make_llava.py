@@ -1,6 +1,6 @@
 """A synthetic LLaVA data set in the layout of the 665k mixture, with planted faults: to try pipelines on.
 
-    python benchmarks/make_llava.py data/synthetic --records 3000
+    python -m benchmarks.recipes.make_llava data/synthetic --records 3000
 
 Writes OUT/data.json, the images in the five folders of the original, and OUT/planted.json: how many records carry each
 fault, and how many carry something odd that is no fault. Lengths follow a stated mixture: 62 % questions of 60 to 400
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from benchmarks.program import argument_parser
 
 FOLDERS = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2")
 MIXTURE = ((0.62, 60, 400, 6), (0.24, 100, 600, 3), (0.08, 60, 200, 1), (0.06, 200, 2000, 4))  # share, tokens, rounds
@@ -135,12 +137,20 @@ def _picture(size: tuple[int, int], rng) -> Image.Image:
     return picture
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--records", type=int, default=3000)
     parser.add_argument("--each", type=int, default=5, help="records of each fault and oddity")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
     planted = make(options.out, options.records, options.seed, options.each)
     print(f"{options.out}: {options.records:,} records, {sum(planted.get(kind, 0) for kind in FAULTS)} of them faulty")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Two parts of the Delta projector (release), each in the forms that could be taken: what decides for the one we have.
 
-    python benchmarks/projector_parts.py --compile-for v5e:2x2   # keys, values and local attention: one kernel or not
-    python benchmarks/projector_parts.py                         # the grouped convolution, timed on the device at hand
+    python -m benchmarks.measure.projector_parts --compile-for v5e:2x2   # keys, values, local attention: one kernel?
+    python -m benchmarks.measure.projector_parts                         # the grouped convolution, timed
 
 The first compiles, for a machine that is not there, the keys and values of a batch of images from the tower's layers,
 the local attention that reads them, and both in one program. "bound_seconds" is the larger of operations over a chip's
@@ -9,8 +9,9 @@ peak and bytes over its memory's speed. Beside what the compiler makes stand ker
 inputs once and write their output: one for the attention alone, and one for all, which never writes keys and values.
 The GPU compiler counts nothing without a GPU, so the bounds on an H100 are of the TPU's program.
 
-The second times the block's 3x3 convolution over groups of 32 channels as XLA's grouped convolution, as a dense one
-whose kernel has zeros between the groups, and as one product a group over nine shifted copies (ours)."""
+The second times, on the device at hand, the block's 3x3 convolution over groups of 32 channels as XLA's grouped
+convolution, as a dense one whose kernel has zeros between the groups, and as one product a group over nine shifted
+copies (ours)."""
 
 from __future__ import annotations
 
@@ -18,12 +19,11 @@ import argparse
 import json
 import os
 import sys
-from datetime import date
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-RESULTS = ROOT / "benchmarks" / "results" / "projector_parts"
+from benchmarks.measure.timing import LIBRARIES, best, device, two_threads
+from benchmarks.program import RESULTS, argument_parser, cores, origin, write_result
+
+FOLDER = RESULTS / "projector_parts"
 BANDWIDTH = {"h100": 3.35e12, "v5e": 819e9, "v5p": 2765e9}  # bytes a second, of the makers' data sheets
 BUDGETS = (144, 36, 4)
 
@@ -93,8 +93,8 @@ def convolution(rounds: int) -> list[dict]:
     """By side of the query grid: seconds of each form, forward and with its gradients."""
     import jax
     import jax.numpy as jnp
-    from kernels import best
 
+    from deltallava_jax.config import system_config
     from deltallava_jax.models.systems.delta import grouped_convolution, split_channels
 
     cpu = jax.devices()[0].platform == "cpu"
@@ -136,30 +136,31 @@ def convolution(rounds: int) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
     parser.add_argument("--compile-for", metavar="TARGET", help="a TPU, as for the plan command, e.g. v5e:2x2")
     parser.add_argument("--batch", type=int, default=64, help="images, where compiled")
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    from kernels import device, two_threads, versions
+    return parser.parse_args(arguments)
 
-    about = {"command": " ".join(["python benchmarks/projector_parts.py", *sys.argv[1:]]), "date": str(date.today())}
+
+def main() -> None:
+    options = parse()
     if options.compile_for:
         from deltallava_jax.analysis.targets import parse_target, prepare
 
         target = parse_target(options.compile_for)
         prepare(target)
-        about |= {"target": str(target), "batch": options.batch, "versions": versions()}
+        hardware, about = f"compiled for {target}, not run", {"target": str(target), "batch": options.batch}
         name, rows = f"fusion-{target.kind}", fusion(target, options.batch)
     else:
         if os.environ.get("JAX_PLATFORMS") == "cpu":
             two_threads()
-        kind = device()[1].replace(" ", "-").lower()
-        about |= {"device": kind, "versions": versions()}
-        name, rows = f"convolution-{kind}", convolution(options.rounds)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+        kind = device()[1]
+        hardware, about = f"{kind}, {cores()}", {"device": kind.replace(" ", "-").lower()}
+        name, rows = f"convolution-{about['device']}", convolution(options.rounds)
+    made = origin(__spec__.name, sys.argv[1:], hardware, LIBRARIES)
+    write_result(FOLDER / f"{name}.json", {**made, **about, "rows": rows})
 
 
 if __name__ == "__main__":

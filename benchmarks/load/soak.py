@@ -1,7 +1,7 @@
 """A run that is killed again and again must end as one that is left alone, bit for bit; its memory must not grow:
 
-python benchmarks/soak.py                       # 2,000 steps, saves every 50, ten kills; results/soak.json
-python benchmarks/soak.py --steps 60 --every 6 --kills 2 --out soak.json
+    python -m benchmarks.load.soak                       # 2,000 steps, saves every 50, ten kills
+    python -m benchmarks.load.soak --steps 60 --every 6 --kills 2 --out soak.json
 
 The tiny model of tests/tiny.py, one process. Kills are SIGKILL, at steps and moments that --seed draws. Memory is the
 lowest of each tenth of the steps, as a save that is being written holds more for a while; of the undisturbed run, and
@@ -13,21 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.program import RESULTS, ROOT, argument_parser, cores, origin, write_result
+
 PACKAGES = ("jax", "orbax-checkpoint", "tensorstore")
 
 
@@ -101,15 +98,19 @@ def left_by_a_save(params: dict[str, np.ndarray], folder: Path, saves: int) -> f
     return float(np.polyfit(range(saves - saves // 3), memory[saves // 3 :], 1)[0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--saves-alone", type=int, default=300, help="saves without training, for their memory")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "soak.json")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=RESULTS / "soak.json")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
     with tempfile.TemporaryDirectory() as folder:
         alone, disturbed = Path(folder) / "alone", Path(folder) / "killed"
         assert start(alone, options).wait() == 0
@@ -119,10 +120,7 @@ def main() -> None:
         assert start(unsaved, options, every=options.steps).wait() == 0
         left_behind = left_by_a_save(expected, Path(folder) / "saves", options.saves_alone)
         result = {
-            "date": str(date.today()),
-            "command": " ".join(["python benchmarks/soak.py", *sys.argv[1:]]),
-            "hardware": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} CPU cores",
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            **origin(__spec__.name, sys.argv[1:], f"{len(os.sched_getaffinity(0))} of {cores()}", PACKAGES),
             "steps": options.steps,
             "checkpoint_every": options.every,
             "killed_after_steps": left,
@@ -135,8 +133,7 @@ def main() -> None:
             "lowest_memory_mib_by_tenth_without_saves": lowest_memory(unsaved),
             "memory_kib_left_by_a_save_alone": round(left_behind / 1024, 1),
         }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.out, result)
     print(json.dumps(result, indent=2))
     if not (result["parameters_equal_to_the_bit"] and result["losses_equal_to_the_bit"]):
         sys.exit("the killed run is not the undisturbed one")

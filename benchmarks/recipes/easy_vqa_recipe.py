@@ -1,7 +1,7 @@
 """What configs/easy_vqa.py is worth: five seeds of it, and what each of its choices does.
 
-    python benchmarks/easy_vqa_recipe.py                      # five seeds with both controls, and what chance gives
-    python benchmarks/easy_vqa_recipe.py --trials adamw,rate_1   # short runs with one choice changed; see TRIALS
+    python -m benchmarks.recipes.easy_vqa_recipe                          # five seeds with both controls, and chance
+    python -m benchmarks.recipes.easy_vqa_recipe --trials adamw,rate_1    # short runs with one choice changed
 
 A run is train.py and eval.py as a user starts them; its result is one file in benchmarks/results/easy_vqa_recipe/, so
 that an interrupted set of runs goes on where it stopped. Seconds of CPU count training, its data worker and compiling;
@@ -17,12 +17,11 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # instead of this folder, whose easy_vqa.py hides the package of that name
-RESULTS = ROOT / "benchmarks" / "results" / "easy_vqa_recipe"
+from benchmarks.program import RESULTS, ROOT, argument_parser, cores, numbers, origin, write_result
+
+FOLDER = RESULTS / "easy_vqa_recipe"
 SEEDS = (0, 1, 2, 3, 4)
 FEW = {"training.steps": 300, "training.eval_every": 0}  # enough to tell most choices apart
 TRIALS = {
@@ -37,7 +36,7 @@ TRIALS = {
 
 def run(name: str, settings: dict, controls: tuple[str, ...], folder: Path, note: str) -> None:
     """Trains and evaluates one run unless its result is there; writes it."""
-    out, workdir = RESULTS / f"{name}.json", folder / name
+    out, workdir = FOLDER / f"{name}.json", folder / name
     if out.exists():
         print(f"{name}: kept")
         return
@@ -62,14 +61,10 @@ def run(name: str, settings: dict, controls: tuple[str, ...], folder: Path, note
         "train_peak_gib": train["peak_gib"],
         **asked,
         "accuracy": accuracy,
-        "date": str(date.today()),
-        "hardware": f"{os.cpu_count()} CPU cores ({processor()})",
-        "versions": versions(),
-        "command": f"python benchmarks/easy_vqa_recipe.py{'' if controls else f' --trials {name}'}",
+        **origin(__spec__.name, [] if controls else ["--trials", name], f"{cores()} ({processor()})", ("jax", "optax")),
         "note": note,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(out, result)
     print(
         f"{name}: {accuracy} in {train['seconds'] / 60:.1f} min, {train['cpu_seconds'] / 60:.1f} min of CPU", flush=True
     )
@@ -114,13 +109,13 @@ def chance() -> dict:
 
 def summary() -> None:
     """The seeds that are there as rows of a table: least to greatest."""
-    runs = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("seed-*.json"))]
+    runs = [json.loads(file.read_text()) for file in sorted(FOLDER.glob("seed-*.json"))]
     between = lambda values, digits: " to ".join(f"{end(values):.{digits}f}" for end in (min, max))
     for images in ("real", "shuffled", "noise") if runs else ():
         scores = [run["accuracy"][images] for run in runs]
         columns = [between([score[kind] for score in scores], 3) for kind in ("all", "color", "shape", "yes/no")]
         print(f"| {images} | {' | '.join(columns)} |")
-    (RESULTS / "chance.json").write_text(json.dumps(chance(), indent=2) + "\n")
+    write_result(FOLDER / "chance.json", chance())
     for key in ("train_seconds", "train_cpu_seconds", "eval_seconds", "train_peak_gib") if runs else ():
         print(f"{key}: {between([run[key] for run in runs], 2)} in {len(runs)} runs")
 
@@ -131,27 +126,24 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def versions() -> dict:
-    import jax
-    import optax
-
-    return {"python": platform.python_version(), "jax": jax.__version__, "optax": optax.__version__}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="comma-separated")
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
+    parser.add_argument("--seeds", type=numbers, default=",".join(map(str, SEEDS)), help="comma-separated")
     parser.add_argument("--trials", default="", help=f"comma-separated, instead of the seeds: {', '.join(TRIALS)}")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "easy_vqa_recipe", help="the workdirs")
     parser.add_argument("--note", default="", help="kept with the results, e.g. what else the machine was doing")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
     if unknown := [name for name in options.trials.split(",") if name and name not in TRIALS]:
         sys.exit(f"unknown trial {unknown[0]!r}; known: {', '.join(TRIALS)}")
     if options.trials:
         for name in options.trials.split(","):
             run(name, TRIALS[name], (), options.runs, options.note)
         return
-    for seed in map(int, options.seeds.split(",")):
+    for seed in options.seeds:
         run(f"seed-{seed}", {"seed": seed}, ("shuffled", "noise"), options.runs, options.note)
     summary()
 

@@ -1,9 +1,9 @@
 """The attention kernels on the device at hand: windowed attention by every implementation at every budget of a 24x24
 grid with 8 heads of 128, and the dense attention of towers and decoders.
 
-    python benchmarks/kernels.py                                 # one result file a device; runs again go on in it
-    python benchmarks/kernels.py --batches 8 --budgets 144,64
-    python benchmarks/kernels.py --compile-for h100:1            # without the device: compiles the kernels
+    python -m benchmarks.measure.kernels                              # one result file a device; runs again go on in it
+    python -m benchmarks.measure.kernels --batches 8 --budgets 144,64
+    python -m benchmarks.measure.kernels --compile-for h100:1         # without the device: compiles the kernels
 
 Each row is a batch and a budget, forward or forward and backward ("both"): seconds of XLA, of the Pallas kernel where
 the device has one, and of torch's scaled_dot_product_attention on the same windows where torch is installed, all in one
@@ -19,44 +19,16 @@ import json
 import os
 import sys
 import time
-from datetime import date
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-RESULTS = ROOT / "benchmarks" / "results" / "kernels"
+from benchmarks.measure import dense_attention
+from benchmarks.measure.timing import LIBRARIES, best, device, two_threads
+from benchmarks.program import RESULTS, argument_parser, cores, numbers, origin, write_result
 
-import dense_attention  # noqa: E402
-
+FOLDER = RESULTS / "kernels"
 GRID, HEADS, WIDTH = 24, 8, 128
 BUDGETS = (576, 144, 64, 36, 16, 9, 4, 1)
 CALLS = r'custom_call_target="([^"]*(?:tpu_custom_call|mosaic|cudnn)[^"]*)"'
 CHAIN = 20  # calls in one program on a TPU or GPU, each with the outputs of the one before
-
-
-def two_threads() -> None:
-    """To be called before jax and torch are imported."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-
-
-def best(calls: dict, rounds: int) -> dict[str, float]:
-    """The shortest seconds of each call, which alternate, so that they share what else the machine does."""
-    seconds = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if number:  # the first compiles
-                seconds[name].append(time.perf_counter() - began)
-    return {name: min(values) for name, values in seconds.items()}
-
-
-def device() -> tuple[str, str]:
-    """(platform, kind)."""
-    import jax
-
-    found = jax.devices()[0]
-    return found.platform, found.device_kind
 
 
 def copy_bandwidth() -> float:
@@ -214,14 +186,6 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def versions() -> dict:
-    import importlib.metadata as metadata
-
-    names = ("jax", "jaxlib", "torch", "libtpu", "jax-cuda13-plugin")
-    known = {name: metadata.version(name) for name in names if any(metadata.distributions(name=name))}
-    return {"python": sys.version.split()[0], **known}
-
-
 def compiled(target, batch: int) -> dict:
     """The kernels through the compiler of a machine that is not there: windowed attention at every budget, and what
     dense attention needs of memory by each implementation."""
@@ -280,44 +244,40 @@ def compiled(target, batch: int) -> dict:
         "target": str(target),
         "batch": batch,
         "dense": dense,
-        "date": str(date.today()),
-        "versions": versions(),
         "rows": rows,
     }
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def main() -> None:
-    began = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
     parser.add_argument("--batches", type=numbers, help="default 1,8,64,256; on a CPU 1,8")
     parser.add_argument("--budgets", type=numbers, default=BUDGETS)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=480, help="begin no row after so many")
     parser.add_argument("--compile-for", metavar="TARGET", help="as for the plan command, e.g. h100:1 or v5e:2x2")
-    options = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python benchmarks/kernels.py", *sys.argv[1:]])
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    began = time.monotonic()
+    options = parse()
     if options.compile_for:
         from deltallava_jax.analysis.targets import parse_target, prepare
 
         target = parse_target(options.compile_for)
         prepare(target)
-        result = {"command": command, **compiled(target, 64)}
-        (RESULTS / f"compiled-{target.kind}.json").write_text(json.dumps(result, indent=2) + "\n")
+        made = origin(__spec__.name, sys.argv[1:], f"compiled for {target}, not run", LIBRARIES)
+        write_result(FOLDER / f"compiled-{target.kind}.json", made | compiled(target, 64))
         return
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         two_threads()
     platform, kind = device()
-    file = RESULTS / f"{kind.replace(' ', '-').lower()}.json"
+    file = FOLDER / f"{kind.replace(' ', '-').lower()}.json"
     if file.exists():
         result = json.loads(file.read_text())
     else:
         result = {"device": kind, "copy_bandwidth": copy_bandwidth(), "rows": {}}
-    result |= {"date": str(date.today()), "versions": versions(), "command": command}
+    result |= origin(__spec__.name, sys.argv[1:], f"{kind}, {cores()}", LIBRARIES)
     batches = options.batches or ((8, 1) if platform == "cpu" else (64, 8, 256, 1))
     measures = {}
     for mode in ("both", "forward"):
@@ -332,7 +292,7 @@ def main() -> None:
     for name, call in measures.items():
         if name not in result["rows"] and time.monotonic() - began < options.seconds:
             result["rows"][name] = call(rounds=options.rounds)
-            file.write_text(json.dumps(result, indent=2) + "\n")
+            write_result(file, result)
     print(table(result))
     if left := [name for name in measures if name not in result["rows"]]:
         print(f"{len(left)} rows are left for the next run: {' '.join(left)}")

@@ -1,16 +1,14 @@
-"""The parts of docs/results.md about operations and heat maps; benchmarks/report.py puts them on the page."""
+"""The parts of docs/results.md about operations and heat maps, which results.py puts on it."""
 
 from __future__ import annotations
 
 import json
-import statistics
-from pathlib import Path
 
+from benchmarks.program import RESULTS, ROOT
+from benchmarks.reports.markdown import table
 from deltallava_jax.analysis.efficiency import BUDGETS, PUBLISHED
 from deltallava_jax.analysis.efficiency_plot import plot
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PLOTS = {  # file in docs/ -> the systems in it
     "flops_delta.png": ("mlp", "delta"),
     "flops_systems.png": ("delta", "m3", "mqt", "quecc", "resampler", "evit", "fastervlm", "fastv"),
@@ -20,19 +18,6 @@ PARTS = ("vision", "projector", "prefill", "decode", "total")
 
 def load() -> list[dict]:
     return json.loads((RESULTS / "flops.json").read_text())
-
-
-def cell(values: list[float]) -> str:
-    """The mean, and with several seeds the range."""
-    if not values:
-        return ""
-    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    line = lambda cells: "| " + " | ".join(cells) + " |"
-    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rows)])
 
 
 def efficiency() -> str:

@@ -1,11 +1,12 @@
-"""The part of docs/results.md about the two stages on emoji; benchmarks/report.py puts it on the page."""
+"""The part of docs/results.md about the two stages on emoji, which results.py puts on it."""
 
 from __future__ import annotations
 
 import json
 import statistics
 
-from benchmarks.report_efficiency import RESULTS, table
+from benchmarks.program import RESULTS
+from benchmarks.reports.markdown import table
 
 TOKENS = ("16", "4", "1")
 NAMES = {  # run -> its name, in the order of the tables
@@ -38,15 +39,15 @@ def about(run: dict) -> str:
     return f"""\
 ## The two stages on emoji
 
-`python benchmarks/emoji_recipe.py`, {run["hardware"]}: {run["signs"]} signs, each drawn in three styles; Google's and
-Twitter's train, {style}'s is the test. A tower of {size:.1f} million parameters was trained before, contrastively with
-the names of {seen} signs in the two styles ({tower["steps"]} steps); of the held-out style it puts {right:.0%} of the
-pictures nearest to their own name among all {seen}. It stays frozen. Then `convert`, stage 1 ({pretrain} steps of 128
-slots, the projector alone) and stage 2 ({finetune} steps, projector and SmolLM2-135M), as `train.py` runs them on 558k
-and 665k records ([configs/emoji.py](../configs/emoji.py)). All runs have the same tower, decoder, data and slots; one
-model answers at all its budgets, drawn for each step. What can be told of the held-out style is bounded by what the
-tower makes of it. Two standard errors of an exact match are up to {run["signs"] ** -0.5:.2f} with so few pictures, more
-than most rows differ."""
+`python -m benchmarks.recipes.emoji_recipe`, {run["hardware"]}: {run["signs"]} signs, each drawn in three styles;
+Google's and Twitter's train, {style}'s is the test. A tower of {size:.1f} million parameters was trained before,
+contrastively with the names of {seen} signs in the two styles ({tower["steps"]} steps); of the held-out style it puts
+{right:.0%} of the pictures nearest to their own name among all {seen}. It stays frozen. Then `convert`, stage 1
+({pretrain} steps of 128 slots, the projector alone) and stage 2 ({finetune} steps, projector and SmolLM2-135M), as
+`train.py` runs them on 558k and 665k records ([configs/emoji.py](../configs/emoji.py)). All runs have the same tower,
+decoder, data and slots; one model answers at all its budgets, drawn for each step. What can be told of the held-out
+style is bounded by what the tower makes of it. Two standard errors of an exact match are up to
+{run["signs"] ** -0.5:.2f} with so few pictures, more than most rows differ."""
 
 
 def losses(runs: list[dict]) -> str:

@@ -1,8 +1,8 @@
 """Images a second through our data pipeline and the PyTorch way, and how much of a batch is not padding, there and on
 the mixture of lengths that an instruction data set has.
 
-    python benchmarks/make_llava.py data/synthetic --records 3000
-    python benchmarks/data_loading.py data/synthetic --tokenizer tests/data/llama_tokenizer
+    python -m benchmarks.recipes.make_llava data/synthetic --records 3000
+    python -m benchmarks.measure.data_loading data/synthetic --tokenizer tests/data/llama_tokenizer
 
 The peer is what LLaVA's training does: torch's DataLoader, PIL, square padding, CLIP's image processor (Pillow), a
 padded collator, one conversation a row. Both read the same records with as many workers and give the same pixels."""
@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.program import RESULTS, argument_parser, cores, origin, write_result
 
 BUDGET, ROW_LENGTH, BATCH = 144, 2048, 16  # two packed rows hold about as many conversations
 WARM_UP = 12  # batches
@@ -167,7 +163,18 @@ class Chosen:
         return self.source[self.records[index]]
 
 
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
+    parser.add_argument("folder", type=Path, help="made by recipes.make_llava")
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--records", type=int, default=1500)
+    parser.add_argument("--out", type=Path, default=RESULTS / "data_loading.json")
+    return parser.parse_args(arguments)
+
+
 def main() -> None:
+    options = parse()
     from deltallava_jax.config import DataConfig, VisionConfig
     from deltallava_jax.data import tokens
     from deltallava_jax.data.images import load_image
@@ -175,13 +182,6 @@ def main() -> None:
     from deltallava_jax.data.pipeline import Rows
     from deltallava_jax.errors import BadSample
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="made by make_llava.py")
-    parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--records", type=int, default=1500)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "data_loading.json")
-    options = parser.parse_args()
     tokenizer = tokens.load(options.tokenizer)
     source = LlavaJson(options.folder / "data.json", options.folder)
     sound = []
@@ -202,16 +202,15 @@ def main() -> None:
         results["peer"].append(peer(options.folder, sound, tokenizer, options.workers))
     rate = {name: max(run["images"] / run["seconds"] for run in runs) for name, runs in results.items()}
     report = {
-        "date": str(date.today()), "hardware": f"{os.cpu_count()} CPU cores, {options.workers} workers",
-        "versions": {"python": platform.python_version()}, "records": len(sound),
-        "command": " ".join(["python", "benchmarks/data_loading.py", *map(str, sys.argv[1:])]),
+        **origin(__spec__.name, sys.argv[1:], f"{cores()}, {options.workers} workers", packages=()),
+        "records": len(sound),
         "images_per_second": {name: round(value, 1) for name, value in rate.items()},
         "ratio": round(rate["ours"] / rate["peer"], 2),
         "share_of_slots_that_hold_a_token": {name: round(runs[0]["live"], 3) for name, runs in results.items()},
         "the_same_of_the_stated_mixture": {str(budget): live_share(budget) for budget in (144, 36, 1)},
         "images_with_equal_pixels": same_pixels(options.folder, rows, sound, tokenizer),
     }  # fmt: skip
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_result(options.out, report)
     print(json.dumps(report, indent=2))
 
 

@@ -1,15 +1,14 @@
-"""The parts of docs/results.md about towers, training time and throughput, which benchmarks/report.py puts on it."""
+"""The parts of docs/results.md about towers, training time and throughput, which results.py puts on it."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-from benchmarks import inference, train_speed
-from benchmarks.easy_vqa import TOWERS
-from benchmarks.report_efficiency import cell, table
+from benchmarks.measure import inference, train_speed
+from benchmarks.program import RESULTS
+from benchmarks.recipes.easy_vqa import TOWERS
+from benchmarks.reports.markdown import cell, table
 
-RESULTS = Path(__file__).resolve().parent / "results"
 # The paper's Table 5: tower -> (the paper's name, tokens, GQA, POPE, SQA)
 PAPER_TOWERS = {
     "clip_48": ("CLIP 336", 64, 61.1, 86.12, 67.82),
@@ -36,8 +35,8 @@ python train.py --config configs/pretrain_7b.py --workdir runs/delta_pretrain
 python train.py --config configs/finetune_7b.py --workdir runs/delta
 python eval.py --workdir runs/delta --tasks \\
     gqa,mmbench_en_dev,mme,pope,scienceqa_img,textvqa_val,vqav2_val,vizwiz_vqa_val,nocaps_val,flickr30k_test
-python benchmarks/train_speed.py --minutes 9
-python benchmarks/inference.py --random vicuna_7b
+python -m benchmarks.measure.train_speed --minutes 9
+python -m benchmarks.measure.inference --random vicuna_7b
 ```"""
 
 
@@ -51,7 +50,7 @@ def training_time() -> str:
     for folder in sorted(path for path in (RESULTS / "train_speed").glob("*") if any(path.glob("*.json"))):
         found = train_speed.read(folder)
         one = next(iter(found.values()))
-        small = " The model is small, of a 7B's proportions (benchmarks/sizes.py)." * (one["size"] == "small")
+        small = " The model is small, of a 7B's proportions (benchmarks/measure/sizes.py)." * (one["size"] == "small")
         parts.append(
             f"`{one['command']}`, {one['hardware']}:\nmedians of {one['steps']} train steps with random weights, 576 "
             f"patches an image.{small}\n\n{table(train_speed.HEAD, train_speed.rows(found))}"
@@ -131,9 +130,9 @@ def towers() -> str:
     return "\n".join([
         "## Towers",
         "",
-        f"`python benchmarks/easy_vqa.py --towers`, {runs[0]['hardware']}: Delta with the paper's scale factors,",
-        f"{runs[0]['epochs']} epochs from scratch, tower and decoder included; easy-VQA's official test split. With",
-        "several seeds the mean and the range.",
+        f"`python -m benchmarks.recipes.easy_vqa --towers`, {runs[0]['hardware']}: Delta with the paper's scale",
+        f"factors, {runs[0]['epochs']} epochs from scratch, tower and decoder included; easy-VQA's official test",
+        "split. With several seeds the mean and the range.",
         "",
         table(head, rows),
         "",

@@ -1,6 +1,6 @@
 """Would int8 weights leave the answers as they are? SmolLM2-135M through qwix, against its own float32.
 
-    pip install qwix && python benchmarks/int8.py
+    pip install qwix && python -m benchmarks.measure.int8
 
 The layers' matrices are quantised by qwix, symmetrically: one scale an output channel, or one for 64 inputs of each.
 Twenty prompts are answered greedily, 32 tokens each. ``tokens``: the next token is the same after float32's own answer
@@ -14,23 +14,25 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
-import sys
 import tempfile
-import time
-from datetime import date
 from pathlib import Path
 
-os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import smollm2  # noqa: E402
-from smollm2_parity import NEVER, NEW_TOKENS, PROMPTS  # noqa: E402
+from benchmarks import smollm2
+from benchmarks.measure.smollm2_parity import NEVER, NEW_TOKENS, PROMPTS
+from benchmarks.measure.timing import alternate
+from benchmarks.program import RESULTS, argument_parser, cores, origin, write_result
 
 ROUNDS = 20
 
 
-def main(out: Path) -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS / "int8_smollm2.json")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    out = parse().out
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -44,6 +46,7 @@ def main(out: Path) -> None:
     from deltallava_jax.models import vlm
     from deltallava_jax.models.layers import output_major
 
+    jax.config.update("jax_default_matmul_precision", "highest")
     with tempfile.TemporaryDirectory() as folder:
         smollm2.write(folder)
         model = load(folder)
@@ -98,33 +101,25 @@ def main(out: Path) -> None:
     ways = {"float32": (kernels, jax.jit(lambda all: [output_major(x, rows[x.shape[1]]) for x in all]))}
     by_qwix = jax.jit(lambda all: [qwix.dot_general(rows[x.shape[1]], x, numbers) for x in all])
     ways |= {name: ([quantise(x) for x in kernels], by_qwix) for name, quantise in forms.items()}
-    for weights, run in ways.values():
-        jax.block_until_ready(run(weights))
-    seconds = {name: [] for name in ways}
-    for _ in range(ROUNDS):
-        for name, (weights, run) in ways.items():
-            began = time.perf_counter()
-            jax.block_until_ready(run(weights))
-            seconds[name].append(time.perf_counter() - began)
+    calls = {
+        name: lambda weights=weights, run=run: jax.block_until_ready(run(weights))
+        for name, (weights, run) in ways.items()
+    }
+    seconds = alternate(calls, ROUNDS)
     for result in results:
         if result["weights"] in seconds:
             result["products_ms"] = round(1e3 * float(np.median(seconds[result["weights"]])), 1)
         print(json.dumps(result))
     record = {
-        "date": str(date.today()),
-        "command": "python benchmarks/int8.py",
-        "hardware": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "qwix": qwix.__version__},
+        **origin(__spec__.name, [], f"{jax.devices()[0].device_kind}, {cores()}", ("jax", "qwix")),
         "weights": smollm2.gguf().name,
         "load": round(os.getloadavg()[0], 1),
         "new_tokens": NEW_TOKENS,
         "results": results,
     }
-    out.write_text(json.dumps(record, indent=2) + "\n")
+    write_result(out, record)
     print(f"written to {out}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "int8_smollm2.json")
-    main(parser.parse_args().out)
+    main()

@@ -1,4 +1,6 @@
-"""Emoji with their names as LLaVA data: python benchmarks/emoji.py --out data/emoji
+"""Emoji with their names as LLaVA data.
+
+    python -m benchmarks.recipes.emoji --out data/emoji
 
 From the npm packages emoji-datasource-google, -twitter and -facebook (MIT), which draw the same signs in three styles.
 Two styles train, the third is the test (--held-out facebook). Writes OUT/images, and as LLaVA's records
@@ -22,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.program import argument_parser
 from deltallava_jax.progress import progress_bar
 
 STYLES = ("google", "twitter", "facebook")
@@ -116,11 +119,19 @@ def build(out: Path, held_out: str, seed: int = 0, limit: int = 0) -> dict[str, 
     return {name: len(content) for name, content in written.items()}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--held-out", choices=STYLES, default="facebook")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only so many signs")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
     print(build(options.out, options.held_out, options.seed, options.limit))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,10 @@
 """Every system on easy-VQA: a fresh projector between the same tower and decoder, the same data, steps and sizes.
 
-    python benchmarks/easy_vqa.py                                        # all runs of the table; a finished one is kept
-    python benchmarks/easy_vqa.py --systems delta,mlp --tokens 16 --seeds 0,1
-    python benchmarks/easy_vqa.py --step-times                           # step time, as a ratio to the MLP's
-    python benchmarks/easy_vqa.py --towers --seeds 0,1                   # Delta on towers of other shapes
-    python benchmarks/report.py                                          # docs/results.md from the result files
+    python -m benchmarks.recipes.easy_vqa                          # all runs of the table; a finished one is kept
+    python -m benchmarks.recipes.easy_vqa --systems delta,mlp --tokens 16 --seeds 0,1
+    python -m benchmarks.recipes.easy_vqa --step-times             # step time, as a ratio to the MLP's
+    python -m benchmarks.recipes.easy_vqa --towers --seeds 0,1     # Delta on towers of other shapes
+    python -m benchmarks.reports.results                           # docs/results.md from the result files
 
 The tower and the decoder are those of one model, trained from scratch with the MLP. As in LLaVA's second stage the
 tower is frozen, projector and decoder train. A run is convert, train.py and eval.py on configs/systems/SYSTEM.py; its
@@ -14,20 +14,15 @@ towers here of one size and several shapes, so --towers trains everything from s
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # instead of this folder, in which this file hides the package of the same name
-RESULTS = ROOT / "benchmarks" / "results" / "easy_vqa"
-TOWER_RESULTS = RESULTS.with_name("towers")
+from benchmarks.program import RESULTS, ROOT, argument_parser, call, cores, numbers, origin, write_result
+
+FOLDER = RESULTS / "easy_vqa"
+TOWER_FOLDER = RESULTS / "towers"
 GRID = 8  # patches a side
 # What all of these runs were trained with, whatever configs/easy_vqa.py has learned since.
 PROTOCOL = {"optimizer.name": "adamw", "optimizer.lr": 4e-4, "data.rows": 4}
@@ -105,7 +100,7 @@ def name_of(system: str, tokens: int | None, seed: int) -> str:
 def run(system: str, tokens: int | None, seed: int, epochs: float, runs: Path) -> None:
     """Trains and evaluates one run unless its result is there; writes the result."""
     name, changes = name_of(system, tokens, seed), {}
-    out = RESULTS / f"{name}.json"
+    out = FOLDER / f"{name}.json"
     if out.exists():
         print(f"{name}: kept")
         return
@@ -125,14 +120,14 @@ def run(system: str, tokens: int | None, seed: int, epochs: float, runs: Path) -
         call("train.py", "--config", config, "--workdir", workdir, PROTOCOL | settings)
     call("eval.py", "--workdir", workdir, evaluated)
     result = {"system": system, "seed": seed, "epochs": epochs, "accuracy": accuracies(workdir, evaluated)}
-    command = f"--systems {system} --seeds {seed}" + (f" --tokens {tokens}" if tokens else "")
-    write(out, result, began, command, size(workdir) if system in TRAINED else {})
+    arguments = ["--systems", system, "--seeds", str(seed), *(["--tokens", str(tokens)] if tokens else [])]
+    write(out, result, began, arguments, size(workdir) if system in TRAINED else {})
 
 
 def run_tower(tower: str, seed: int, runs: Path) -> None:
     """Trains and evaluates Delta, tower and decoder from scratch unless the result is there; writes it."""
     family, pixels, scale = TOWERS[tower]
-    out, workdir, began = TOWER_RESULTS / f"{tower}-s{seed}.json", runs / f"tower_{tower}-s{seed}", time.monotonic()
+    out, workdir, began = TOWER_FOLDER / f"{tower}-s{seed}.json", runs / f"tower_{tower}-s{seed}", time.monotonic()
     if out.exists():
         print(f"{tower}, seed {seed}: kept")
         return
@@ -145,20 +140,13 @@ def run_tower(tower: str, seed: int, runs: Path) -> None:
     call("eval.py", "--workdir", workdir)
     result = {"tower": tower, "family": family, "pixels": pixels, "patches": (pixels // 8) ** 2, "scale_factor": scale}
     result |= {"seed": seed, "epochs": TOWER_EPOCHS, "accuracy": accuracies(workdir, {})}
-    write(out, result, began, f"--towers --seeds {seed}", size(workdir))
+    write(out, result, began, ["--towers", "--seeds", str(seed)], size(workdir))
 
 
-def write(out: Path, result: dict, began: float, command: str, sizes: dict) -> None:
+def write(out: Path, result: dict, began: float, arguments: list[str], sizes: dict) -> None:
     minutes = (time.monotonic() - began) / 60
-    result |= {
-        "minutes": round(minutes, 1),
-        "date": str(date.today()),
-        "hardware": f"{os.cpu_count()} CPU cores",
-        "versions": versions(),
-        "command": f"python benchmarks/easy_vqa.py {command}",
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result | sizes, indent=2) + "\n")
+    result |= {"minutes": round(minutes, 1), **origin(__spec__.name, arguments, cores())}
+    write_result(out, result | sizes)
     print(f"{out.stem}: {result['accuracy']} in {minutes:.1f} min", flush=True)
 
 
@@ -175,18 +163,6 @@ def begin(config: Path, changes: dict, seed: int, start: Path, base: Path) -> Pa
         call("-m", "deltallava_jax", "convert", "--vision", base, "--decoder", base, "--config", config, *settings,
              "--seed", seed, start)  # fmt: skip
     return start
-
-
-def call(*arguments) -> None:
-    line = [sys.executable]
-    for argument in arguments:
-        if isinstance(argument, dict):
-            line += [f"--config.{key}={value}" for key, value in argument.items()]
-        else:
-            line.append(str(argument))
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(line)}\n{done.stderr[-2000:]}")
 
 
 def accuracies(workdir: Path, overrides: dict) -> dict[str, dict]:
@@ -223,12 +199,6 @@ def size(workdir: Path) -> dict:
         project = jax.jit(lambda p, f, t, b=budget: systems.project(p, cfg.projector, f, t, budget=b))
         flops[str(budget)] = project.lower(shapes["projector"], features, text).compile().cost_analysis()["flops"]
     return {"parameters": count(shapes), "projector_parameters": count(shapes["projector"]), "projector_flops": flops}
-
-
-def versions() -> dict:
-    import jax
-
-    return {"python": platform.python_version(), "jax": jax.__version__}
 
 
 # ------------------------------------------------------------------ step times
@@ -279,38 +249,37 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
         mlp, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
         table[system] = {"tokens": other["budget"], "ms_a_question": 1e3 * ours, "ratio_to_mlp": ours / mlp}
         print(f"{system:16} {other['budget']:3} tokens: {1e3 * ours:6.2f} ms a question, {ours / mlp:.2f} of the MLP's")
-    result = {
-        "date": str(date.today()), "hardware": f"{os.cpu_count()} CPU cores", "versions": versions(),
-        "command": "python benchmarks/easy_vqa.py --step-times", "steps": table,
-    }  # fmt: skip
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "step_times.json").write_text(json.dumps(result, indent=2) + "\n")
+    made = origin(__spec__.name, ["--step-times"], cores())
+    write_result(FOLDER / "step_times.json", {**made, "steps": table})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
     parser.add_argument("--systems", default="", help="comma-separated; all runs of docs/results.md without it")
-    parser.add_argument("--tokens", default="16,4")
-    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--tokens", type=numbers, default="16,4")
+    parser.add_argument("--seeds", type=numbers, default="0")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmark", help="the workdirs")
     parser.add_argument("--step-times", action="store_true")
     parser.add_argument("--towers", nargs="?", const=",".join(TOWERS), default="", help="all, or comma-separated")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
     systems = options.systems.split(",") if options.systems else [*TRAINED, *UNTRAINED]
     unknown = [system for system in systems if system not in TRAINED and system not in UNTRAINED]
     if unknown:
         sys.exit(f"unknown system {unknown[0]!r}; known: {', '.join([*TRAINED, *UNTRAINED])}")
-    numbers = lambda text: [int(part) for part in text.split(",")]
     if options.step_times:
         step_times([system for system in systems if system in TRAINED], 16)
         return
     if options.towers:
-        for seed in numbers(options.seeds):
+        for seed in options.seeds:
             for tower in options.towers.split(","):
                 run_tower(tower, seed, options.runs)
         return
-    asked = plan(systems, numbers(options.tokens), numbers(options.seeds)) if options.systems else the_table()
+    asked = plan(systems, options.tokens, options.seeds) if options.systems else the_table()
     for system, tokens, seed in asked:
         run(system, tokens, seed, options.epochs, options.runs)
 

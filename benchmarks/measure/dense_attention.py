@@ -1,4 +1,4 @@
-"""Dense attention of tower and decoder, for benchmarks/kernels.py: XLA's form, the platform's kernel and torch's."""
+"""Dense attention of tower and decoder, for kernels.py: XLA's form, the platform's kernel and torch's."""
 
 from __future__ import annotations
 

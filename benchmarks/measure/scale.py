@@ -1,7 +1,9 @@
-"""What the recipes need on machines that we do not have: python benchmarks/scale.py [--page]
+"""What the recipes need on machines that we do not have.
+
+    python -m benchmarks.measure.scale --page
 
 Runs ``plan --json`` for every pair of RUNS whose compiler is installed, one file each in benchmarks/results/scale/, and
-writes docs/scale.md from the files. What has a file is not run again, so the script can be stopped and started, and
+writes docs/scale.md from the files. What has a file is not run again, so the program can be stopped and started, and
 run from two environments: one with libtpu (requirements-plan.txt), one with JAX's CUDA plugin. --page: only the page.
 """
 
@@ -14,12 +16,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.program import RESULTS, ROOT, argument_parser
+from benchmarks.reports.markdown import table
+from deltallava_jax.analysis.targets import installed, parse_target
 
-from deltallava_jax.analysis.targets import installed, parse_target  # noqa: E402
-
-RESULTS, PAGE = ROOT / "benchmarks" / "results" / "scale", ROOT / "docs" / "scale.md"
+FOLDER = RESULTS / "scale"
+PAGE = ROOT / "docs" / "scale.md"
 GIB = 2**30
 
 RECIPES = (  # (configuration, target)
@@ -40,7 +42,7 @@ RUNS = (
 
 
 def file_of(config: str, target: str) -> Path:
-    return RESULTS / f"{config}-{target.replace(':', '-')}.json"
+    return FOLDER / f"{config}-{target.replace(':', '-')}.json"
 
 
 def run(config: str, target: str, more: tuple[str, ...]) -> None:
@@ -71,21 +73,16 @@ def page() -> str:
     found = {(c, t): json.loads(file_of(c, t).read_text())["plan"] for c, t, _ in RUNS if file_of(c, t).exists()}
     parts = [
         "# What the recipes need",
-        "Made by `python benchmarks/scale.py` from the files in benchmarks/results/scale. Nothing here ran on the\n"
-        "machines: `python -m deltallava_jax plan` compiles the train step that train.py runs with the machine's own\n"
-        "compiler (libtpu, XLA for the H100) and reads memory, operations and collectives from the program. Steps'\n"
-        "times are estimates from peaks, not measurements.",
+        "Made by `python -m benchmarks.measure.scale` from the files in benchmarks/results/scale. Nothing here ran on\n"
+        "the machines: `python -m deltallava_jax plan` compiles the train step that train.py runs with the machine's\n"
+        "own compiler (libtpu, XLA for the H100) and reads memory, operations and collectives from the program.\n"
+        "Steps' times are estimates from peaks, not measurements.",
         "## Memory\n\n" + memory(found),
         "## Operations and time\n\n" + operations(found),
         "## Collectives\n\n" + moved(found),
         "## More chips at the same rows a chip\n\n" + scaling(found),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    line = lambda cells: "| " + " | ".join(cells) + " |"
-    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rows)])
 
 
 def gib(size: int) -> str:
@@ -162,11 +159,15 @@ def scaling(found: dict) -> str:
     return table(head, rows) + f"\n\n`finetune_7b` with {ROWS_A_CHIP} row a chip. Bytes are those of the results."
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
     parser.add_argument("--page", action="store_true", help="write the page from the files there are")
-    options = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
+    FOLDER.mkdir(parents=True, exist_ok=True)
     for config, target, more in () if options.page else RUNS:
         if not installed(parse_target(target)):
             print(f"{config} on {target}: left out, its compiler is not installed here", file=sys.stderr)

@@ -1,20 +1,19 @@
-"""docs/results.md and its plot, from the result files in benchmarks/results/: python benchmarks/report.py"""
+"""docs/results.md and its plots, from the result files in benchmarks/results.
+
+    python -m benchmarks.reports.results
+
+Nothing is measured for them: every number stands in a result file."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
+from benchmarks.program import RESULTS, ROOT, argument_parser
+from benchmarks.reports import efficiency, emoji, speed
+from benchmarks.reports.markdown import cell, table
 
-from benchmarks import report_efficiency, report_emoji, report_speed  # noqa: E402
-from benchmarks.report_efficiency import cell, table  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE, PLOT = ROOT / "docs" / "results.md", ROOT / "docs" / "easy_vqa_budgets.png"
 TOKENS = ("64", "16", "4", "1")
 
@@ -49,22 +48,23 @@ def page() -> str:
     """docs/results.md as text."""
     runs = [json.loads(file.read_text()) for file in sorted((RESULTS / "easy_vqa").glob("*-s*.json"))]
     if not runs:
-        return "# Results\n\nNone yet; `python benchmarks/easy_vqa.py` makes them.\n"
+        return "# Results\n\nNone yet; `python -m benchmarks.recipes.easy_vqa` makes them.\n"
     parts = [
         "# Results",
-        "Made by `python benchmarks/report.py` from the files in benchmarks/results. Every number is ours, measured,\n"
-        "unless it says that it is the paper's or counted; each file holds its command, date, hardware and versions.",
+        "Made by `python -m benchmarks.reports.results` from the files in benchmarks/results. Every number is ours,\n"
+        "measured, unless it says that it is the paper's or counted; each file holds its command, date, hardware and\n"
+        "versions.",
         systems(runs),
         budgets(runs),
         ablations(runs),
         step_times(),
-        report_emoji.emoji(),
-        *report_speed.parts(),
+        emoji.emoji(),
+        *speed.parts(),
         soak(),
-        report_efficiency.efficiency(),
-        report_efficiency.heat_maps(),
-        report_speed.WHOSE,
-        report_efficiency.KNOWN,
+        efficiency.efficiency(),
+        efficiency.heat_maps(),
+        speed.WHOSE,
+        efficiency.KNOWN,
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -103,8 +103,8 @@ def systems(runs: list[dict]) -> str:
             "## Systems on easy-VQA",
             "",
             f"A fresh projector between the same tower and decoder, {runs[0]['epochs']:g} epoch of the same data",
-            f"(`python benchmarks/easy_vqa.py`, {runs[0]['hardware']}). As in LLaVA's second stage the tower is",
-            "frozen, projector and decoder train; both were trained from scratch with an MLP between them before.",
+            f"(`python -m benchmarks.recipes.easy_vqa`, {runs[0]['hardware']}). As in LLaVA's second stage the tower",
+            "is frozen, projector and decoder train; both were trained from scratch with an MLP between them before.",
             "Accuracy on all 9,673 official test questions; with several seeds the mean and the range.",
             "",
             table(head, rows),
@@ -229,8 +229,18 @@ def plot() -> None:
     figure.savefig(PLOT, dpi=120, metadata={"Software": None})
 
 
-if __name__ == "__main__":
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    parse()
     PAGE.write_text(page())
     plot()
-    report_efficiency.plots()
+    efficiency.plots()
     print(f"written to {PAGE} and {PLOT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """The whole Delta projector against the same computation in PyTorch, by visual tokens: forward and train step.
 
-    python benchmarks/projector_speed.py                  # JAX_PLATFORMS=cpu: float32, two threads
-    python benchmarks/projector_speed.py --budgets 64,16,1 --batch 8
+    python -m benchmarks.measure.projector_speed                  # JAX_PLATFORMS=cpu: float32, two threads
+    python -m benchmarks.measure.projector_speed --budgets 64,16,1 --batch 8
 
 The release's projector at its sizes (CLIP ViT-L/14-336 to --out-width), random weights, the same in both; a train step
 is the forward pass, the gradients of all parameters for a sum over the tokens, and a plain SGD update in place. The
@@ -16,12 +16,11 @@ import json
 import os
 import sys
 import types
-from datetime import date
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-RESULTS = ROOT / "benchmarks" / "results" / "projector_speed"
+from benchmarks.measure.timing import LIBRARIES, best, device, two_threads
+from benchmarks.program import RESULTS, argument_parser, cores, numbers, origin, write_result
+
+FOLDER = RESULTS / "projector_speed"
 BUDGETS = (576, 144, 64, 36, 16, 9, 4, 1)
 RATE = 1e-4
 
@@ -108,7 +107,6 @@ def theirs(cfg, state, arrays, dtype, budget: int, on: str, compiled: bool) -> d
 def measure(budget: int, options, platform: str) -> dict:
     import jax
     import numpy as np
-    from kernels import best
 
     from deltallava_jax.config import system_config
     from deltallava_jax.models import systems
@@ -138,15 +136,17 @@ def measure(budget: int, options, platform: str) -> dict:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budgets", type=lambda text: [int(part) for part in text.split(",")], default=BUDGETS)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
+    parser.add_argument("--budgets", type=numbers, default=BUDGETS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--out-width", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=10)
-    options = parser.parse_args()
-    from kernels import device, two_threads, versions
+    return parser.parse_args(arguments)
 
+
+def main() -> None:
+    options = parse()
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         two_threads()
     platform, kind = device()
@@ -154,18 +154,19 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(2)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / f"{kind.replace(' ', '-').lower()}-batch-{options.batch}.json"
+    file = FOLDER / f"{kind.replace(' ', '-').lower()}-batch-{options.batch}.json"
     result = json.loads(file.read_text()) if file.exists() else {"rows": {}}
     result |= {
-        "device": kind, "batch": options.batch, "out_width": options.out_width, "rounds": options.rounds,
-        "date": str(date.today()), "versions": versions(),
-        "command": " ".join(["python benchmarks/projector_speed.py", *sys.argv[1:]]),
-    }  # fmt: skip
+        "device": kind,
+        "batch": options.batch,
+        "out_width": options.out_width,
+        "rounds": options.rounds,
+        **origin(__spec__.name, sys.argv[1:], f"{kind}, {cores()}", LIBRARIES),
+    }
     for budget in options.budgets:
         if str(budget) not in result["rows"]:
             result["rows"][str(budget)] = measure(budget, options, platform)
-            file.write_text(json.dumps(result, indent=2) + "\n")
+            write_result(file, result)
 
 
 if __name__ == "__main__":
