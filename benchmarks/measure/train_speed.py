@@ -228,7 +228,7 @@ def rows(results: dict) -> list[list[str]]:
         lines.append([
             stage, str(tokens or "no image"), layout, f"{1 / mean:.2f}" if mean and tokens else "",
             f"{most / mean:.2f}" if mean and most and tokens else "",
-            f"{PAPER[stage][576] / PAPER[stage][tokens]:.2f}" if tokens else "",
+            f"{PAPER[stage][576] / PAPER[stage][tokens]:.2f}" if tokens in PAPER[stage] else "",
             f"{one['tokens_a_second']:,.0f}", f"{one['images_a_second']:.2f}" if tokens else "",
             "" if one["mfu"] is None else f"{one['mfu']:.3f}", f"{one['peak_memory_gib']:.1f}",
             str(one["decoder_layers"]),

@@ -204,7 +204,7 @@ def size(workdir: Path) -> dict:
 # ------------------------------------------------------------------ step times
 
 
-def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
+def step_times(names: list[str], tokens: int, repeats: int = 10) -> None:
     """Seconds a train step, in turns with the MLP's in this process; written with the ratio."""
     import jax
 
@@ -242,7 +242,7 @@ def step_times(systems: list[str], tokens: int, repeats: int = 10) -> None:
         return time.perf_counter() - began
 
     peer, table = prepare("mlp"), {}
-    for system in systems:
+    for system in names:
         other = prepare(system)
         once(peer), once(other)  # compile
         pairs = [(once(peer) / peer["questions"], once(other) / other["questions"]) for _ in range(repeats)]
