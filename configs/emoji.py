@@ -2,9 +2,9 @@
 
 ``configs/emoji.py:pretrain`` trains the projector alone on names, ``configs/emoji.py:finetune`` projector and decoder
 on conversations; with Delta at 16, 4 or 1 tokens, drawn for each step. ``SYSTEM-STAGE`` takes another projector:
-``configs/emoji.py:mqt-pretrain``. Expected beside the working directory: data/emoji (benchmarks/emoji.py) and
+``configs/emoji.py:mqt-pretrain``. Expected beside the working directory: data/emoji (benchmarks/recipes/emoji.py) and
 runs/emoji_SYSTEM_start, made by ``convert``; stage 1 goes to runs/emoji_SYSTEM_pretrain, where stage 2 begins.
-benchmarks/emoji_recipe.py makes all of it, tower included, and evaluates the style that is held out."""
+benchmarks/recipes/emoji_recipe.py makes all of it, tower included, and evaluates the style that is held out."""
 
 from deltallava_jax import config as c
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.easy_vqa import PROTOCOL
+from benchmarks.recipes.easy_vqa import PROTOCOL
 from configs import easy_vqa, emoji, llava
 from deltallava_jax.config import STAGES, OptimizerConfig, load_config, override, to_dict
 from deltallava_jax.errors import ConfigError

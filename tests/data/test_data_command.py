@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from benchmarks.make_llava import FAULTS, make
+from benchmarks.recipes.make_llava import FAULTS, make
 from deltallava_jax.__main__ import parse
 from deltallava_jax.config import DataConfig, VisionConfig
 from deltallava_jax.data import tokens

@@ -54,7 +54,8 @@ def test_unmeasured_devices_take_xla_and_say_so_once(arrays, on, caplog):
         windowed_attention(*arrays)
     assert not calls
     assert [record.message for record in caplog.records] == [
-        "windowed attention runs in XLA: its kernel has not been measured on TPU v5 lite (benchmarks/kernels.py)"
+        "windowed attention runs in XLA: its kernel has not been measured on TPU v5 lite "
+        "(benchmarks/measure/kernels.py)"
     ]
 
 

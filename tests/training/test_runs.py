@@ -120,9 +120,9 @@ with _stopping() as stop:
 
 
 def test_two_kills_at_random_change_nothing(tmp_path):
-    """benchmarks/soak.py, in short: the same final parameters and losses, bit for bit."""
+    """benchmarks/load/soak.py, in short: the same final parameters and losses, bit for bit."""
     settings = ["--steps=40", "--every=5", "--kills=2", "--saves-alone=6", "--out", tmp_path / "soak"]
-    command = [sys.executable, "benchmarks/soak.py", *settings]
+    command = [sys.executable, "-m", "benchmarks.load.soak", *settings]
     subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=GUARD)
     result = json.loads((tmp_path / "soak").read_text())
     assert result["parameters_equal_to_the_bit"] and result["losses_equal_to_the_bit"]

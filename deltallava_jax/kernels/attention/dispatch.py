@@ -15,7 +15,7 @@ from deltallava_jax.kernels import devices
 KERNELS = {"splash": "tpu", "cudnn": "gpu"}
 IMPLEMENTATIONS = ("xla", *KERNELS)
 # Platform -> the kernel that is taken by itself, from so many keys on: {"tpu": ("splash", 1024)} once it has run on one
-# (benchmarks/kernels.py). XLA's form keeps the scores of all heads in memory, the kernels none.
+# (benchmarks/measure/kernels.py). XLA's form keeps the scores of all heads in memory, the kernels none.
 AUTOMATIC: dict[str, tuple[str, int]] = {}
 
 

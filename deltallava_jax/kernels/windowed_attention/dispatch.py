@@ -12,7 +12,7 @@ from deltallava_jax.kernels.windowed_attention import reference
 from deltallava_jax.kernels.windowed_attention.vjp import attend
 
 # Where the kernel was measured to be faster than XLA, forward and backward: kind of device -> numbers of keys a query.
-# benchmarks/kernels.py measures it. The kernels have not run on a TPU or GPU yet, so XLA is the automatic choice.
+# benchmarks/measure/kernels.py measures it. The kernels have not run on a TPU or GPU yet: XLA is the automatic choice.
 MEASURED: dict[str, tuple[int, ...]] = {}
 HOPPER_ON = ("H100", "H200", "H800", "H20", "GH200", "B100", "B200", "B300")  # GPUs that have what gpu.py uses
 
@@ -64,7 +64,8 @@ def choose(q, k, window: int) -> str:
         return "xla"
     if kind not in MEASURED:
         devices.say(
-            f"windowed attention runs in XLA: its kernel has not been measured on {kind} (benchmarks/kernels.py)"
+            f"windowed attention runs in XLA: its kernel has not been measured on {kind} "
+            "(benchmarks/measure/kernels.py)"
         )
         return "xla"
     if (window * (k.shape[1] // q.shape[1])) ** 2 not in MEASURED[kind]:

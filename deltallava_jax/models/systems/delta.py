@@ -155,7 +155,7 @@ class ConvAttention(nnx.Module):
 
 def grouped_convolution(x: Float[Array, "n h w C"], kernel: Float[Array, "3 3 i C"]) -> Float[Array, "n h w C"]:
     """A 3x3 convolution over groups of i channels, zeros around the grid: a matrix product a group over the nine
-    shifted copies. XLA's grouped convolution is far slower on CPUs (benchmarks/projector_parts.py)."""
+    shifted copies. XLA's grouped convolution is far slower on CPUs (benchmarks/measure/projector_parts.py)."""
     (n, h, w, width), group = x.shape, kernel.shape[2]
     kernel = rearrange(kernel, "p q i (g o) -> g (p q i) o", g=width // group)
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))

@@ -1,0 +1,1 @@
+"""Speed, memory, operations and equality with other code, each on its own."""

@@ -1,0 +1,181 @@
+"""What the recipes need on machines that we do not have.
+
+    python -m benchmarks.measure.scale --page
+
+Runs ``plan --json`` for every pair of RUNS whose compiler is installed, one file each in benchmarks/results/scale/, and
+writes docs/scale.md from the files. What has a file is not run again, so the program can be stopped and started, and
+run from two environments: one with libtpu (requirements-plan.txt), one with JAX's CUDA plugin. --page: only the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.program import RESULTS, ROOT, argument_parser
+from benchmarks.reports.markdown import table
+from deltallava_jax.analysis.targets import installed, parse_target
+
+FOLDER = RESULTS / "scale"
+PAGE = ROOT / "docs" / "scale.md"
+GIB = 2**30
+
+RECIPES = (  # (configuration, target)
+    ("finetune_7b", "h100:8"),
+    ("finetune_7b", "v5p:2x2x2"),
+    ("finetune_7b", "v5e:4x4"),
+    ("finetune_13b", "h100:8"),
+    ("finetune_13b", "v5p:2x2x4"),
+    ("pretrain_7b", "h100:8"),
+    ("finetune_qwen2_7b", "h100:8"),
+)
+ROWS_A_CHIP = 1  # as finetune_7b has them on 16 chips
+SCALING = (("v5e:4x4", 16), ("v5e:8x8", 64), ("v5e:16x16", 256))
+RUNS = (
+    *((config, target, ()) for config, target in RECIPES),
+    *(("finetune_7b", target, (f"--config.data.rows={ROWS_A_CHIP * chips}",)) for target, chips in SCALING[1:]),
+)
+
+
+def file_of(config: str, target: str) -> Path:
+    return FOLDER / f"{config}-{target.replace(':', '-')}.json"
+
+
+def run(config: str, target: str, more: tuple[str, ...]) -> None:
+    """One plan, compiled in a process of its own, into its file."""
+    arguments = [
+        "-m",
+        "deltallava_jax",
+        "plan",
+        "--config",
+        f"configs/{config}.py",
+        "--target",
+        target,
+        *more,
+        "--json",
+    ]
+    print(" ".join(["python", *arguments]), file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    result = dict(
+        command=" ".join(["python", *arguments]),
+        date=datetime.date.today().isoformat(),
+        plan=json.loads(done.stdout),
+    )
+    file_of(config, target).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def page() -> str:
+    """docs/scale.md as text."""
+    found = {(c, t): json.loads(file_of(c, t).read_text())["plan"] for c, t, _ in RUNS if file_of(c, t).exists()}
+    parts = [
+        "# What the recipes need",
+        "Made by `python -m benchmarks.measure.scale` from the files in benchmarks/results/scale. Nothing here ran on\n"
+        "the machines: `python -m deltallava_jax plan` compiles the train step that train.py runs with the machine's\n"
+        "own compiler (libtpu, XLA for the H100) and reads memory, operations and collectives from the program.\n"
+        "Steps' times are estimates from peaks, not measurements.",
+        "## Memory\n\n" + memory(found),
+        "## Operations and time\n\n" + operations(found),
+        "## Collectives\n\n" + moved(found),
+        "## More chips at the same rows a chip\n\n" + scaling(found),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def gib(size: int) -> str:
+    return f"{size / GIB:.1f}"
+
+
+def recipes(found: dict, compiled: bool = True) -> list[tuple[str, dict]]:
+    """compiled: only those whose program is there; the TPU compiler refuses one that is too large."""
+    plans = [(config, found[config, target]) for config, target in RECIPES if (config, target) in found]
+    return [(config, plan) for config, plan in plans if plan["collectives"] or not compiled]
+
+
+def memory(found: dict) -> str:
+    rows = []
+    for config, plan in recipes(found, compiled=False):
+        size, batch = plan["per_device"], plan["batch"]
+        rows.append([
+            f"`{config}`", plan["target"], f"{batch['rows']} x {batch['row_length']}", str(batch["conversations"]),
+            gib(size["parameters_bytes"]), gib(size["optimizer_bytes"]), gib(size["gradient_bytes"]),
+            gib(size["activation_bytes"]), gib(size["total_bytes"]), gib(size["capacity_bytes"]),
+            "yes" if plan["fits"] else "**no**",
+        ])  # fmt: skip
+    head = ["Recipe", "Target", "Rows", "Conversations", "Parameters", "Optimizer", "Gradients", "Activations", "All",
+            "Of", "Fits"]  # fmt: skip
+    note = (
+        "GiB a device, everything sharded over the devices (fsdp). Gradients are counted, activations are what else\n"
+        "the compiler's temporaries hold. The conversations of a step follow from the assumed length of a text."
+    )
+    return table(head, rows) + "\n\n" + note
+
+
+def operations(found: dict) -> str:
+    rows, assumptions = [], {}
+    for config, plan in recipes(found):
+        counted, seconds = plan["compiler_flops_per_step"], plan["step_seconds"]
+        assumptions[plan["target"].split(":")[0]] = seconds["assumption"]
+        rows.append([
+            f"`{config}`", plan["target"], f"{plan['flops_per_step'] / 1e15:.2f}",
+            f"{counted / 1e15:.2f}", f"{plan['model_flops_per_step'] / 1e15:.2f}",
+            f"{seconds['compute']:.2f}", f"{seconds['collectives']:.2f}", f"{seconds['estimate']:.2f}",
+        ])  # fmt: skip
+    head = ["Recipe", "Target", "PFLOP", "by XLA", "needed", "Products, s", "Collectives, s", "Step, s"]
+    note = (
+        "Operations of a step in matrix products, as traced; as XLA's CPU compiler counts them, element-wise work\n"
+        "included; without what is recomputed or masked. Assumed for the times:"
+    )
+    return "\n".join([table(head, rows), "", note, "", *(f"- {kind}: {text}" for kind, text in assumptions.items())])
+
+
+def moved(found: dict) -> str:
+    rows = []
+    for config, plan in recipes(found):
+        cells = [f"{one['kind']} {one['count']:,} ({one['bytes'] / GIB:.2f})" for one in plan["collectives"]]
+        rows.append([f"`{config}`", plan["target"], ", ".join(cells), str(plan["rematerialization_warnings"])])
+    head = ["Recipe", "Target", "How many a step (GiB of results on a device)", "Warnings"]
+    note = (
+        "A collective in a loop's body counts as often as the loop runs. Of a reduce-scatter, here of the gradients,\n"
+        "the compiler makes an all-reduce and a slice on these TPU slices. Warnings: of the compiler, that it would\n"
+        "replicate an array whole (involuntary full rematerialization)."
+    )
+    return table(head, rows) + "\n\n" + note
+
+
+def scaling(found: dict) -> str:
+    plans = [found["finetune_7b", target] for target, _ in SCALING if ("finetune_7b", target) in found]
+    rows = [
+        [
+            plan["target"], str(plan["devices"]), str(plan["batch"]["rows"]), gib(plan["per_device"]["total_bytes"]),
+            f"{sum(one['bytes'] for one in plan['collectives']) / GIB:.1f}", f"{plan['seconds_to_compile']:.0f}",
+        ]
+        for plan in plans
+    ]  # fmt: skip
+    head = ["Target", "Chips", "Rows", "Memory of a chip, GiB", "Collectives of a chip, GiB", "Compile, s"]
+    return table(head, rows) + f"\n\n`finetune_7b` with {ROWS_A_CHIP} row a chip. Bytes are those of the results."
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__spec__.name, __doc__)
+    parser.add_argument("--page", action="store_true", help="write the page from the files there are")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for config, target, more in () if options.page else RUNS:
+        if not installed(parse_target(target)):
+            print(f"{config} on {target}: left out, its compiler is not installed here", file=sys.stderr)
+        elif not file_of(config, target).exists():
+            run(config, target, more)
+            PAGE.write_text(page())
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()

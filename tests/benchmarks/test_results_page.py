@@ -1,0 +1,12 @@
+"""docs/results.md is what benchmarks/reports/results.py makes of the result files, to the letter."""
+
+import re
+
+from benchmarks.reports import efficiency, results
+
+
+def test_the_page_is_made_of_the_result_files():
+    assert results.PAGE.read_text() == results.page()
+    shown = re.findall(r"\]\((\w+\.png)\)", results.page())
+    assert {results.PLOT.name, *efficiency.PLOTS} == set(shown)
+    assert all((results.PAGE.parent / name).is_file() for name in shown)
