@@ -84,20 +84,20 @@ def test_cached_decoding_is_the_forward_over_the_pruned_rows(layer, keep):
         visible = [slot for slot in live if rows.is_visual[0, slot]]
         best = sorted(visible, key=lambda slot: -scores[list(live).index(slot)])[:keep]
         kept = [slot for slot in live if slot in best or slot not in visible]
-        sequence, positions = hidden[:, live], rows.positions[:, live]
-        for step in range(NEW):
-            segments = jnp.ones(positions.shape, jnp.int32)
-            full = text_layout_of(positions, segments)
-            middle = decoder.run(weights, CFG.decoder, sequence, full, layers=(0, layer))[0]
-            stay = np.array([list(live).index(slot) for slot in kept] + list(range(len(live), sequence.shape[1])))
-            pruned = text_layout_of(positions[:, stay], segments[:, stay])
-            final = decoder.run(weights, CFG.decoder, middle[:, stay], pruned, layers=(layer, 4))[0]
-            normed = decoder.finish(weights, CFG.decoder, final[:, -1:])
-            token = int(jnp.argmax(decoder.logits(weights, CFG.decoder, normed)[0, 0]))
-            assert token == found[row, step], (row, step)
-            new = decoder.embed(weights, CFG.decoder, jnp.array([[token]]))
-            sequence = jnp.concatenate([sequence, new], axis=1)
-            positions = jnp.concatenate([positions, positions[:, -1:] + 1], axis=1)
+        # One forward over prompt and answer: each token is the likeliest after those before it.
+        answer = decoder.embed(weights, CFG.decoder, jnp.asarray(found[row : row + 1, :-1]))
+        sequence = jnp.concatenate([hidden[:, live], answer], axis=1)
+        later = rows.positions[:, live[-1:]] + jnp.arange(1, NEW)
+        positions = jnp.concatenate([rows.positions[:, live], later], axis=1)
+        segments = jnp.ones(positions.shape, jnp.int32)
+        full = text_layout_of(positions, segments)
+        middle = decoder.run(weights, CFG.decoder, sequence, full, layers=(0, layer))[0]
+        stay = np.array([list(live).index(slot) for slot in kept] + list(range(len(live), sequence.shape[1])))
+        pruned = text_layout_of(positions[:, stay], segments[:, stay])
+        final = decoder.run(weights, CFG.decoder, middle[:, stay], pruned, layers=(layer, 4))[0]
+        normed = decoder.finish(weights, CFG.decoder, final[:, -NEW:])
+        likeliest = jnp.argmax(decoder.logits(weights, CFG.decoder, normed)[0], axis=-1)
+        np.testing.assert_array_equal(likeliest, found[row])
 
 
 def text_layout_of(positions, segments):

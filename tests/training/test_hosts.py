@@ -60,6 +60,7 @@ def assert_told_of(process, other):
     assert re.fullmatch(line, err.splitlines()[-1]), err
 
 
+@pytest.mark.slow
 def test_runs_of_several_processes(alone, tmp_path):
     """Two processes, one killed; as many again, told to stop; half as many; twice as many that hold the same rows, the
     coordinator killed: in all the same batches, and the losses of one process."""

@@ -65,6 +65,7 @@ def test_killed_during_a_save_and_started_again_the_losses_are_the_same_to_the_b
     assert not list((tmp_path / "checkpoints").glob("*-tmp*"))  # what was cut short is gone
 
 
+@pytest.mark.slow
 def test_sigterm_during_a_save_and_ctrl_c_save_the_current_step(undisturbed, tmp_path):
     process = start(tmp_path, *OFTEN, "--config.data.workers=1")
     wait_for(tmp_path, 50, process)
@@ -119,6 +120,7 @@ with _stopping() as stop:
     assert done.stderr.splitlines()[-1] == "Ctrl-C: saving after this step; once more ends at once"
 
 
+@pytest.mark.slow
 def test_two_kills_at_random_change_nothing(tmp_path):
     """benchmarks/load/soak.py, in short: the same final parameters and losses, bit for bit."""
     settings = ["--steps=40", "--every=5", "--kills=2", "--saves-alone=6", "--out", tmp_path / "soak"]
@@ -141,6 +143,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_in_words_and_it_goes_on_when_there_is_room(undisturbed, small_disk):
     run = small_disk / "run"
     _, err = finish(start(run, *OFTEN, "--config.training.keep_checkpoints=99"), code=2)
@@ -193,6 +196,7 @@ def test_several_processes_share_the_questions_and_one_tells(undisturbed):
         assert json.loads(file.read_text()) | {"seconds": 0} == report | {"seconds": 0}
 
 
+@pytest.mark.slow
 def test_an_elastic_model_trains_and_answers_at_every_budget(tmp_path):
     _, err = finish(start(tmp_path, "--config.model.projector.scale_factor=(1,2,4,8)", "--config.training.steps=12",
                           "--config.training.eval_every=12", "--config.evaluation.limit=64"))  # fmt: skip
