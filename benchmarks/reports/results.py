@@ -44,9 +44,13 @@ ABLATIONS = {
 }
 
 
+def easy_vqa_runs() -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted((RESULTS / "easy_vqa").glob("*-s*.json"))]
+
+
 def page() -> str:
     """docs/results.md as text."""
-    runs = [json.loads(file.read_text()) for file in sorted((RESULTS / "easy_vqa").glob("*-s*.json"))]
+    runs = easy_vqa_runs()
     if not runs:
         return "# Results\n\nNone yet; `python -m benchmarks.recipes.easy_vqa` makes them.\n"
     parts = [
@@ -72,6 +76,13 @@ def page() -> str:
 def accuracies(runs: list[dict], system: str, tokens: str, kind: str = "all") -> list[float]:
     """Of every run of a system that was evaluated at that many tokens."""
     return [run["accuracy"][tokens][kind] for run in runs if run["system"] == system and tokens in run["accuracy"]]
+
+
+def summary(runs: list[dict]) -> str:
+    """README's table: accuracy of the systems that were trained with several seeds, and of selection without training."""
+    chosen = ["mlp", "delta", "token_packer", "mqt", "fastervlm", "prumerge"]
+    rows = [[SYSTEMS[system][0], *(cell(accuracies(runs, system, tokens)) for tokens in TOKENS)] for system in chosen]
+    return table(["Accuracy at", *(f"{tokens} token{'' if tokens == '1' else 's'}" for tokens in TOKENS)], rows)
 
 
 def systems(runs: list[dict]) -> str:

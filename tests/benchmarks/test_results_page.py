@@ -1,8 +1,12 @@
-"""docs/results.md is what benchmarks/reports/results.py makes of the result files, to the letter."""
+"""docs/results.md and README's table are what benchmarks/reports/results.py makes of the result files, to the letter."""
 
 import re
 
 from benchmarks.reports import efficiency, results
+
+
+def test_the_readme_shows_the_same_numbers():
+    assert results.summary(results.easy_vqa_runs()) in (results.ROOT / "README.md").read_text()
 
 
 def test_the_page_is_made_of_the_result_files():
