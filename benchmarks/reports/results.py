@@ -79,7 +79,7 @@ def accuracies(runs: list[dict], system: str, tokens: str, kind: str = "all") ->
 
 
 def summary(runs: list[dict]) -> str:
-    """README's table: accuracy of the systems that were trained with several seeds, and of selection without training."""
+    """README's table: systems that were trained with several seeds, and two that select without training."""
     chosen = ["mlp", "delta", "token_packer", "mqt", "fastervlm", "prumerge"]
     rows = [[SYSTEMS[system][0], *(cell(accuracies(runs, system, tokens)) for tokens in TOKENS)] for system in chosen]
     return table(["Accuracy at", *(f"{tokens} token{'' if tokens == '1' else 's'}" for tokens in TOKENS)], rows)

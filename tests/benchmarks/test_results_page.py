@@ -1,4 +1,4 @@
-"""docs/results.md and README's table are what benchmarks/reports/results.py makes of the result files, to the letter."""
+"""docs/results.md and README's table are what benchmarks/reports/results.py makes of the result files."""
 
 import re
 
