@@ -103,6 +103,8 @@ def measure(batches, count) -> dict:
         elif number + 1 == WARM_UP:
             began = time.perf_counter()
         ended = time.perf_counter()
+    if not sums[0]:
+        raise SystemExit(f"error: no batch is left after the first {WARM_UP}, in which workers start: more --records")
     images, live, slots = map(int, sums)
     return {"images": images, "seconds": ended - began, "live": live / slots}
 
