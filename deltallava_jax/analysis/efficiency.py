@@ -151,16 +151,16 @@ def exact(cfg: ModelConfig, text: int, new: int) -> dict[str, int]:
         places = layout(prompt, None, V)
         hidden, weights = vlm.merge(params, cfg, prompt, places, made), params["decoder"]
         if cfg.fastv:
-            hidden = fastv.run(weights, cfg.decoder, hidden, places, cfg.fastv, text + cfg.fastv.keep)[0]
+            hidden = fastv.forward(weights, cfg.decoder, hidden, places, cfg.fastv, text + cfg.fastv.keep)[0]
         else:
-            hidden, _ = decoder.run(weights, cfg.decoder, hidden, places)
+            hidden, _ = decoder.forward(weights, cfg.decoder, hidden, places)
         return score(params, hidden[:, -1:])
 
     def step(params, token, caches):
         hidden = decoder.embed(params["decoder"], cfg.decoder, token, cfg.dtype)
         for (layers, _), cache in zip(stages(cfg, text), caches, strict=True):
             slot = text_layout(token, jnp.ones_like(token))
-            hidden, _ = decoder.run(params["decoder"], cfg.decoder, hidden, slot, layers=layers, cache=cache)
+            hidden, _ = decoder.forward(params["decoder"], cfg.decoder, hidden, slot, layers=layers, cache=cache)
         return score(params, hidden)
 
     def nth(count: int) -> int:

@@ -124,7 +124,7 @@ def _heat(
     weights, shape = params["decoder"], cfg.decoder
 
     def log_probability(visual: Float[Array, "1 V d"]) -> Float[Array, ""]:
-        hidden, _ = decoder.run(weights, shape, vlm.merge(params, cfg, row, slots, visual), slots)
+        hidden, _ = decoder.forward(weights, shape, vlm.merge(params, cfg, row, slots, visual), slots)
         scores = decoder.logits(weights, shape, decoder.finish(weights, shape, hidden))
         chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), slots.targets[..., None], axis=-1)[..., 0]
         return jnp.where(slots.loss_mask, chosen, 0.0).sum()

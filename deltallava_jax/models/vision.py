@@ -183,7 +183,7 @@ def embed(params: Params, cfg: VisionConfig, pixels: Float[Array, "n H W 3"]) ->
         return bind(Embeddings, cfg, params["embeddings"])(pixels)
 
 
-def run(
+def forward(
     params: Params,
     cfg: VisionConfig,
     hidden: Float[Array, "n N C"],
@@ -251,7 +251,7 @@ def encode(
     layer = lambda index: bind(Layer, cfg, jax.tree.map(lambda x: x[index - 1], params["layers"]))
     for stop in sorted(wanted | set(needs.pruned)):
         if stop > at:
-            hidden, at = run(params, cfg, hidden, (at, stop), remat, kept), stop
+            hidden, at = forward(params, cfg, hidden, (at, stop), remat, kept), stop
         if stop in wanted:
             states[stop] = hidden
         if stop in needs.pruned:

@@ -90,7 +90,7 @@ def xla_layers(cfg, slots):
         places = jnp.arange(slots)[None]
 
         def prefill(params, hidden, small=small, places=places):
-            return decoder.run(params, small, hidden, text_layout(places, jnp.ones_like(places)))[0]
+            return decoder.forward(params, small, hidden, text_layout(places, jnp.ones_like(places)))[0]
 
         with unrolled():
             hidden = jax.ShapeDtypeStruct((1, slots, cfg.width), jnp.bfloat16)

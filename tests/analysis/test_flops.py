@@ -42,7 +42,7 @@ def test_decoder_is_its_formula():
 
     def forward(params, hidden):
         places = jnp.broadcast_to(jnp.arange(SLOTS), (ROWS, SLOTS))
-        hidden, _ = decoder.run(params, cfg, hidden, text_layout(places, jnp.ones_like(places)))
+        hidden, _ = decoder.forward(params, cfg, hidden, text_layout(places, jnp.ones_like(places)))
         return decoder.logits(params, cfg, hidden)
 
     params = jax.eval_shape(lambda: decoder.init_params(cfg, jax.random.key(0)))
@@ -64,7 +64,7 @@ def test_splash_attention_counts_as_dense_attention(monkeypatch, remat, mesh):
 
     def loss(params, hidden):
         places = jnp.broadcast_to(jnp.arange(slots), (ROWS, slots))
-        return decoder.run(params, cfg, hidden, text_layout(places, jnp.ones_like(places)), remat=remat)[0].sum()
+        return decoder.forward(params, cfg, hidden, text_layout(places, jnp.ones_like(places)), remat=remat)[0].sum()
 
     params = jax.eval_shape(lambda: decoder.init_params(cfg, jax.random.key(0)))
     hidden = jax.ShapeDtypeStruct((ROWS, slots, 64), jnp.float32)

@@ -114,7 +114,7 @@ def test_a_decoder_through_splash_attention(monkeypatch):
     live = (SEGMENTS > 0)[..., None]
 
     def loss(params, hidden):
-        return jnp.square(jnp.where(live, decoder.run(params, cfg, hidden, rows, remat="full")[0], 0)).mean()
+        return jnp.square(jnp.where(live, decoder.forward(params, cfg, hidden, rows, remat="full")[0], 0)).mean()
 
     step = lambda: jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, hidden)
     expected = step()

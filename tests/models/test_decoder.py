@@ -29,7 +29,7 @@ def part(slots, start, stop):
 
 @functools.partial(jax.jit, static_argnames="layers")
 def run(hidden, slots, cache=None, layers=None):
-    return decoder.run(PARAMS, CFG, hidden, slots, layers=layers, cache=cache)
+    return decoder.forward(PARAMS, CFG, hidden, slots, layers=layers, cache=cache)
 
 
 def forward(hidden, segments):
@@ -109,7 +109,7 @@ def test_prefill_in_two_pieces_equals_one():
     live = np.array([[1] * 9, [1, 1, 0] + [1] * 4 + [0] * 2, [1] * 7 + [0] * 2]) > 0
     slots, empty = text_layout(live), decoder.init_cache(CFG, rows=3, slots=SLOTS)
     expected, once = run(x, slots, empty)
-    fresh, again = decoder.run(PARAMS, CFG, x, slots, cache=empty, fresh=True)
+    fresh, again = decoder.forward(PARAMS, CFG, x, slots, cache=empty, fresh=True)
     first, cache = run(x[:, :5], part(slots, 0, 5), empty)
     second, cache = run(x[:, 5:], part(slots, 5, 9), cache)
     close(np.concatenate([first, second], axis=1)[live], expected[live])
@@ -127,7 +127,7 @@ def test_prefill_in_two_pieces_equals_one():
 def test_unstacked_layers_are_the_same_decoder():
     x, slots = random_hidden(2, ROW), text_layout(np.ones((2, ROW)))
     params = decoder.unstacked(PARAMS, CFG)
-    mine, reference = (jax.jit(lambda p: decoder.run(p, CFG, x, slots)[0])(p) for p in (params, PARAMS))
+    mine, reference = (jax.jit(lambda p: decoder.forward(p, CFG, x, slots)[0])(p) for p in (params, PARAMS))
     close(mine, reference)
     close(decoder.logits(params, CFG, mine), decoder.logits(PARAMS, CFG, reference))
     given = jax.tree.map(jnp.copy, PARAMS)
@@ -143,8 +143,8 @@ def test_slices_of_layers_equal_all():
 
     @jax.jit
     def uncached(x):
-        first = decoder.run(PARAMS, CFG, x, slots, layers=slices[0])[0]
-        return first, decoder.run(PARAMS, CFG, first, slots, layers=slices[1])[0]
+        first = decoder.forward(PARAMS, CFG, x, slots, layers=slices[0])[0]
+        return first, decoder.forward(PARAMS, CFG, first, slots, layers=slices[1])[0]
 
     @jax.jit
     def cached(x):
@@ -153,7 +153,7 @@ def test_slices_of_layers_equal_all():
         for piece in (slice(0, 8), slice(8, 9)):
             hidden, here = x[:, piece], part(slots, piece.start, piece.stop)
             for i, layers in enumerate(slices):
-                hidden, caches[i] = decoder.run(PARAMS, CFG, hidden, here, layers=layers, cache=caches[i])
+                hidden, caches[i] = decoder.forward(PARAMS, CFG, hidden, here, layers=layers, cache=caches[i])
             pieces.append(hidden)
         return jnp.concatenate(pieces, axis=1), caches
 

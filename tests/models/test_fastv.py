@@ -77,7 +77,7 @@ def test_cached_decoding_is_the_forward_over_the_pruned_rows(layer, keep):
         one = jax.tree.map(lambda x, row=row: x[row : row + 1], batch)
         rows = layout(one, None, V)
         hidden = vlm.merge(PARAMS, CFG, one, rows, visual[row : row + 1])
-        before = decoder.run(weights, CFG.decoder, hidden, rows, layers=(0, layer - 1))[0]
+        before = decoder.forward(weights, CFG.decoder, hidden, rows, layers=(0, layer - 1))[0]
         # The score, written out: the attention of the last live slot in the layer before the cut.
         live = np.flatnonzero(rows.segments[0])
         scores = np.asarray(attention_of_last(weights, before[:, live], rows.positions[:, live], layer - 1))
@@ -88,10 +88,10 @@ def test_cached_decoding_is_the_forward_over_the_pruned_rows(layer, keep):
         for step in range(NEW):
             segments = jnp.ones(positions.shape, jnp.int32)
             full = text_layout_of(positions, segments)
-            middle = decoder.run(weights, CFG.decoder, sequence, full, layers=(0, layer))[0]
+            middle = decoder.forward(weights, CFG.decoder, sequence, full, layers=(0, layer))[0]
             stay = np.array([list(live).index(slot) for slot in kept] + list(range(len(live), sequence.shape[1])))
             pruned = text_layout_of(positions[:, stay], segments[:, stay])
-            final = decoder.run(weights, CFG.decoder, middle[:, stay], pruned, layers=(layer, 4))[0]
+            final = decoder.forward(weights, CFG.decoder, middle[:, stay], pruned, layers=(layer, 4))[0]
             normed = decoder.finish(weights, CFG.decoder, final[:, -1:])
             token = int(jnp.argmax(decoder.logits(weights, CFG.decoder, normed)[0, 0]))
             assert token == found[row, step], (row, step)

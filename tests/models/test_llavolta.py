@@ -50,7 +50,7 @@ def test_pooling_by_hand(stride, layer):
         for number, talk in enumerate(talks, start=1):
             one = pack([[talk]], len(talk.tokens), len(talk.images))
             hidden, alone = inputs(one)
-            hidden, _ = decoder.run(weights, DECODER, hidden, alone, layers=(0, layer))
+            hidden, _ = decoder.forward(weights, DECODER, hidden, alone, layers=(0, layer))
             x, positions = np.asarray(hidden[0]), np.arange(hidden.shape[1])
             if talk.images:
                 at = talk.tokens.index(0)
@@ -59,7 +59,7 @@ def test_pooling_by_hand(stride, layer):
                 middle = [int(np.floor(positions[cell].mean())) for cell in cells]
                 positions = np.concatenate([positions[:at], middle, positions[at + V :]])
             by_hand = text_layout(np.ones((1, len(x))), positions[None])
-            x, _ = decoder.run(weights, DECODER, jnp.asarray(x[None]), by_hand, layers=(layer, DECODER.layers))
+            x, _ = decoder.forward(weights, DECODER, jnp.asarray(x[None]), by_hand, layers=(layer, DECODER.layers))
             expected = decoder.finish(weights, DECODER, x)[0]
             slots = np.asarray(rows.segments[row]) == number
             np.testing.assert_array_equal(np.asarray(rows.positions[row])[slots], positions)
