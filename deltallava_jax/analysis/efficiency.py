@@ -73,7 +73,7 @@ def stages(cfg: ModelConfig, text: int) -> list[tuple[tuple[int, int], int]]:
     kept = min(text + cfg.fastv.keep, slots)
     return [
         (layers, count)
-        for layers, count in zip(fastv.stages(cfg.decoder, cfg.fastv), (slots, slots, kept), strict=True)
+        for layers, count in zip(fastv.layer_slices(cfg.decoder, cfg.fastv), (slots, slots, kept), strict=True)
     ]
 
 

@@ -52,7 +52,7 @@ def encode(
 
 def stages(cfg: ModelConfig) -> tuple[tuple[int, int], ...]:
     """The slices of the decoder's layers that have a cache of their own."""
-    return fastv.stages(cfg.decoder, cfg.fastv) if cfg.fastv else ((0, cfg.decoder.layers),)
+    return fastv.layer_slices(cfg.decoder, cfg.fastv) if cfg.fastv else ((0, cfg.decoder.layers),)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "capacity"))
@@ -191,7 +191,7 @@ def _read(params, cfg, slots: Slots, prompts: Batch, visual, valid, *, fresh: bo
 
 
 def _kept(cfg: ModelConfig, prompts: Batch, S: int) -> int:
-    return fastv.kept_slots(S, prompts.tokens.shape[1], cfg.fastv)
+    return fastv.kept_tokens(S, prompts.tokens.shape[1], cfg.fastv)
 
 
 def _last(hidden: Float[Array, "B S d"], rows: Layout) -> Float[Array, "B 1 d"]:

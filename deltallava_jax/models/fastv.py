@@ -18,12 +18,12 @@ from deltallava_jax.models.layers import Params
 from deltallava_jax.sequence import Layout
 
 
-def stages(cfg: DecoderConfig, fastv: FastVConfig) -> tuple[tuple[int, int], ...]:
+def layer_slices(cfg: DecoderConfig, fastv: FastVConfig) -> tuple[tuple[int, int], ...]:
     """The slices of the layers, each with a cache of its own: before the scoring layer, that layer, after pruning."""
     return ((0, fastv.layer - 1), (fastv.layer - 1, fastv.layer), (fastv.layer, cfg.layers))
 
 
-def kept_slots(slots: int, text: int, fastv: FastVConfig) -> int:
+def kept_tokens(slots: int, text: int, fastv: FastVConfig) -> int:
     """Slots of a row after pruning: its text tokens and the visual tokens that are kept."""
     return min(text + fastv.keep, slots)
 
@@ -52,7 +52,7 @@ def forward(
     """All layers over whole prompts, one a row, with empty caches or none.
 
     Returns (hidden states of the slots that stay, their layout, the caches)."""
-    before, scoring, after = stages(cfg, fastv)
+    before, scoring, after = layer_slices(cfg, fastv)
     hidden, first = decoder.forward(params, cfg, hidden, rows, layers=before, cache=caches[0], fresh=True)
     with jax.named_scope("fastv"):
         live = rows.segments > 0

@@ -199,7 +199,7 @@ def forward(
         return jax.lax.scan(body, hidden, stack)[0]
 
 
-class Stage(NamedTuple):
+class PruningStep(NamedTuple):
     """What a system did in a layer that it ran itself.
 
     stay: which of the patches before are left, and their number for a token of many; None: all are.
@@ -213,7 +213,7 @@ class Stage(NamedTuple):
 
 # (stage, layer, its input [n, 1 + N, C], ``kept`` so far, None before the first stage) -> (its output, with CLS and as
 # many patches as are left, what was done)
-Prune = Callable[[int, Layer, Array, Array | None], tuple[Array, Stage]]
+Prune = Callable[[int, Layer, Array, Array | None], tuple[Array, PruningStep]]
 
 
 def check_needs(cfg: VisionConfig, needs: Needs) -> None:

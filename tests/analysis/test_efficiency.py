@@ -146,7 +146,7 @@ def test_cache_bytes_are_those_of_the_arrays():
     whole = decoder.init_cache(GROUPED, 1, 9 + 4 + 5, jnp.float32)
     assert by_convention(SMALL, 4, 9, 5)["exact"]["cache_bytes"] == held([whole])
     keep = FastVConfig(layer=3, keep=2)
-    stages = zip(fastv.stages(GROUPED, keep), (13 + 5, 13 + 5, 11 + 5), strict=True)
+    stages = zip(fastv.layer_slices(GROUPED, keep), (13 + 5, 13 + 5, 11 + 5), strict=True)
     caches = [decoder.init_cache(GROUPED, 1, slots, jnp.float32, layers=b - a) for (a, b), slots in stages]
     row = by_convention(dataclasses.replace(SMALL, fastv=keep), 2, 9, 5)["exact"]
     assert row["cache_bytes"] == held(caches) and row["system"] == "fastv" and row["budget"] == 2

@@ -86,7 +86,7 @@ def on(monkeypatch, platform="tpu"):
     """Makes the dispatch believe in a device, and splash attention run on a CPU."""
     monkeypatch.setattr(devices, "device", lambda: (platform, "a kind"))
     monkeypatch.setattr(splash, "attend", interpreted)
-    devices.say.cache_clear()
+    devices.log_once.cache_clear()
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)])

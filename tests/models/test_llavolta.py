@@ -76,9 +76,9 @@ def test_the_same_tokens_are_supervised():
 
 
 def test_the_schedule_is_equal_parts_and_ends_plain():
-    stages = [llavolta.stage_at(STAGES, step, 10) for step in range(10)]
+    stages = [llavolta.phase_at(STAGES, step, 10) for step in range(10)]
     assert stages == [(8, 2)] * 3 + [(2, 2)] * 2 + [(2, 1)] * 3 + [None] * 2
-    assert [llavolta.stage_at((), step, 10) for step in range(10)] == [None] * 10
+    assert [llavolta.phase_at((), step, 10) for step in range(10)] == [None] * 10
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_schedule_is_equal_parts_and_ends_plain():
 )
 def test_a_stage_that_does_not_fit_is_refused(stages, words):
     with pytest.raises(ConfigError, match=words):
-        llavolta.check(Config(model=CFG, training=TrainingConfig(llavolta=stages)))
+        llavolta.validate(Config(model=CFG, training=TrainingConfig(llavolta=stages)))
 
 
 @pytest.mark.parametrize("stage", [(8,), (0, 2), (8, 2, 1)])
