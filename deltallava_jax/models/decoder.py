@@ -220,14 +220,14 @@ def layer(params: Params, cfg: DecoderConfig, index: int) -> Layer:
     return bind(Layer, cfg, jax.tree.map(lambda x: x[index], params["layers"]))
 
 
-def init_cache(cfg: DecoderConfig, rows: int, slots: int, dtype=jnp.float32, layers: int | None = None) -> Cache:
-    """An empty cache for ``rows`` rows of at most ``slots`` slots, for that many layers (all by default)."""
-    shape = (rows, slots, cfg.kv_heads, cfg.head_dim)
+def init_cache(cfg: DecoderConfig, rows: int, capacity: int, dtype=jnp.float32, layers: int | None = None) -> Cache:
+    """An empty cache for ``rows`` rows of at most ``capacity`` tokens, for that many layers (all by default)."""
+    shape = (rows, capacity, cfg.kv_heads, cfg.head_dim)
     count = cfg.layers if layers is None else layers
     return Cache(
         k=tuple(jnp.zeros(shape, dtype) for _ in range(count)),
         v=tuple(jnp.zeros(shape, dtype) for _ in range(count)),
-        live=jnp.zeros((rows, slots), bool),
+        live=jnp.zeros((rows, capacity), bool),
         length=jnp.zeros(rows, jnp.int32),
     )
 

@@ -177,7 +177,7 @@ class TrainStep:
             "supervised": supervised,
             "conversations": batch.segments.max(axis=1).sum(),
             "images": images,
-            "tokens": (batch.segments > 0).sum() + images * (budget - 1),  # live slots
+            "tokens": (batch.segments > 0).sum() + images * (budget - 1),  # without padding
         }
         state = TrainState(
             step=state.step + 1,

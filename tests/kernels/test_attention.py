@@ -13,7 +13,7 @@ from deltallava_jax.kernels.attention import Seen, attention, causal, cudnn, dis
 from deltallava_jax.models import decoder
 from deltallava_jax.sequence import text_layout
 
-SEGMENTS = np.array([[1] * 70 + [2] * 60 + [0] * 20, [1] * 40 + [2] * 9 + [3] * 101])  # 150 slots: 256 with padding
+SEGMENTS = np.array([[1] * 70 + [2] * 60 + [0] * 20, [1] * 40 + [2] * 9 + [3] * 101])  # 150 tokens: 256 with padding
 
 
 def draw(rows=2, length=150, heads=4, key_heads=2, width=128, dtype="float32"):
@@ -158,7 +158,7 @@ def test_the_choice(monkeypatch, caplog):
     for _ in range(2):
         assert dispatch.choose(q[..., :20], k[..., :20], seen) == "xla"
     assert [record.message for record in caplog.records] == [
-        "attention of 1024 slots runs in XLA: splash takes heads of a multiple of 8, not 20"
+        "attention over 1024 tokens runs in XLA: splash takes heads of a multiple of 8, not 20"
     ]
 
 

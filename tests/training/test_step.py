@@ -119,7 +119,7 @@ def test_elastic_training_compiles_once_for_each_signature():
     assert jnp.isfinite(metrics["loss"])
 
 
-def test_llavoltas_last_stage_is_the_plain_step_and_the_others_are_not():
+def test_llavoltas_last_phase_is_the_plain_step_and_the_others_are_not():
     cfg = config(**{"training.llavolta": "((4, 1), (2, 0), (1, 0))"})
     mesh = make_mesh(cfg, jax.devices()[:1])
     rows, plan, _ = run_of(config())
