@@ -92,8 +92,8 @@ def test_dense_attention_on_four_devices(target, packed, length):
     segments = jax.ShapeDtypeStruct((ROWS, length), "int32", sharding=spec())
 
     def run(q, k, v, do, segments):
-        seen = causal(segments) if packed else None
-        out, pull = jax.vjp(lambda *qkv: attention(*qkv, seen, implementation=name), q, k, v)
+        mask = causal(segments) if packed else None
+        out, pull = jax.vjp(lambda *qkv: attention(*qkv, mask, implementation=name), q, k, v)
         return out, *pull(do)
 
     with jax.set_mesh(mesh), jax.default_matmul_precision("default"):

@@ -1,4 +1,4 @@
-"""Which implementation is chosen, what is said, and what is refused."""
+"""Which implementation is chosen, what is logged, and what is refused."""
 
 import inspect
 
@@ -18,7 +18,7 @@ def arrays():
 
 @pytest.fixture
 def on(monkeypatch):
-    """Makes the dispatch believe in a device; the kernels are replaced by the reference, which notes its calls."""
+    """Gives the dispatch a device; the reference stands in for the kernels and records the calls."""
     calls = []
 
     def attend(backend, q, k, v, window):
@@ -34,7 +34,7 @@ def on(monkeypatch):
     return device
 
 
-def test_xla_on_a_cpu_says_nothing(arrays, caplog):
+def test_xla_on_a_cpu_logs_nothing(arrays, caplog):
     expected = reference.windowed_attention(*arrays)
     for implementation in (None, "xla"):
         np.testing.assert_array_equal(windowed_attention(*arrays, implementation=implementation), expected)
@@ -48,7 +48,7 @@ def test_pallas_is_taken_where_forced(arrays, on, platform, kind):
     assert calls == [(platform, arrays[0].shape)]
 
 
-def test_unmeasured_devices_take_xla_and_say_so_once(arrays, on, caplog):
+def test_unmeasured_devices_take_xla_and_log_it_once(arrays, on, caplog):
     calls = on("tpu", "TPU v5 lite")
     for _ in range(2):
         windowed_attention(*arrays)
@@ -84,11 +84,11 @@ def test_under_a_mesh_each_device_takes_its_rows(on):
 @pytest.mark.parametrize(
     "platform, kind, change, message",
     [
-        ("cpu", "cpu", {}, "there is a kernel for TPUs and GPUs, not for cpu"),
-        ("gpu", "NVIDIA A100-SXM4-80GB", {}, "needs a GPU from Hopper on, not NVIDIA A100"),
+        ("cpu", "cpu", {}, "the kernels run on TPUs and GPUs, not on cpu"),
+        ("gpu", "NVIDIA A100-SXM4-80GB", {}, "needs Hopper or newer, not NVIDIA A100"),
         ("gpu", "NVIDIA H200", {"window": 2}, "windows of one query, not 2 x 2"),
         ("gpu", "NVIDIA H200", {"width": 64}, "heads of 128, not 64"),
-        ("tpu", "TPU v5", {"heads": 1}, "one dtype and as many heads"),
+        ("tpu", "TPU v5", {"heads": 1}, "one dtype and with as many heads"),
         ("tpu", "TPU v5", {"width": 64}, "heads of a multiple of 128, not 64"),
         ("tpu", "TPU v5", {"dtype": "float16"}, "float32 or bfloat16, not float16"),
     ],

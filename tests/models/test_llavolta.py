@@ -85,7 +85,7 @@ def test_the_schedule_is_equal_parts_and_ends_plain():
     "phases, words",
     [
         (((3, 1), (1, 0)), "stride 3 does not divide the 16 tokens of an image"),
-        (((2, 3),), "pools before layer 3; the decoder has 3"),
+        (((2, 3),), "pools before layer 3; the decoder has 3 layers"),
     ],
 )
 def test_a_phase_that_does_not_fit_is_refused(phases, words):

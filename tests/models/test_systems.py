@@ -144,8 +144,8 @@ def test_no_images_make_no_tokens(name):
 
     def run(params, weights, images):
         needs, prune = systems.needs(cfg, tower.layers), systems.pruning(params, cfg)
-        seen = vision.encode(weights, tower, images, needs, prune=prune)
-        return [systems.project_valid(params, cfg, each, text)[0] for each in (features, seen)]
+        pruned = vision.encode(weights, tower, images, needs, prune=prune)
+        return [systems.project_valid(params, cfg, each, text)[0] for each in (features, pruned)]
 
     params = jax.eval_shape(lambda key: systems.init_params(cfg, key), jax.random.key(0))
     weights = jax.eval_shape(lambda key: vision.init_params(tower, key), jax.random.key(0))
