@@ -1,4 +1,4 @@
-"""Name tables: which PyTorch tensor is which of our parameters, read in both directions.
+"""Name tables: which PyTorch tensor is which of our parameters, used in both directions.
 
 A table is a list of Entry. The transforms only move axes, so a round trip is exact to the bit."""
 
@@ -46,7 +46,7 @@ class Entry:
         return "{}" in self.torch
 
     def torch_names(self, shape: tuple[int, ...]) -> list[str]:
-        """The tensors that our array of that shape is made of."""
+        """The tensors that make up our array of that shape."""
         return [self.torch.format(layer) for layer in range(shape[0])] if self.stacked else [self.torch]
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -97,7 +97,7 @@ def require_match(
 ) -> None:
     """Raises WeightMismatch listing every missing, unexpected and wrongly shaped name.
 
-    theirs: {torch name: shape}; ours: {path: shape}; names that ``ignore`` accepts may be there or not."""
+    theirs: {torch name: shape}; ours: {path: shape}; names that ``ignore`` accepts are optional."""
     problems, known = [], set()
     for entry in table:
         shape, want = ours[entry.path], entry.torch_shape(ours[entry.path])

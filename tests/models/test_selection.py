@@ -117,7 +117,7 @@ def test_a_tower_without_cls_and_settings_that_cannot_work_are_refused():
     siglip = VisionConfig(family="siglip", image_size=64, patch_size=8, width=32, layers=3, heads=2, mlp_width=64)
     with pytest.raises(ConfigError, match="a siglip tower has no CLS token"):
         features(system_config(name="fastervlm", **CFG), siglip)
-    with pytest.raises(ConfigError, match="PruMerge reads queries and keys of the layer after it"):
+    with pytest.raises(ConfigError, match="PruMerge needs queries and keys of the layer after it"):
         systems.needs(system_config(name="prumerge", select_layer=-1, **CFG), 3)
     with pytest.raises(ConfigError, match="prumerge keeps 1 to 63 patches"):
         systems.budgets(system_config(name="prumerge", keep_ratio=0.0, tokens=(65,), **CFG))

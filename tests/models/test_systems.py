@@ -166,7 +166,7 @@ def test_a_state_dict_tells_its_system_and_settings(name):
 
 def test_quecc_without_a_question_says_so():
     cfg = small("quecc")
-    with pytest.raises(ValueError, match="quecc reads each image's question"):
+    with pytest.raises(ValueError, match="quecc uses each image's question"):
         systems.project(systems.init_params(cfg, jax.random.key(0)), cfg, golden.features(cfg))
 
 
@@ -177,8 +177,8 @@ def test_quecc_without_a_question_says_so():
         ("mqt", dict(queries=15), "queries=15; mqt needs a square"),
         ("mqt", dict(tokens=(17,)), "mqt makes 1 to projector.queries=16"),
         ("resampler", dict(queries=15), "resampler needs a square"),
-        ("quecc", dict(scale_factor=(2, 4)), "quecc's weights serve one scale factor"),
-        ("honeybee_d", dict(scale_factor=(2, 4)), "honeybee_d's weights serve one scale factor"),
+        ("quecc", dict(scale_factor=(2, 4)), "quecc takes one scale factor"),
+        ("honeybee_d", dict(scale_factor=(2, 4)), "honeybee_d takes one scale factor"),
         ("honeybee_d", dict(embed_width=64), "it is a setting of delta, token_packer, quecc, honeybee_c"),
     ],
 )

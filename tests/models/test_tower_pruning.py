@@ -210,7 +210,7 @@ def test_training_brings_the_share_to_the_ratio():
 
 @pytest.mark.parametrize("name", ["evit", "dynamicvit"])
 def test_settings_that_cannot_work_are_refused(name):
-    with pytest.raises(ConfigError, match="prune_layers=\\(6, 12, 18\\); the tower is read after 4 layers"):
+    with pytest.raises(ConfigError, match="prune_layers=\\(6, 12, 18\\); expected layers below 4"):
         systems.needs(system_config(name=name, grid=8, select_layer=-1), 4)
     with pytest.raises(ConfigError, match="expected ascending layers"):
         system_config(name=name, prune_layers=(2, 1))

@@ -76,7 +76,7 @@ def refusal(name: str, q, k, mask: AttentionMask | None) -> str | None:
 
 
 def choose(q, k, mask: AttentionMask | None) -> str:
-    """The automatic choice for arrays of these shapes and dtypes; a rejected kernel is logged once."""
+    """The automatic choice for arrays of these shapes and dtypes; logs a rejected kernel once."""
     name, least = AUTOMATIC.get(devices.device()[0], ("xla", 0))
     if name == "xla" or q.shape[1] != k.shape[1] or k.shape[1] < least:
         return "xla"

@@ -61,7 +61,7 @@ def refusal(platform: str, kind: str, q, k, window: int) -> str | None:
 
 
 def choose(q, k, window: int) -> str:
-    """The automatic choice for arrays of these shapes and dtypes, "xla" or "pallas"; a rejected kernel is logged once."""
+    """The automatic choice, "xla" or "pallas", for arrays of these shapes and dtypes; logs a rejected kernel once."""
     platform, kind = devices.device()
     if platform not in ("tpu", "gpu"):
         return "xla"
