@@ -154,7 +154,7 @@ def test_the_choice(monkeypatch, caplog):
     on(monkeypatch)
     assert dispatch.choose(q, k, mask) == dispatch.choose(q, k, None) == "splash"
     assert dispatch.choose(q[:, :512], k[:, :512], mask) == "xla"
-    assert dispatch.choose(q[:, :1], k, AttentionMask(mask.allowed[:, :, :1])) == "xla"  # a token that is decoded
+    assert dispatch.choose(q[:, :1], k, AttentionMask(mask.allowed[:, :, :1])) == "xla"  # one decoded token
     assert not caplog.records
     for _ in range(2):
         assert dispatch.choose(q[..., :20], k[..., :20], mask) == "xla"

@@ -63,9 +63,9 @@ def test_measured_devices_take_the_kernel_where_it_was_faster(arrays, on, monkey
     calls = on("gpu", "NVIDIA H100 80GB HBM3")
     windowed_attention(*arrays)
     assert len(calls) == 1
-    windowed_attention(*draw(2, 2, 3, 2, 128, "float32")[:3])  # 9 keys a query
+    windowed_attention(*draw(2, 2, 3, 2, 128, "float32")[:3])  # 9 keys per query
     assert len(calls) == 1 and not caplog.records
-    windowed_attention(*arrays, window=2)  # 16 keys, but two queries a window
+    windowed_attention(*arrays, window=2)  # 16 keys, but two queries per window
     assert len(calls) == 1 and "windows of one query, not 2 x 2" in caplog.text
 
 
@@ -104,7 +104,10 @@ def test_what_cannot_run_is_refused(on, platform, kind, change, message):
 
 
 def test_unknown_implementations_and_shapes_are_refused(arrays):
-    (q, k, v), windowed_attention = arrays, inspect.unwrap(dispatch.windowed_attention)  # as it is outside of tests
+    (q, k, v), windowed_attention = (
+        arrays,
+        inspect.unwrap(dispatch.windowed_attention),
+    )  # without the tests' type checks
     with pytest.raises(ValueError, match='expected "xla", "pallas" or None'):
         windowed_attention(q, k, v, implementation="triton")
     with pytest.raises(ValueError, match=r"expected q \[B, gq, gq, H, D\]"):

@@ -35,10 +35,10 @@ def random_qkv(query_side, grid, heads=2, width=8):
     [
         (6, 3, 1),
         (8, 2, 2),
-        (8, 2, 4),  # one window: every query sees the whole grid
-        (4, 1, 1),  # s = 1: one key a query, so the output is v
+        (8, 2, 4),  # one window: every query attends to the whole grid
+        (4, 1, 1),  # s = 1: one key per query, so the output is v
         (4, 1, 2),
-        (6, 6, 1),  # s = g: one query that sees everything
+        (6, 6, 1),  # s = g: one query that attends to everything
     ],
 )
 def test_reference_equals_brute_force(grid, scale_factor, window):

@@ -88,8 +88,8 @@ def test_cached_decoding_equals_the_uncached_forward():
     np.testing.assert_array_equal(cache.length, LENGTHS + 4)  # padding is overwritten
 
 
-def test_a_dead_step_leaves_no_trace():
-    """A row whose step has segment 0 goes on as if the step had not been; its neighbours do not notice."""
+def test_a_step_of_padding_changes_nothing():
+    """A row ignores a step with segment 0, and its neighbours are not affected."""
     inputs = [random_hidden(n + 2, seed=n) for n in LENGTHS]
     expected = [alone(x) for x in inputs]
     hidden, cache = run(*prompts(inputs), decoder.init_cache(CFG, rows=3, capacity=CAPACITY))
@@ -166,8 +166,8 @@ def test_slices_of_layers_equal_all():
     assert [len(cache.k) for cache in caches] == [1, 2]
 
 
-def test_packed_conversations_do_not_see_each_other():
-    """Two in a row are as each alone, and changing one leaves the other's hidden states bit-identical."""
+def test_packed_conversations_do_not_attend_to_each_other():
+    """Two packed ones equal each alone, and changing one leaves the other's hidden states bit-identical."""
     x, segments = random_hidden(1, 12), np.array([[1] * 4 + [2] * 6 + [0] * 2])
     packed, parts = forward(x, segments), (slice(0, 4), slice(4, 10))
     for one in parts:
@@ -181,7 +181,7 @@ def test_packed_conversations_do_not_see_each_other():
 
 
 def test_padding_changes_nothing():
-    """Padding at the end and in the middle of a conversation, whatever they hold."""
+    """Padding at the end and in the middle of a conversation, whatever it holds."""
     x, live = random_hidden(1, 12), np.array([[1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 0]]) > 0
     padded = forward(x, live)
     close(padded[live], alone(x[live]))
@@ -191,7 +191,7 @@ def test_padding_changes_nothing():
 
 
 def test_causality():
-    """A changed token leaves all before it bit-identical and reaches itself and all after."""
+    """Changing a token leaves all before it bit-identical and changes itself and all after."""
     x, segments = random_hidden(1, 12), np.ones((1, 12), int)
     before = forward(x, segments)
     for at in range(12):

@@ -69,7 +69,7 @@ def both(request):
 
 
 def test_hidden_states(both):
-    """run(0, k) for every k is their hidden state k; their last one is normed."""
+    """forward(0, k) for every k is their hidden state k; their last one is normed."""
     ours, theirs = both
     assert len(ours["hidden"]) == len(theirs["hidden"]) == SIZES["layers"] + 1
     for k, (mine, reference) in enumerate(zip(ours["hidden"], theirs["hidden"], strict=True)):

@@ -51,7 +51,7 @@ def answers(cfg):
 
 @pytest.mark.parametrize("keep", [288, 144, 64, 36, 16, 4, 1])
 def test_golden(keep):
-    logits = golden.inputs("fastv_attn_logits", (1, 8, 652, 652))[0, :, -1]  # the last row sees everything
+    logits = golden.inputs("fastv_attn_logits", (1, 8, 652, 652))[0, :, -1]  # the last token attends to everything
     scores = np.asarray(jax.nn.softmax(logits, axis=-1)).mean(0)[None]
     expected = golden.outputs("fastv")
     np.testing.assert_allclose(scores[0], expected["last_row_mean"], rtol=1e-5)

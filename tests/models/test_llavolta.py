@@ -20,7 +20,7 @@ CFG = compose(VISION, DECODER, dict(name="mlp"), dtype="float32")
 PARAMS = random_params(vlm.init_params, CFG)
 RNG = np.random.default_rng(1)
 TALKS = [conversation(RNG, 9, images=1), conversation(RNG, 8, images=1), conversation(RNG, 7)]
-BATCH = pack([TALKS[:2], [TALKS[1], TALKS[2]]], T, I)  # the second row leaves an image place unused
+BATCH = pack([TALKS[:2], [TALKS[1], TALKS[2]]], T, I)  # the second row has an unused image place
 PHASES = ((8, 2), (2, 2), (2, 1), (1, 0))
 
 
@@ -43,7 +43,7 @@ def test_stride_one_changes_nothing():
 
 @pytest.mark.parametrize("stride, layer", [(8, 2), (2, 1), (16, 0), (4, 3)])
 def test_pooling_by_hand(stride, layer):
-    """Each conversation alone, its image's states averaged in numpy, run on by the decoder."""
+    """Each conversation alone, its image's states averaged in numpy, then through the other layers."""
     found, rows, _ = jax.jit(lambda p, b: vlm.hidden_states(p, CFG, b, pooling=(stride, layer)))(PARAMS, BATCH)
     weights = PARAMS["decoder"]
     for row, talks in enumerate([TALKS[:2], [TALKS[1], TALKS[2]]]):

@@ -84,7 +84,7 @@ def test_hidden_states(cfg):
 
 
 def test_encode_returns_what_is_needed(clip):
-    """last, levels in the order asked for, attention and keys of layers before, at and after ``last``."""
+    """last, levels in the given order, attention and keys of layers before, at and after ``last``."""
     model, theirs, params, encode = clip
     needs = (
         Needs(last=2),
