@@ -156,7 +156,7 @@ def test_a_system_that_reads_the_cls_token_is_not_composed_with_a_siglip_tower(t
 @pytest.mark.parametrize(
     ("system", "settings", "words"),
     [
-        ("prumerge", "select_layer=-1", "reads queries and keys of the layer after it"),
+        ("prumerge", "select_layer=-1", "needs queries and keys of the layer after it"),
         ("evit", "prune_layers=(1,)", "expected layers below 1"),
         ("dynamicvit", "prune_layers=(5,)", "expected layers below 1"),
     ],
