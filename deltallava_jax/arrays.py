@@ -1,8 +1,8 @@
-"""What the annotations of shapes take for an array."""
+"""The array type of the shape annotations."""
 
 from __future__ import annotations
 
 import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray | jax.ShapeDtypeStruct  # jax's, traced or not; numpy's on the host; a shape alone
+Array = jax.Array | np.ndarray | jax.ShapeDtypeStruct  # on the device or traced; on the host; a shape without data

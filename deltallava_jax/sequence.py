@@ -1,8 +1,8 @@
 """Where an image's visual tokens go in a row of text: the one contract between the data and the models.
 
 The data pipeline writes one placeholder (token id 0) per image and never knows how many visual tokens a model makes
-of it. On the device, ``layout`` opens each placeholder into V slots. Shapes: B rows, T text tokens with placeholders,
-I image places a row, V visual tokens an image, S = T + I * (V - 1) slots.
+of it. On the device, ``layout`` opens each placeholder into V visual tokens. Shapes: B rows, T text tokens with
+placeholders, I image places per row, V visual tokens per image, S = T + I * (V - 1) tokens of an opened row.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ class Batch:
     """Rows of packed conversations, numpy on the host or jax on the device.
 
     tokens: token ids; 0 at an image's placeholder and in the padding.
-    loss_mask: True at tokens that are to be predicted.
+    loss_mask: True at tokens to predict.
     segments: 1, 2, ... for the conversations of a row, each a contiguous block; 0 is padding.
     image_positions: index into tokens of each image's placeholder, ascending; T where the place is unused.
-    images: pixels, normalised on the device; floats are normalised already.
-    questions: token ids of the question that belongs to each image, for systems that read it: its text by itself, BOS
-        first; -1 behind its end.
-    branches: within a conversation, 0 for what all its rounds share, 1, 2, ... for rounds that see the shared part but
-        not each other, as if each were asked alone; None: rounds see those before them.
+    images: uint8 pixels, normalised on the device, or floats, normalised already.
+    questions: token ids of each image's question, for systems that use it: its text alone, BOS first, padded with -1.
+    branches: within a conversation, 0 for the part that all rounds share, 1, 2, ... for rounds that attend to the
+        shared part but not to each other; None: each round attends to those before it.
     """
 
     tokens: Int[Array, "B T"]
@@ -54,7 +53,7 @@ class Batch:
         make=jax.ShapeDtypeStruct,
     ) -> Batch:
         """The batch of B = rows, T = text, I = images, H = W = size and Q = question with make(shape, dtype) for each
-        array; size 0: images are given encoded; question 0: none are read."""
+        array; size 0: the images are encoded already; question 0: no questions."""
 
         def ints(*shape: int):
             return make((rows, *shape), np.int32)
@@ -73,7 +72,7 @@ class Batch:
     def empty(
         cls, rows: int, text: int, images: int, size: int = 0, *, question: int = 0, branches: bool = False
     ) -> Batch:
-        """A numpy batch of these ``shapes`` to be filled: all is padding, and no image place is used."""
+        """A numpy batch of these ``shapes``, all padding, with no image place in use."""
         batch = cls.shapes(rows, text, images, size, question=question, branches=branches, make=np.zeros)
         batch.image_positions[:] = text
         if question:
@@ -84,15 +83,15 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Layout:
-    """What each of a row's S slots holds.
+    """What stands at each of a row's S positions.
 
-    positions: rotary position, counted over live slots, restarting in each segment; a branch goes on from the shared
+    positions: rotary positions, restarting in each segment; they skip padding, and a branch continues from the shared
         part.
-    segments: the conversation of a live slot; 0 for padding and for visual slots that hold no token.
-    is_visual: the slot belongs to an image.
+    segments: the token's conversation; 0 for padding and for visual tokens that do not exist.
+    is_visual: the token belongs to an image.
     text_index, visual_index: where to gather from, in [0, T) and in [0, I * V); in range everywhere.
-    targets, loss_mask: the token to predict at this slot and whether it counts.
-    branches: of each slot, as in Batch.
+    targets, loss_mask: the token to predict from here and whether it counts.
+    branches: as in Batch.
     """
 
     positions: Int[Array, "B S"]
@@ -106,28 +105,28 @@ class Layout:
 
 
 def layout(batch: Batch, valid: Bool[Array, "B I V"] | None, V: int) -> Layout:
-    """Opens each image's placeholder into V slots.
+    """Opens each image's placeholder into V visual tokens.
 
-    valid says which of an image's V tokens exist (None: all). Pure; V is static. A target is the next live slot's
-    token of the same conversation, whatever dead slots lie between."""
+    valid: which of an image's V tokens exist (None: all). Pure; V is static. A target is the next token of the same
+    conversation, padding skipped."""
     B, T = batch.tokens.shape
     I = batch.image_positions.shape[1]
     S = T + I * (V - 1)
-    slots = jnp.arange(S)
+    index = jnp.arange(S)
 
-    # First slot of each image; unused places start past the end.
+    # First row position of each image; unused places start past the end.
     starts = jnp.where(batch.image_positions < T, batch.image_positions + jnp.arange(I) * (V - 1), S)
-    opened = (slots[None, :, None] >= starts[:, None, :]).sum(-1)  # images that began at or before each slot
+    opened = (index[None, :, None] >= starts[:, None, :]).sum(-1)  # images that begin at or before each position
     image = jnp.maximum(opened - 1, 0)
     if I:
-        offset = slots - jnp.take_along_axis(starts, image, axis=1)
+        offset = index - jnp.take_along_axis(starts, image, axis=1)
     else:
         offset = jnp.full((B, S), V)
     is_visual = (opened > 0) & (offset < V)
     visual_index = jnp.where(is_visual, image * V + offset, 0)
 
-    # Text slots count each image passed as V slots of the row but one token of the text.
-    text_index = slots - opened * (V - 1)
+    # An image before a text token takes V positions of the row, but one of the text.
+    text_index = index - opened * (V - 1)
     inside = text_index < T
     text_index = jnp.clip(text_index, 0, T - 1)
     if I:
@@ -140,11 +139,12 @@ def layout(batch: Batch, valid: Bool[Array, "B I V"] | None, V: int) -> Layout:
     if valid is not None and I:
         live &= ~is_visual | jnp.take_along_axis(valid.reshape(B, I * V), visual_index, axis=1)
 
-    # Live slots before each slot, less those before its conversation began.
+    # Rotary positions: tokens before each position, padding skipped, less those before its conversation.
     before = jnp.cumsum(live, axis=1) - live
     begins = conversation != jnp.pad(conversation, ((0, 0), (1, 0)))[:, :-1]
 
-    def latest(flags):  # of ``before``, at the last flag up to each slot
+    def latest(flags):
+        """``before`` at the last flag up to each position."""
         return jax.lax.cummax(jnp.where(flags, before, 0), axis=1)
 
     positions = before - latest(begins)
@@ -154,13 +154,13 @@ def layout(batch: Batch, valid: Bool[Array, "B I V"] | None, V: int) -> Layout:
         left = jnp.pad(branches, ((0, 0), (1, 0)))[:, :-1]
         branch_begins = (branches > 0) & (begins | (branches != left))
         shared_ends = branch_begins & (begins | (left == 0))
-        # In a branch: the length of the shared part, then the slots since the branch began.
+        # In a branch: the length of the shared part, then the tokens since the branch began.
         alone = latest(shared_ends) - latest(begins) + before - latest(branch_begins)
         positions = jnp.where(branches > 0, alone, positions)
     positions = jnp.where(live, positions, 0)
 
-    # The next live slot: a minimum over the slots to the right.
-    following = jax.lax.cummin(jnp.where(live, slots, S), axis=1, reverse=True)
+    # The next token, padding skipped: a minimum over the positions to the right.
+    following = jax.lax.cummin(jnp.where(live, index, S), axis=1, reverse=True)
     following = jnp.pad(following, ((0, 0), (0, 1)), constant_values=S)[:, 1:]
     exists = following < S
     following = jnp.minimum(following, S - 1)
@@ -187,14 +187,14 @@ def layout(batch: Batch, valid: Bool[Array, "B I V"] | None, V: int) -> Layout:
 
 
 def text_layout(positions: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Layout:
-    """The layout of slots that hold text alone and predict nothing: tokens appended while decoding."""
+    """The layout of text tokens without targets: those appended while decoding."""
     zeros = jnp.zeros_like(positions)
     none = jnp.zeros_like(positions, bool)
     return Layout(positions, segments, none, zeros, zeros, zeros, none)
 
 
 def budget_at(seed: int, step: int, budgets: tuple[int, ...]) -> int:
-    """The budget (visual tokens an image) of a training step, uniform over ``budgets``; the same on every host."""
+    """The budget (visual tokens per image) of a training step, uniform over ``budgets``; the same on every host."""
     if len(budgets) == 1:
         return budgets[0]
     return budgets[int(np.random.default_rng((seed, step)).integers(len(budgets)))]

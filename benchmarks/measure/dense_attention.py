@@ -49,8 +49,8 @@ def step(case: Case, mode: str, implementation: str):
     from deltallava_jax.kernels.attention import attention, causal
 
     def run(q, k, v, do, segments):
-        seen = causal(segments) if case.segments else None
-        function = functools.partial(attention, seen=seen, implementation=implementation)
+        mask = causal(segments) if case.segments else None
+        function = functools.partial(attention, mask=mask, implementation=implementation)
         if mode == "forward":
             return function(q, k, v), k, v, do, segments
         out, pull = jax.vjp(function, q, k, v)

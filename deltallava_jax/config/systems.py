@@ -23,7 +23,7 @@ class ProjectorConfig:
     grid: int = 24  # patches a side of the tower's output
     in_width: int = 1024  # the tower's width
     out_width: int = 4096  # the decoder's width
-    select_layer: int = -2  # the tower's hidden state that is read, from the end: -1 is the last
+    select_layer: int = -2  # the tower's hidden state, from the end: -1 is the last
 
     def __post_init__(self):
         own = type(self).name

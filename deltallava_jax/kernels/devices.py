@@ -1,4 +1,4 @@
-"""What the choice of a kernel asks: which devices are compiled for, and how a mesh divides the arrays."""
+"""The facts behind the choice of a kernel: the target device, and how a mesh divides the arrays."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from jax.sharding import PartitionSpec as P
 
 from deltallava_jax.config import ROW_AXES
 
-HEADS_AXIS = "tensor"  # the mesh axis that shares the heads of the towers' and decoders' attention
+HEADS_AXIS = "tensor"  # the mesh axis that divides the attention heads of towers and decoders
 
 
 def device() -> tuple[str, str]:
-    """(platform, kind) of the devices that are compiled for: the mesh's in use, else jax's first."""
+    """(platform, kind) of the target device: that of the mesh in use, else jax's first."""
     found = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return found.platform, found.device_kind
 
 
 @functools.lru_cache(maxsize=64)
-def say(message: str) -> None:
+def log_once(message: str) -> None:
     """Logs a message once."""
     logging.getLogger(__name__).warning(message)
 
 
 def axes() -> dict[str, int]:
-    """Axes of the mesh in use that a kernel has to be divided over by hand: none on one device or within shard_map."""
+    """Axes of the mesh in use that a kernel must be divided over; none on one device or within shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return {}
@@ -36,7 +36,7 @@ def axes() -> dict[str, int]:
 
 
 def indivisible(rows: int, *heads: int) -> str | None:
-    """Why so many rows, and heads if they are shared, do not divide over the mesh in use; None where they do."""
+    """Why so many rows, and heads if any, do not divide over the mesh in use; None where they do."""
     sizes = axes()
     shards = math.prod(size for name, size in sizes.items() if name in ROW_AXES)
     if rows % shards:
@@ -48,14 +48,14 @@ def indivisible(rows: int, *heads: int) -> str | None:
 
 
 def rows_spec(ndim: int = 1, heads_at: int | None = None) -> P:
-    """How arrays [B, ...] lie on the mesh in use: rows divided, and heads if they are shared, at axis ``heads_at``."""
+    """The PartitionSpec of arrays [B, ...] on the mesh in use: rows divided, and heads at axis ``heads_at``, if any."""
     names = axes()
     heads = HEADS_AXIS if heads_at and names.get(HEADS_AXIS, 1) > 1 else None
     return P(tuple(n for n in names if n in ROW_AXES), *(heads if i == heads_at else None for i in range(1, ndim)))
 
 
 def per_device(function, in_specs, out_specs):
-    """``function`` of each device's own part: XLA cannot divide a kernel that it does not know."""
+    """``function`` applied to each device's shard: XLA cannot partition a custom kernel."""
     if not axes():
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -1,10 +1,10 @@
 """A Llama-architecture decoder: RMSNorm, rotary positions, grouped key heads, gated MLP.
 
 Training stacks the layers and scans over them; ``unstacked`` gives them one by one, as inference takes them. Any slice
-of the layers can be run on its own, with or without a key-value cache, so that a system may select or pool hidden
-states in between. What attends to what is decided by the layout: a slot sees the slots before it of its own segment
-(and of its own branch or the shared part, where the rounds of a conversation are independent); segment 0 (padding,
-visual slots without a token) is seen by nobody.
+of the layers can be applied alone, with or without a key-value cache, so that a system may select or pool hidden
+states in between. The layout decides the attention: a token attends to itself and the tokens before it of its own
+segment (and of its own branch or the shared part, where the rounds of a conversation are independent); nothing attends
+to segment 0 (padding, visual tokens that do not exist).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from deltallava_jax.arrays import Array
 from deltallava_jax.config import DecoderConfig
-from deltallava_jax.kernels.attention import Seen, attention, causal
+from deltallava_jax.kernels.attention import AttentionMask, attention, causal
 from deltallava_jax.models.layers import (
     REMAT,
     Linear,
@@ -37,15 +37,16 @@ from deltallava_jax.models.layers import (
 )
 from deltallava_jax.sequence import Layout
 
-MATRICES = ("kernel", "embedding")  # the last names of what is multiplied with; the rest are norms and biases
+MATRICES = ("kernel", "embedding")  # the last names of matrices' paths; the rest are norms and biases
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of a slice of the layers, an array a layer; of a row's C slots the first ``length`` are written.
+    """Keys and values of a slice of the layers, one array per layer; of a row's C positions the first ``length`` are
+    written.
 
-    live: of the written slots, those that hold a token; padding and missing visual tokens are seen by nobody."""
+    live: the written positions that hold a token; padding and missing visual tokens are not attended to."""
 
     k: tuple[Float[Array, "B C G D"], ...]
     v: tuple[Float[Array, "B C G D"], ...]
@@ -83,8 +84,10 @@ class Layer(nnx.Module):
         self.down = make(cfg.mlp_width, width)
         self.head_dim = cfg.head_dim
 
-    def __call__(self, x: Float[Array, "B S d"], rotary: tuple[Array, Array], seen: Seen) -> Float[Array, "B S d"]:
-        return self.feed(self.attend(x, *self.heads(x, rotary), seen))
+    def __call__(
+        self, x: Float[Array, "B S d"], rotary: tuple[Array, Array], mask: AttentionMask
+    ) -> Float[Array, "B S d"]:
+        return self.feed(self.attend(x, *self.heads(x, rotary), mask))
 
     def heads(self, x: Float[Array, "B Q d"], rotary: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         """(queries [B, Q, H, D], keys and values [B, Q, G, D]); queries and keys are rotated."""
@@ -102,15 +105,15 @@ class Layer(nnx.Module):
         q: Float[Array, "B Q H D"],
         k: Float[Array, "B C G D"],
         v: Float[Array, "B C G D"],
-        seen: Seen,
+        mask: AttentionMask,
     ) -> Float[Array, "B Q d"]:
-        """The attention half: ``x`` and what its queries find in these keys and values."""
+        """The attention half, with its residual: these queries over these keys and values."""
         with jax.named_scope("attention"):
-            y = attention(q, k.astype(q.dtype), v.astype(q.dtype), seen)
+            y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask)
             return x + self.o(rearrange(y, "b t h d -> b t (h d)"))
 
     def feed(self, x: Float[Array, "B Q d"]) -> Float[Array, "B Q d"]:
-        """The MLP half."""
+        """The MLP half, with its residual."""
         with jax.named_scope("mlp"):
             y = self.mlp_norm(x)
             return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
@@ -181,9 +184,9 @@ def rotate(x: Float[Array, "B S H D"], rotary: tuple[Array, Array]) -> Float[Arr
 def unstacked(params: Params, cfg: DecoderConfig, dtype=None, *, donate: bool = False) -> Params:
     """The same decoder for inference: ``layers`` a tuple, matrices [out, in] and in ``dtype`` (their own for None).
 
-    A scan reads each layer's weights twice, once to slice them from the stack. Every function here takes either form;
-    what trains is the stacked one. donate: each stack is deleted as soon as its layers are taken out of it, so that
-    little more than one decoder is ever in memory."""
+    A scan loads each layer's weights twice, once to slice them from the stack. Every function here takes either form;
+    training needs the stacked one. donate: delete each stack once its layers are copied out, so that memory holds
+    little more than one decoder."""
     if isinstance(params["layers"], tuple):
         return params
 
@@ -214,34 +217,34 @@ def _taken(stack: Array, index: int | Int[Array, ""], turn: bool, dtype) -> Arra
 
 
 def layer(params: Params, cfg: DecoderConfig, index: int) -> Layer:
-    """One layer, ready to be called."""
+    """One layer, ready to call."""
     if isinstance(params["layers"], tuple):
         return bind(UnstackedLayer, cfg, params["layers"][index])
     return bind(Layer, cfg, jax.tree.map(lambda x: x[index], params["layers"]))
 
 
-def init_cache(cfg: DecoderConfig, rows: int, slots: int, dtype=jnp.float32, layers: int | None = None) -> Cache:
-    """An empty cache for ``rows`` rows of at most ``slots`` slots, for that many layers (all by default)."""
-    shape = (rows, slots, cfg.kv_heads, cfg.head_dim)
+def init_cache(cfg: DecoderConfig, rows: int, capacity: int, dtype=jnp.float32, layers: int | None = None) -> Cache:
+    """An empty cache for ``rows`` rows of at most ``capacity`` tokens, for that many layers (all by default)."""
+    shape = (rows, capacity, cfg.kv_heads, cfg.head_dim)
     count = cfg.layers if layers is None else layers
     return Cache(
         k=tuple(jnp.zeros(shape, dtype) for _ in range(count)),
         v=tuple(jnp.zeros(shape, dtype) for _ in range(count)),
-        live=jnp.zeros((rows, slots), bool),
+        live=jnp.zeros((rows, capacity), bool),
         length=jnp.zeros(rows, jnp.int32),
     )
 
 
 def append(cache: Array, new: Array, at: Int[Array, " B"]) -> Array:
-    """new [B, Q, ...] written into cache [B, C, ...], in each row from its own slot ``at``; C must have room."""
+    """new [B, Q, ...] written into cache [B, C, ...], in each row from its own position ``at``, as far as C goes."""
     if cache.shape[0] == 1:  # a slice is written in place on every backend, a scatter is slower on CPUs
         return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), at[0], axis=1)
     rows = jnp.arange(cache.shape[0])[:, None]
-    slots = at[:, None] + jnp.arange(new.shape[1])
-    return cache.at[rows, slots].set(new.astype(cache.dtype), mode="drop")
+    positions = at[:, None] + jnp.arange(new.shape[1])
+    return cache.at[rows, positions].set(new.astype(cache.dtype), mode="drop")
 
 
-def run(
+def forward(
     params: Params,
     cfg: DecoderConfig,
     hidden: Float[Array, "B Q d"],
@@ -254,40 +257,40 @@ def run(
 ) -> tuple[Float[Array, "B Q d"], Cache | None]:
     """Hidden state ``layers[0]`` -> hidden state ``layers[1]`` (all layers by default), without the final norm.
 
-    layout gives the positions and segments of the Q slots. With a cache of this slice of layers, the slots of each row
-    are appended to it and see what it holds; the cache must have room for them, and dead slots at the end of the Q are
-    overwritten by the next. fresh: the cache is empty, so the slots see each other alone. remat: what the backward pass
-    computes again, without a cache. Returns (hidden, the cache or None)."""
+    layout: rotary positions and segments of the Q tokens. With a cache of this slice of layers, the tokens are appended
+    to it and attend to what it holds; it must have the capacity, and the next call overwrites padding at the end of
+    the Q. fresh: the cache is empty, so the tokens attend to each other alone. remat: what the backward pass
+    recomputes, without a cache. Returns (hidden, the cache or None)."""
     first, last = layers or (0, cfg.layers)
     with jax.named_scope(f"decoder_layers_{first}_{last}"):
         if cache is None:
-            return _run_rows(params, cfg, hidden, layout, range(first, last), remat), None
-        return _run_cached(params, cfg, hidden, layout, range(first, last), cache, fresh)
+            return _forward_rows(params, cfg, hidden, layout, range(first, last), remat), None
+        return _forward_cached(params, cfg, hidden, layout, range(first, last), cache, fresh)
 
 
-def _run_rows(
+def _forward_rows(
     params: Params, cfg: DecoderConfig, hidden: Float[Array, "B S d"], layout: Layout, layers: range, remat: str
 ) -> Float[Array, "B S d"]:
-    """Whole rows through these layers: a scan over stacked layers, one after the other where they are unstacked."""
+    """Whole rows through these layers: a scan over stacked layers, a loop over unstacked ones."""
     rotary = rotary_angles(layout.positions, cfg)
-    seen = causal(layout.segments)
+    mask = causal(layout.segments)
     if layout.branches is not None:
         own = layout.branches[:, :, None]
         keys = layout.branches[:, None, :]
-        seen = Seen(seen.mask & ((keys == 0) | (keys == own))[:, None])
+        mask = AttentionMask(mask.allowed & ((keys == 0) | (keys == own))[:, None])
     if isinstance(params["layers"], tuple):
         for index in layers:
-            hidden = layer(params, cfg, index)(hidden, rotary, seen)
+            hidden = layer(params, cfg, index)(hidden, rotary, mask)
         return hidden
 
     def body(x, weights):
-        return by_rows(bind(Layer, cfg, weights)(by_rows(x), rotary, seen)), None
+        return by_rows(bind(Layer, cfg, weights)(by_rows(x), rotary, mask)), None
 
     stack = jax.tree.map(lambda x: x[layers.start : layers.stop], params["layers"])
     return jax.lax.scan(REMAT[remat](body), hidden, stack)[0]
 
 
-def _run_cached(
+def _forward_cached(
     params: Params,
     cfg: DecoderConfig,
     hidden: Float[Array, "B Q d"],
@@ -296,19 +299,21 @@ def _run_cached(
     cache: Cache,
     fresh: bool,
 ) -> tuple[Float[Array, "B Q d"], Cache]:
-    """The next slots of each row through these layers: prefill (``fresh``), or what follows what the cache holds."""
+    """The next tokens of each row through these layers: prefill (``fresh``), or continue what the cache holds."""
     if layout.branches is not None:
-        raise ValueError("branches are for whole rows; a cache holds one continuous text a row")
+        raise ValueError(
+            "a layout with branches is for whole rows without a cache: a cache holds one continuous text per row"
+        )
     rotary = rotary_angles(layout.positions, cfg)
     start = cache.length
     count = hidden.shape[1]
     new = layout.segments > 0
     live = append(cache.live, new, start)
     if fresh:
-        seen = causal(new.astype(jnp.int32))
+        mask = causal(new.astype(jnp.int32))
     else:
         before = jnp.arange(live.shape[1]) <= start[:, None, None] + jnp.arange(count)[:, None]
-        seen = Seen((live[:, None] & before)[:, None])
+        mask = AttentionMask((live[:, None] & before)[:, None])
     keys, values = list(cache.k), list(cache.v)
     for place, index in enumerate(layers):
         block = layer(params, cfg, index)
@@ -317,7 +322,7 @@ def _run_cached(
         values[place] = append(values[place], v, start)
         if not fresh:
             k, v = keys[place], values[place]
-        hidden = block.feed(block.attend(hidden, q, k, v, seen))
+        hidden = block.feed(block.attend(hidden, q, k, v, mask))
     used = jnp.where(new.any(1), count - jnp.argmax(new[:, ::-1], axis=1), 0).astype(jnp.int32)
     return hidden, Cache(tuple(keys), tuple(values), live, start + used)
 
@@ -328,23 +333,25 @@ def attention_row(
     hidden: Float[Array, "B S d"],
     layout: Layout,
     index: int,
-    slot: Int[Array, " B"],
+    position: Int[Array, " B"],
 ) -> Float[Array, "B S"]:
-    """Attention of one slot a row in one layer, averaged over the heads; hidden: that layer's input."""
+    """Attention of one token per row in one layer, averaged over the heads.
+
+    hidden: that layer's input. position: the token's row position."""
     block = layer(params, cfg, index)
     rotary = rotary_angles(layout.positions, cfg)
     y = block.attention_norm(hidden)
 
     def at(x: Shaped[Array, "B S ..."]) -> Shaped[Array, "B 1 ..."]:
-        return jnp.take_along_axis(x, slot.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
+        return jnp.take_along_axis(x, position.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
 
     q = rotate(split_heads(block.q(at(y)), cfg.head_dim), jax.tree.map(at, rotary))
     k = rotate(split_heads(block.k(y), cfg.head_dim), rotary)
     q = rearrange(q, "b 1 (g r) d -> b g r d", g=cfg.kv_heads)
     scores = jnp.einsum("bgrd,bsgd->bgrs", q, k, preferred_element_type=jnp.float32) * cfg.head_dim**-0.5
-    before = jnp.arange(layout.segments.shape[1]) <= slot[:, None]
-    seen = (before & (layout.segments == at(layout.segments)))[:, None, None]
-    return jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).mean((1, 2))
+    before = jnp.arange(layout.segments.shape[1]) <= position[:, None]
+    mask = (before & (layout.segments == at(layout.segments)))[:, None, None]
+    return jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).mean((1, 2))
 
 
 def finish(params: Params, cfg: DecoderConfig, hidden: Float[Array, "... d"]) -> Float[Array, "... d"]:

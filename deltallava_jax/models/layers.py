@@ -1,7 +1,7 @@
 """Building blocks, and the bridge from NNX modules to pure functions over nested dicts.
 
 An NNX class defines parameters and forward code. ``init`` makes its parameters as a nested dict of arrays; ``bind``
-puts such a dict (the whole, or one layer of a stack) back behind the class for one call inside a traced function.
+attaches such a dict (the whole, or one layer of a stack) to the class for one call inside a traced function.
 Matrices are cast to the activations' dtype where they are used, so parameters can stay float32 while the compute is
 bfloat16; norms and softmax are computed in float32.
 """
@@ -58,7 +58,7 @@ REMAT: dict[str, Callable] = {
 
 
 def by_rows(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """Activations between two blocks: rows divided over the mesh, the rest whole. The identity where no mesh is set."""
+    """Activations between blocks: rows divided over the mesh, the rest whole. The identity without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(ROW_AXES, *(None,) * (x.ndim - 1)))
@@ -68,7 +68,7 @@ def by_rows(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
 
 
 def trunc_normal(std: float):
-    """Normal of that standard deviation cut at -2 and 2, as torch's trunc_normal_ with its default bounds."""
+    """Normal of that standard deviation, truncated to -2..2, as torch's trunc_normal_ with its default bounds."""
     bound = 2.0 / std
     return lambda key, shape: std * jax.random.truncated_normal(key, -bound, bound, shape)
 
@@ -107,14 +107,14 @@ class Linear(nnx.Module):
 
 
 def output_major(kernel: Float[Array, "D C"], rows: Float[Array, "R C"], dtype=None) -> Float[Array, "R D"]:
-    """rows @ kernel.T as kernel @ rows.T: for a few rows XLA's CPU matmul is then some twice as fast. The barrier keeps
-    the compiler from turning it round again. dtype: of the result, that of the rows by default."""
+    """rows @ kernel.T as kernel @ rows.T: for a few rows XLA's CPU matmul is then about twice as fast. The barrier
+    keeps the compiler from transposing it back. dtype: of the result, by default that of the rows."""
     product = jnp.matmul(kernel.astype(rows.dtype), rows.T, preferred_element_type=dtype or rows.dtype)
     return (product if len(rows) == 1 else jax.lax.optimization_barrier(product)).T
 
 
 class OutputMajor(Linear):
-    """Linear with its kernel turned to [out, in]."""
+    """Linear with its kernel transposed to [out, in]."""
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... D"]:
         y = output_major(self.kernel[...], x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
@@ -152,8 +152,8 @@ class RMSNorm(nnx.Module):
 def masked_attention(
     q: Float[Array, "B T H D"], k: Float[Array, "B T H D"], v: Float[Array, "B T H D"], kept: Float[Array, "B T"]
 ) -> Float[Array, "B T H D"]:
-    """Self-attention in which a token counts as much as ``kept`` (0 to 1) says, for itself always whole; gradients
-    reach ``kept`` (raoyongming/DynamicViT, softmax_with_policy)."""
+    """Self-attention in which ``kept`` (0 to 1) weights each token as a key, fully for itself; gradients reach
+    ``kept`` (raoyongming/DynamicViT, softmax_with_policy)."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     itself = jnp.eye(q.shape[1])
     counts = kept[:, None, None, :] * (1 - itself) + itself
@@ -208,7 +208,7 @@ def _linear(distance: np.ndarray) -> np.ndarray:
 
 
 def _cubic(distance: np.ndarray) -> np.ndarray:
-    """Keys' cubic convolution: one polynomial up to a distance of 1, another from there to 2."""
+    """Keys' cubic convolution kernel: one polynomial up to a distance of 1, another up to 2."""
     a, d = -0.75, distance
     near = (a + 2) * d**3 - (a + 3) * d**2 + 1
     far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a

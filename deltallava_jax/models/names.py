@@ -1,4 +1,4 @@
-"""Name tables: which PyTorch tensor is which of our parameters, read in both directions.
+"""Name tables: which PyTorch tensor is which of our parameters, used in both directions.
 
 A table is a list of Entry. The transforms only move axes, so a round trip is exact to the bit."""
 
@@ -46,7 +46,7 @@ class Entry:
         return "{}" in self.torch
 
     def torch_names(self, shape: tuple[int, ...]) -> list[str]:
-        """The tensors that our array of that shape is made of."""
+        """The tensors that make up our array of that shape."""
         return [self.torch.format(layer) for layer in range(shape[0])] if self.stacked else [self.torch]
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ def unflatten(flat: Mapping) -> Params:
     return tree
 
 
-def check(
+def require_match(
     table: list[Entry],
     theirs: Mapping[str, tuple[int, ...]],
     ours: Mapping[str, tuple[int, ...]],
@@ -97,7 +97,7 @@ def check(
 ) -> None:
     """Raises WeightMismatch listing every missing, unexpected and wrongly shaped name.
 
-    theirs: {torch name: shape}; ours: {path: shape}; names that ``ignore`` accepts may be there or not."""
+    theirs: {torch name: shape}; ours: {path: shape}; names that ``ignore`` accepts are optional."""
     problems, known = [], set()
     for entry in table:
         shape, want = ours[entry.path], entry.torch_shape(ours[entry.path])
@@ -118,9 +118,9 @@ def check(
 def from_torch(state: Mapping[str, np.ndarray], table: list[Entry], expected: Params, ignore=lambda name: False):
     """A torch state dict as our nested dict, float32; expected: the model's parameters or their shapes.
 
-    Raises WeightMismatch as ``check`` does."""
+    Raises WeightMismatch as ``require_match`` does."""
     ours = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
-    check(table, {name: np.shape(value) for name, value in state.items()}, ours, ignore)
+    require_match(table, {name: np.shape(value) for name, value in state.items()}, ours, ignore)
     flat = {}
     for entry in table:
         parts = [TRANSFORMS[entry.kind][0](np.asarray(state[name])) for name in entry.torch_names(ours[entry.path])]

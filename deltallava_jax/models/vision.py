@@ -1,4 +1,4 @@
-"""Vision towers of the CLIP and SigLIP architectures, run up to the layers that a projector needs."""
+"""Vision towers of the CLIP and SigLIP architectures, applied up to the last layer that a projector needs."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from deltallava_jax.models.layers import (
 
 @dataclass(frozen=True)
 class Needs:
-    """What a system asks of the tower. Hidden-state index i is the output of layer i; 0 is the embedding.
+    """What a system needs from the tower. Hidden-state index i is the output of layer i; 0 is the embedding.
 
     cls_attention: (layer, "head_mean" | "one_head"): attention of the CLS token to the patches in layer ``layer``
     (1-based), averaged over the heads, or as one head over the full width with scale width**-0.5 (PruMerge).
     keys: layer whose keys, before the head split, are returned.
-    pruned: layers, by index from 0, that the system runs itself, with fewer tokens behind them (see Prune)."""
+    pruned: layers, by index from 0, that the system applies itself and that drop patches (see Prune)."""
 
     last: int
     levels: tuple[int, ...] = ()
@@ -55,10 +55,11 @@ class VisionFeatures:
     """Features of n images; patches in row-major order over ``grid``, the CLS token left out.
 
     last: [n, N, C]; levels: [n, N, L * C], several layers concatenated on channels, or None;
-    cls_attention: [n, N] or None; keys: [n, N, C] or None. Of a tower that is pruned N is what is left of the patches.
-    places: [n, N], of a pruned tower: the patch that each one was, N of the whole tower for a token of many; else None.
-    kept: [n, N], 1 for a patch that is kept and 0 for one that is masked out, where a pruned tower trains; else None.
-    penalty: what pruning adds to the loss."""
+    cls_attention: [n, N] or None; keys: [n, N, C] or None.
+    A pruned tower returns the N patches that are left, with
+    places: [n, N], the index of each patch in the grid, grid^2 for a fused token; None without pruning;
+    kept: [n, N], in training, 1 for a patch that is kept and 0 for one that is masked out; else None;
+    penalty: a term of the loss."""
 
     last: Float[Array, "n N C"]
     levels: Float[Array, "n N LC"] | None = None
@@ -74,7 +75,7 @@ class Embeddings(nnx.Module):
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
         clip = cfg.family == "clip"
         pixels = cfg.patch_size**2 * 3
-        # From scratch the positions start as a 2-D sine-cosine table: neighbours are alike from the first step.
+        # A fresh tower starts with a 2-D sine-cosine table, in which neighbours are similar.
         table = jnp.asarray(sincos_table(cfg.grid, cfg.width))
         self.patch = Linear(pixels, cfg.width, bias=not clip, kernel_init=normal(pixels**-0.5), rngs=rngs)
         self.cls = nnx.Param(normal(cfg.width**-0.5)(rngs.params(), (cfg.width,))) if clip else None
@@ -122,7 +123,7 @@ class Layer(nnx.Module):
         return self.feed(self.attend(x, kept))
 
     def attend(self, x: Float[Array, "n N C"], kept: Float[Array, "n P"] | None = None) -> Float[Array, "n N C"]:
-        """The attention half. kept: how much each patch counts as a key."""
+        """The attention half, with its residual. kept: the weight of each patch as a key."""
         with jax.named_scope("attention"):
             y = self.attention_norm(x)
             split = lambda t: rearrange(t, "n t (h d) -> n t h d", h=self.heads)
@@ -134,7 +135,7 @@ class Layer(nnx.Module):
             return x + self.o(rearrange(y, "n t h d -> n t (h d)"))
 
     def feed(self, x: Float[Array, "n N C"]) -> Float[Array, "n N C"]:
-        """The MLP half."""
+        """The MLP half, with its residual."""
         with jax.named_scope("mlp"):
             return x + self.down(self.activation(self.up(self.mlp_norm(x))))
 
@@ -152,7 +153,7 @@ class Layer(nnx.Module):
 
 
 class FinalNorm(nnx.Module):
-    """CLIP's post-LayerNorm touches only the pooled CLS and is kept for exports; SigLIP's closes the last layer."""
+    """CLIP's post-LayerNorm applies to the pooled CLS alone, kept for exports; SigLIP's follows the last layer."""
 
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
         self.norm = LayerNorm(cfg.width, eps=cfg.norm_eps)
@@ -183,7 +184,7 @@ def embed(params: Params, cfg: VisionConfig, pixels: Float[Array, "n H W 3"]) ->
         return bind(Embeddings, cfg, params["embeddings"])(pixels)
 
 
-def run(
+def forward(
     params: Params,
     cfg: VisionConfig,
     hidden: Float[Array, "n N C"],
@@ -191,7 +192,7 @@ def run(
     remat: str = "none",
     kept: Float[Array, "n P"] | None = None,
 ) -> Float[Array, "n N C"]:
-    """Hidden state ``layers[0]`` -> hidden state ``layers[1]``, scanned. kept: how much each patch counts as a key."""
+    """Hidden state ``layers[0]`` -> hidden state ``layers[1]``, scanned. kept: the weight of each patch as a key."""
     first, last = layers
     stack = jax.tree.map(lambda x: x[first:last], params["layers"])
     body = REMAT[remat](lambda x, layer: (by_rows(bind(Layer, cfg, layer)(by_rows(x), kept)), None))
@@ -199,27 +200,27 @@ def run(
         return jax.lax.scan(body, hidden, stack)[0]
 
 
-class Stage(NamedTuple):
-    """What a system did in a layer that it ran itself.
+class PruningStep(NamedTuple):
+    """The result of a layer that a system applies itself.
 
-    stay: which of the patches before are left, and their number for a token of many; None: all are.
-    kept: how much each patch counts as a key in the layers after, where none goes while training.
-    penalty: what is added to the loss."""
+    stay: indices of the patches that stay among those before, their number for a fused token; None: all stay.
+    kept: the weight of each patch as a key in the later layers, in training, where patches are masked, not dropped.
+    penalty: a term of the loss."""
 
     stay: Int[Array, "n P"] | None = None
     kept: Float[Array, "n P"] | None = None
     penalty: Float[Array, ""] | float = 0.0
 
 
-# (stage, layer, its input [n, 1 + N, C], ``kept`` so far, None before the first stage) -> (its output, with CLS and as
-# many patches as are left, what was done)
-Prune = Callable[[int, Layer, Array, Array | None], tuple[Array, Stage]]
+# (number of the pruning step, layer, its input [n, 1 + N, C], ``kept`` so far, None before the first step)
+# -> (its output, CLS and the patches that are left, PruningStep)
+Prune = Callable[[int, Layer, Array, Array | None], tuple[Array, PruningStep]]
 
 
 def check_needs(cfg: VisionConfig, needs: Needs) -> None:
-    """ConfigError where a tower of this family has not what is asked of it."""
+    """ConfigError where a tower of this family lacks what is needed."""
     if (needs.cls_attention or needs.pruned) and cfg.family != "clip":
-        raise ConfigError(f"the projector reads the CLS token's attention; a {cfg.family} tower has no CLS token")
+        raise ConfigError(f"the projector needs the CLS token's attention; a {cfg.family} tower has no CLS token")
 
 
 def encode(
@@ -232,26 +233,29 @@ def encode(
     dtype=jnp.float32,
     remat: str = "none",
 ) -> VisionFeatures:
-    """Runs the tower no further than ``needs`` and returns just what it names.
+    """The features that ``needs`` names, from the tower up to the last layer needed.
 
-    images: uint8 pixels, or floats already normalised. prune: what runs the layers ``needs.pruned``."""
+    images: uint8 pixels, or floats already normalised. prune: applies the layers ``needs.pruned``."""
     check_needs(cfg, needs)
     pixels = normalize(images, cfg) if images.dtype == jnp.uint8 else images
     hidden = by_rows(embed(params, cfg, by_rows(pixels.astype(dtype))))
     skip = 1 if cfg.family == "clip" else 0
     wanted = {needs.last, *needs.levels}
     if needs.cls_attention is not None:
-        wanted.add(needs.cls_attention[0] - 1)  # a layer's attention and keys are made from its input
+        wanted.add(needs.cls_attention[0] - 1)  # a layer's attention and keys come from its input
     if needs.keys is not None:
         wanted.add(needs.keys - 1)
-    states, at = {}, 0
-    kept, penalty, places = None, 0.0, None
+    states = {}
+    at = 0
+    kept = places = None
+    penalty = 0.0
     if needs.pruned:
         places = jnp.broadcast_to(jnp.arange(cfg.grid**2), (hidden.shape[0], cfg.grid**2))
     layer = lambda index: bind(Layer, cfg, jax.tree.map(lambda x: x[index - 1], params["layers"]))
     for stop in sorted(wanted | set(needs.pruned)):
         if stop > at:
-            hidden, at = run(params, cfg, hidden, (at, stop), remat, kept), stop
+            hidden = forward(params, cfg, hidden, (at, stop), remat, kept)
+            at = stop
         if stop in wanted:
             states[stop] = hidden
         if stop in needs.pruned:
@@ -259,10 +263,11 @@ def encode(
                 body = REMAT[remat](functools.partial(prune, needs.pruned.index(stop), layer(stop + 1)))
                 hidden, done = body(hidden, kept)
             at = stop + 1
-            kept, penalty = done.kept, penalty + done.penalty
+            kept = done.kept
+            penalty = penalty + done.penalty
             if done.stay is not None:
-                with_many = jnp.pad(places, ((0, 0), (0, 1)), constant_values=cfg.grid**2)
-                places = jnp.take_along_axis(with_many, done.stay, axis=1)
+                with_fused = jnp.pad(places, ((0, 0), (0, 1)), constant_values=cfg.grid**2)
+                places = jnp.take_along_axis(with_fused, done.stay, axis=1)
     patches = {index: state[:, skip:] for index, state in states.items()}
     cls_attention = keys = None
     if needs.cls_attention is not None:

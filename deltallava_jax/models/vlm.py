@@ -1,4 +1,4 @@
-"""The whole model: tower, projector, decoder, and the merge of visual tokens into the text by layout."""
+"""The whole model: tower, projector and decoder, with the visual tokens merged into the text by layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deltallava_jax.sequence import Batch, Layout, layout, text_layout
 
 
 def init_params(cfg: ModelConfig, key: Array) -> Params:
-    """{"vision", "projector", "decoder"}, as far as the model has them: nested dicts of float32 arrays."""
+    """{"vision", "projector", "decoder"}, those that the model has: nested dicts of float32 arrays."""
     parts = {"vision": vision, "projector": systems, "decoder": decoder}
     return {
         name: module.init_params(getattr(cfg, name), part_key)
@@ -38,16 +38,14 @@ def visual_tokens(
     passes: int = 1,
 ) -> tuple[Float[Array, "n V d"], Bool[Array, "n V"] | None, Float[Array, ""] | float]:
     """Images -> V visual tokens each (the projector's largest budget by default), in the compute dtype; which of them
-    are there (None: all); and what a pruned tower adds to the loss.
+    exist (None: all); and a pruned tower's penalty on the loss.
 
-    batch: the rows whose image places the images fill, for systems that read each image's question.
-    passes: the tower takes the images in so many parts, one after the other."""
+    batch: the rows that the images belong to, for systems that use each image's question.
+    passes: the tower encodes the images in so many parts, one after the other."""
     text = None
     if systems.reads_question(cfg.projector):
         if batch is None or batch.questions is None:
-            raise ValueError(
-                f"{cfg.projector.name} reads each image's question: the batch with its questions is needed"
-            )
+            raise ValueError(f"{cfg.projector.name} uses each image's question; pass a batch with questions")
         text = question_states(params, cfg, batch)
     needs = systems.needs(cfg.projector, cfg.vision.layers)
     prune = systems.pruning(params["projector"], cfg.projector, key)
@@ -60,21 +58,22 @@ def visual_tokens(
 
 
 def in_passes(encode, images: UInt8[Array, "n H W 3"] | Float[Array, "n H W 3"], passes: int):
-    """``encode`` of n / passes images at a time, every ``passes``-th: so each pass takes its share of every row."""
+    """``encode`` of n / passes images at a time, every ``passes``-th, so that a pass holds its share of each row."""
     parts = jax.lax.map(encode, jnp.swapaxes(images.reshape(-1, passes, *images.shape[1:]), 0, 1))
     whole = lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) if x.ndim > 1 else x.sum()
     return jax.tree.map(whole, parts)
 
 
 def question_states(params: Params, cfg: ModelConfig, batch: Batch) -> Float[Array, "n d"]:
-    """The last hidden state of each image place's question, read by the decoder on its own, without gradient; zeros
-    where there is none."""
-    weights, asked = jax.lax.stop_gradient(params["decoder"]), rearrange(batch.questions, "b i q -> (b i) q")
-    live = asked >= 0
-    count, places = live.sum(1), jnp.broadcast_to(jnp.arange(asked.shape[1]), asked.shape)
+    """The decoder's last hidden state of each image's question alone, without gradient; zeros where there is none."""
+    weights = jax.lax.stop_gradient(params["decoder"])
+    questions = rearrange(batch.questions, "b i q -> (b i) q")
+    live = questions >= 0
+    count = live.sum(1)
+    positions = jnp.broadcast_to(jnp.arange(questions.shape[1]), questions.shape)
     with jax.named_scope("question"):
-        hidden = decoder.embed(weights, cfg.decoder, jnp.maximum(asked, 0), cfg.dtype)
-        hidden, _ = decoder.run(weights, cfg.decoder, hidden, text_layout(places, live.astype(jnp.int32)))
+        hidden = decoder.embed(weights, cfg.decoder, jnp.maximum(questions, 0), cfg.dtype)
+        hidden, _ = decoder.forward(weights, cfg.decoder, hidden, text_layout(positions, live.astype(jnp.int32)))
         last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         states = decoder.finish(weights, cfg.decoder, last)
     return jax.lax.stop_gradient(jnp.where((count > 0)[:, None], states, 0))
@@ -83,7 +82,7 @@ def question_states(params: Params, cfg: ModelConfig, batch: Batch) -> Float[Arr
 def merge(
     params: Params, cfg: ModelConfig, batch: Batch, rows: Layout, visual: Float[Array, "n V d"]
 ) -> Float[Array, "B S d"]:
-    """The decoder's input: text embeddings, and visual tokens in their slots."""
+    """The decoder's input: text embeddings, and visual tokens at their positions."""
     tokens = jnp.take_along_axis(batch.tokens, rows.text_index, axis=1)
     text = by_rows(decoder.embed(params["decoder"], cfg.decoder, tokens, cfg.dtype))
     if visual.shape[0] == 0:
@@ -102,9 +101,9 @@ def hidden_states(
     pooling: llavolta.Pooling | None = None,
     key: Array | None = None,
 ) -> tuple[Float[Array, "B S d"], Layout, Float[Array, ""] | float]:
-    """Final hidden states (normed) of every slot, the layout of the slots, and what a pruned tower adds to the loss.
+    """Final hidden states (normed) of every token, their layout, and a pruned tower's penalty on the loss.
 
-    pooling: (stride, layer) of LLaVolta, for systems whose tokens are all there."""
+    pooling: (stride, layer) of LLaVolta, for systems whose tokens all exist."""
     budget = systems.check_budget(cfg.projector, budget) if cfg.projector else 1
     B, I = batch.image_positions.shape
     if I:
@@ -115,20 +114,23 @@ def hidden_states(
     else:
         visual, valid, penalty = jnp.zeros((0, budget, cfg.decoder.width), cfg.dtype), None, 0.0
     rows = layout(batch, None if valid is None else valid.reshape(B, I, budget), budget)
-    hidden, start = merge(params, cfg, batch, rows, visual), 0
-    run = functools.partial(decoder.run, params["decoder"], cfg.decoder, remat=cfg.remat)
+    hidden = merge(params, cfg, batch, rows, visual)
+    start = 0
+    forward = functools.partial(decoder.forward, params["decoder"], cfg.decoder, remat=cfg.remat)
     if pooling and I:
         if valid is not None:
-            raise ConfigError(f"training.llavolta pools tokens that are all there; {cfg.projector.name} drops some")
+            raise ConfigError(
+                f"training.llavolta needs a fixed number of tokens per image; {cfg.projector.name} drops some"
+            )
         stride, start = pooling
-        hidden, _ = run(hidden, rows, layers=(0, start))
+        hidden, _ = forward(hidden, rows, layers=(0, start))
         hidden, rows = llavolta.pool(hidden, rows, batch, budget, stride)
-    hidden, _ = run(hidden, rows, layers=(start, cfg.decoder.layers))
+    hidden, _ = forward(hidden, rows, layers=(start, cfg.decoder.layers))
     return decoder.finish(params["decoder"], cfg.decoder, hidden), rows, penalty
 
 
 def logits(params: Params, cfg: ModelConfig, batch: Batch, *, budget: int | None = None) -> Float[Array, "B S vocab"]:
-    """Float32 logits of every slot; for tests and evaluation."""
+    """Float32 logits of every token; for tests and evaluation."""
     return decoder.logits(params["decoder"], cfg.decoder, hidden_states(params, cfg, batch, budget=budget)[0])
 
 
@@ -144,8 +146,8 @@ def loss_sum(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(summed next-token cross-entropy, supervised tokens), float32: unreduced, so that parts of a batch add up.
 
-    Only ``loss_chunk`` positions of a row have logits at a time, recomputed in the backward pass. The chunks run
-    along the row and keep the vocabulary whole, so that a head sharded over the vocabulary reduces where it lies."""
+    Only ``loss_chunk`` tokens of a row have logits at a time, recomputed in the backward pass. The chunks divide the
+    row, not the vocabulary, so that a head sharded over the vocabulary reduces in place."""
     hidden, rows, penalty = hidden_states(
         params, cfg, batch, budget=budget, pooling=pooling, key=rng if train else None
     )

@@ -1,8 +1,8 @@
-"""Several processes as one run: how they find each other, and how they end when one of them is gone.
+"""One run over several processes: how they connect, and how they end when one of them stops.
 
-``supervise`` comes first, before jax is imported: the run goes on in a child process. When another process of the run
-dies, jax's runtime aborts this one, as no collective could end any more; the parent is there to say so in one line.
-``connect`` then makes the processes one run.
+``supervise`` comes first, before jax is imported: it continues in a child process. When another process of the run
+dies, jax's runtime aborts this one, since collectives can no longer finish; the parent reports that in one line.
+``connect`` then initialises jax.distributed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from importlib import util
 
 from deltallava_jax.errors import ConfigError
 
-HEARTBEAT = 30  # seconds: a process that gave no sign of life for so long counts as dead
-PATIENCE = 300  # seconds in which all processes must have come
+HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead
+PATIENCE = 300  # seconds in which all processes must connect
 RESUME = "start the same command again on all hosts to resume from the newest checkpoint"
 
 _LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|Socket closed|Connection (closed|reset)")
@@ -28,7 +28,7 @@ _PEERS = re.compile(r"coordination_service|preemption_\w+\.cc|JAX distributed se
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options for hosts that no cluster manager tells about each other."""
+    """Options for hosts without a cluster manager."""
     group = parser.add_argument_group("several processes (SLURM, GKE and TPU VMs are recognised without these)")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, a free port on its host")
     group.add_argument("--processes", type=int, metavar="N", help="how many there are")
@@ -36,14 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def several(options: argparse.Namespace) -> bool:
-    """Whether this process may be one of several: told by the options, or started by SLURM, on GKE or on a TPU VM.
+    """Whether this process may be one of several: by its options, under SLURM, on GKE or on a TPU VM.
 
-    A lone machine is none of these, and jax.distributed stays out of its way. Raises ConfigError for options that
-    contradict each other."""
+    A single machine is none of these and does not use jax.distributed. Raises ConfigError for options that contradict
+    each other."""
     explicit = (options.coordinator, options.processes, options.process)
     if explicit != (None, None, None):
         if None in explicit:
-            raise ConfigError("--coordinator, --processes and --process belong together")
+            raise ConfigError("--coordinator, --processes and --process go together: give all three or none")
         if not 0 <= options.process < options.processes or not re.fullmatch(r".+:\d+", options.coordinator):
             raise ConfigError(
                 f"--coordinator {options.coordinator} --processes {options.processes} --process {options.process}: "
@@ -62,9 +62,9 @@ def several(options: argparse.Namespace) -> bool:
 
 
 def _slurm_tasks() -> int | None:
-    """How many tasks this step of srun has; None outside of one.
+    """The number of tasks of this srun step; None outside of one.
 
-    SLURM_NTASKS may be the allocation's, in which the step is a shell of one task. Raises ConfigError."""
+    SLURM_NTASKS may count the allocation's tasks where the step is a shell of one task. Raises ConfigError."""
     if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= os.environ.keys():
         return None
     return _number("SLURM_STEP_NUM_TASKS" if os.environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS")
@@ -74,14 +74,14 @@ def _number(variable: str) -> int:
     """An environment variable's value; 1 where it is not set or empty. Raises ConfigError."""
     value = os.environ.get(variable) or "1"
     if not re.fullmatch("[0-9]+", value):
-        raise ConfigError(f"the environment variable {variable} is {value!r}, expected a number")
+        raise ConfigError(f"the environment variable {variable} is {value!r}; expected a number")
     return int(value)
 
 
 def connect(options: argparse.Namespace) -> None:
-    """Makes the processes one run, in which jax.devices() are those of all. Does nothing for a lone process.
+    """Connects the processes, so that jax.devices() lists the devices of all. Does nothing for a single process.
 
-    Raises ConfigError if the coordinator cannot be found; if the others do not come, the runtime aborts."""
+    Raises ConfigError if the coordinator cannot be found; if other processes do not connect, the runtime aborts."""
     import jax
 
     if not several(options):
@@ -99,9 +99,9 @@ def connect(options: argparse.Namespace) -> None:
         )
     except (RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and count is None:
-            return  # a TPU VM that is no part of a larger slice
+            return  # a TPU VM outside of a larger slice
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"the processes of this run did not find each other: {reason}") from error
+        raise ConfigError(f"the processes of this run could not connect: {reason}") from error
 
 
 def leads() -> bool:
@@ -112,7 +112,7 @@ def leads() -> bool:
 
 
 def wait(name: str) -> None:
-    """Returns when all processes have come here."""
+    """Returns when all processes have called it."""
     import jax
 
     if jax.process_count() > 1:
@@ -122,7 +122,7 @@ def wait(name: str) -> None:
 
 
 def whole(tree):
-    """A copy of a tree of global arrays, each whole in the memory of every process."""
+    """A copy of a tree of global arrays, each whole on every process."""
     import jax
 
     if jax.process_count() == 1:
@@ -148,7 +148,7 @@ def gather(text: str) -> list[str]:
 
 
 def lost(error: Exception) -> str | None:
-    """What to tell the user where a collective failed because another process is gone; None for any other error."""
+    """The message for a collective that failed because another process stopped; None for any other error."""
     reason = next(iter(str(error).splitlines()), "")
     if type(error).__name__ != "JaxRuntimeError" or not _LOST.search(reason):
         return None
@@ -158,7 +158,7 @@ def lost(error: Exception) -> str | None:
 def leave(message: str, code: int, *, at_once: bool = False) -> None:
     """Ends this process with an error message and exit code.
 
-    One of several does not wait for the others, as the interpreter's exit would; at_once: nor for anything else."""
+    One of several processes does not wait for the others, as the interpreter's exit would; at_once: never waits."""
     import jax
 
     print(message, file=sys.stderr, flush=True)
@@ -172,25 +172,26 @@ def leave(message: str, code: int, *, at_once: bool = False) -> None:
 
 
 def supervise(arguments: list[str]) -> None:
-    """One of several: returns in a child process, while the parent waits for its end. Else returns at once.
+    """For one of several processes: returns in a child process, while the parent waits for it. Else returns at once.
 
-    A SIGTERM that the parent gets goes to the child; if the parent is killed, so is the child."""
+    The parent forwards SIGTERM to the child; if the parent is killed, so is the child."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_arguments(parser)
     try:
         if not several(parser.parse_known_args(arguments)[0]):
             return
     except ConfigError:
-        return  # it is raised again where errors are reported
-    parent, (reader, writer) = os.getpid(), os.pipe()
+        return  # raised again where errors are reported
+    parent = os.getpid()
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
-        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)  # Python's own stays as it is
-        os.dup2(writer, 2)  # the runtime's log takes the way through the parent
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)  # Python's own stderr is unchanged
+        os.dup2(writer, 2)  # the runtime's log goes through the parent
         os.close(writer)
         return
     os.close(writer)
@@ -201,20 +202,20 @@ def supervise(arguments: list[str]) -> None:
     if code == -signal.SIGABRT and "JAX distributed service" in kept:
         if "RegisterTask" in kept:
             sys.exit(
-                f"error: the processes of this run did not find each other in {PATIENCE} seconds; start the command on "
-                "all hosts, where the coordinator's address can be reached"
+                f"error: the processes of this run did not connect within {PATIENCE} seconds; start the command on "
+                "all hosts and check that they reach the coordinator's address"
             )
         sys.exit(f"\nerror: {_who(kept)} stopped; {RESUME}")  # the progress bar may have left the line open
     if code == -signal.SIGINT:  # a second Ctrl-C
         sys.exit(130)
     if code < 0:
         sys.stderr.write(kept)
-        sys.exit(f"\nerror: this process was ended by {signal.Signals(-code).name}; {RESUME}")
-    sys.exit(code)  # what it had to say it has said
+        sys.exit(f"\nerror: this process was stopped by {signal.Signals(-code).name}; {RESUME}")
+    sys.exit(code)  # the child has reported its error
 
 
 def _relay(reader: int) -> str:
-    """Passes the child's log on until its end; returns the entries about other processes instead of printing them."""
+    """Forwards the child's log until it ends; returns the entries about other processes instead of printing them."""
     kept = ""
     keep = False
     with os.fdopen(reader, errors="replace") as log:
@@ -230,7 +231,7 @@ def _relay(reader: int) -> str:
 
 
 def _who(log: str) -> str:
-    """The processes that the runtime's log says are gone."""
+    """The processes that stopped, by the runtime's log."""
     if found := re.search(r"unhealthy \(stopped sending heartbeats\):\n((?:\d+\n)+)", log):
         numbers = sorted({int(number) for number in found[1].split()})
         return f"process{'es' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

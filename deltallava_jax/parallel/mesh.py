@@ -1,4 +1,4 @@
-"""The device mesh: axes data and fsdp share the rows of a batch, fsdp and tensor share the parameters."""
+"""The device mesh: data and fsdp divide the rows of a batch, fsdp and tensor divide the parameters."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def make_mesh(cfg: Config, devices: list | None = None) -> Mesh:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """What the training programs of this mesh are compiled with.
+    """XLA options of this mesh's training programs.
 
-    On CPUs, whose thunks may run side by side, the processes must take the collectives in one order, each the same.
-    On TPUs, where parameters are divided by fsdp alone, they are gathered before a product. By default the compiler
-    would make each large product a loop over the devices' shards, whose own products on 256 chips contract 16 of
-    4,096 numbers, on units of 128 x 128; and takes several times as long to compile."""
+    On CPUs, whose thunks may run concurrently, every process must run the collectives in the same order. On TPUs,
+    parameters divided by fsdp alone are gathered before a product. By default the compiler makes each large product a
+    loop over the devices' shards, which on 256 chips contracts 16 of 4,096 numbers at a time, on units of 128 x 128,
+    and takes several times as long to compile."""
     several = len({device.process_index for device in mesh.devices.flat}) > 1
     platform = mesh.devices.flat[0].platform
     if several and platform == "cpu":
@@ -40,18 +40,18 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 
 
 def tensor_mesh(size: int) -> Mesh:
-    """This process's first ``size`` devices, all on the axis that divides the layers: for inference."""
+    """This process's first ``size`` devices, all on the axis ``tensor``: for inference."""
     devices = jax.local_devices()
     if not 1 <= size <= len(devices):
-        raise ConfigError(f"tensor={size}; there are {len(devices)} devices")
+        raise ConfigError(f"tensor={size}; expected 1 to {len(devices)}, the number of devices")
     return jax.make_mesh((1, 1, size), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
 
 
 def held_rows(mesh: Mesh, rows: int) -> dict[int, bool]:
-    """Which of a batch's rows this process's devices hold, ascending, and of each whether it is the first process to.
+    """The batch rows that this process's devices hold, ascending -> whether it is the first process that holds them.
 
-    Devices that differ on the axis ``tensor`` alone hold the same rows, also in different processes; and those of one
-    process need not lie side by side in the mesh."""
+    Devices that differ on the axis ``tensor`` alone hold the same rows, across processes too; the devices of one
+    process need not be neighbours in the mesh."""
     holders: dict[int, set[int]] = {row: set() for row in range(rows)}
     for device, (index,) in NamedSharding(mesh, ROWS).devices_indices_map((rows,)).items():
         for row in range(rows)[index]:
@@ -67,7 +67,7 @@ def put_rows(tree, mesh: Mesh):
     place = {shard: number for number, shard in enumerate(held_rows(mesh, shards))}
 
     def put(x: np.ndarray) -> jax.Array:
-        size = len(x) // len(place)  # rows a shard
+        size = len(x) // len(place)  # rows per shard
 
         def rows_at(index: tuple[slice, ...]) -> np.ndarray:
             first = place[(index[0].start or 0) // size] * size

@@ -1,4 +1,4 @@
-"""Which dimension of which parameter lies on which mesh axis: one ordered table, for parameters and optimizer alike."""
+"""Sharding rules, which mesh axis divides which dimension: one ordered table for parameters and optimizer state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from deltallava_jax.errors import ConfigError
 
-# The first pattern found in the path decides. Stacked layers have a leading dimension that stays whole.
+# The first pattern that matches the path applies. The leading dimension of stacked layers stays whole.
 RULES: tuple[tuple[str, P], ...] = (
     (r"decoder/embed/embedding$", P("tensor", "fsdp")),
     (r"decoder/head/out/kernel$", P("fsdp", "tensor")),
@@ -19,7 +19,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(vision|decoder)/layers/(q|k|v|gate|up)/bias$", P(None, "tensor")),
     (r"(vision|decoder)/layers/(o|down)/kernel$", P(None, "tensor", "fsdp")),
 )
-OPTIONAL = (r"decoder/head/out/kernel$",)  # a tied head has none
+OPTIONAL = (r"decoder/head/out/kernel$",)  # a tied head has no matrix
 FALLBACK_SIZE = 2**16  # smaller arrays stay whole on every device
 
 
@@ -42,7 +42,7 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def shardings(tree, mesh: Mesh):
-    """NamedSharding of every leaf of a whole model's train state; an optimizer's moments lie as their parameters.
+    """NamedSharding of every leaf of a model's train state; optimizer moments are sharded as their parameters.
 
     Raises ConfigError for a rule that matches nothing, or as ``spec_for``."""
     paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

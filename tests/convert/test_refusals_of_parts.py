@@ -156,9 +156,9 @@ def test_a_system_that_reads_the_cls_token_is_not_composed_with_a_siglip_tower(t
 @pytest.mark.parametrize(
     ("system", "settings", "words"),
     [
-        ("prumerge", "select_layer=-1", "reads queries and keys of the layer after it"),
-        ("evit", "prune_layers=(1,)", "the tower is read after 1 layers"),
-        ("dynamicvit", "prune_layers=(5,)", "the tower is read after 1 layers"),
+        ("prumerge", "select_layer=-1", "needs queries and keys of the layer after it"),
+        ("evit", "prune_layers=(1,)", "expected layers below 1"),
+        ("dynamicvit", "prune_layers=(5,)", "expected layers below 1"),
     ],
 )
 def test_layers_that_the_tower_has_not_are_refused_when_it_is_composed(tmp_path, target, system, settings, words):

@@ -1,4 +1,4 @@
-"""Dense attention: splash attention on a CPU against float64 and XLA's form, who sees whom, and which one is chosen."""
+"""Dense attention: splash attention on a CPU against float64 and XLA's form, its masks, and the choice."""
 
 import functools
 
@@ -9,11 +9,11 @@ import pytest
 
 from deltallava_jax.config import DecoderConfig
 from deltallava_jax.kernels import devices
-from deltallava_jax.kernels.attention import Seen, attention, causal, cudnn, dispatch, splash
+from deltallava_jax.kernels.attention import AttentionMask, attention, causal, cudnn, dispatch, splash
 from deltallava_jax.models import decoder
 from deltallava_jax.sequence import text_layout
 
-SEGMENTS = np.array([[1] * 70 + [2] * 60 + [0] * 20, [1] * 40 + [2] * 9 + [3] * 101])  # 150 slots: 256 with padding
+SEGMENTS = np.array([[1] * 70 + [2] * 60 + [0] * 20, [1] * 40 + [2] * 9 + [3] * 101])  # 150 tokens: 256 with padding
 
 
 def draw(rows=2, length=150, heads=4, key_heads=2, width=128, dtype="float32"):
@@ -33,14 +33,14 @@ def both(function):
     return jax.jit(run)
 
 
-def in_float64(q, k, v, do, seen):
-    """(output, dq, dk, dv), a head and a row at a time; seen [B, Q, K]."""
+def in_float64(q, k, v, do, allowed):
+    """(output, dq, dk, dv), a head and a row at a time; allowed [B, Q, K]."""
     q, k, v, do = (np.asarray(x).astype(np.float64) for x in (q, k, v, do))
     out, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
     scale, share = q.shape[-1] ** -0.5, q.shape[2] // k.shape[2]
     for b, h in np.ndindex(q.shape[0], q.shape[2]):
         at, key = (b, slice(None), h), (b, slice(None), h // share)
-        scores = np.where(seen[b], q[at] @ k[key].T * scale, -np.inf)
+        scores = np.where(allowed[b], q[at] @ k[key].T * scale, -np.inf)
         weights = np.exp(scores - scores.max(1, keepdims=True))
         weights /= weights.sum(1, keepdims=True)
         d_weights = do[at] @ v[key].T
@@ -58,19 +58,20 @@ interpreted = functools.partial(splash.attend, interpret=True)
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("packed", [True, False])
 def test_equals_float64(form, dtype, tolerance, packed):
-    arrays, seen = draw(dtype=dtype), causal(jnp.asarray(SEGMENTS)) if packed else None
+    arrays = draw(dtype=dtype)
+    mask = causal(jnp.asarray(SEGMENTS)) if packed else None
     attend = interpreted if form == "splash" else attention
-    found = both(lambda q, k, v: attend(q, k, v, seen))(*arrays)
-    sees = np.ones((2, 150, 150), bool)
+    found = both(lambda q, k, v: attend(q, k, v, mask))(*arrays)
+    allowed = np.ones((2, 150, 150), bool)
     if packed:
-        sees = np.tril(SEGMENTS[:, :, None] == SEGMENTS[:, None, :])
-    for name, a, b in zip(("out", "dq", "dk", "dv"), found, in_float64(*arrays, sees), strict=True):
+        allowed = np.tril(SEGMENTS[:, :, None] == SEGMENTS[:, None, :])
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, in_float64(*arrays, allowed), strict=True):
         scale = max(1.0, np.abs(b).max() / 4)  # bfloat16 sums of many values round by their size
         np.testing.assert_allclose(np.asarray(a, float), b, atol=tolerance * scale, rtol=tolerance, err_msg=name)
 
 
 @pytest.mark.parametrize("form", ["splash", "xla"])
-def test_segments_do_not_see_each_other(form):
+def test_segments_do_not_attend_to_each_other(form):
     q, k, v, do = draw(rows=1, length=256)
     segments = np.array([[1] * 100 + [2] * 90 + [0] * 66])
     attend = interpreted if form == "splash" else attention
@@ -83,10 +84,10 @@ def test_segments_do_not_see_each_other(form):
 
 
 def on(monkeypatch, platform="tpu"):
-    """Makes the dispatch believe in a device, and splash attention run on a CPU."""
+    """Gives the dispatch a device, and runs splash attention on a CPU."""
     monkeypatch.setattr(devices, "device", lambda: (platform, "a kind"))
     monkeypatch.setattr(splash, "attend", interpreted)
-    devices.say.cache_clear()
+    devices.log_once.cache_clear()
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)])
@@ -114,7 +115,7 @@ def test_a_decoder_through_splash_attention(monkeypatch):
     live = (SEGMENTS > 0)[..., None]
 
     def loss(params, hidden):
-        return jnp.square(jnp.where(live, decoder.run(params, cfg, hidden, rows, remat="full")[0], 0)).mean()
+        return jnp.square(jnp.where(live, decoder.forward(params, cfg, hidden, rows, remat="full")[0], 0)).mean()
 
     step = lambda: jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, hidden)
     expected = step()
@@ -136,29 +137,29 @@ def test_what_cudnn_is_given(monkeypatch, packed, length, whole):
         return jax.nn.dot_product_attention(q, k, v, mask=mask, **lengths, implementation="xla")
 
     q, k, v, _ = draw(length=length)
-    seen = causal(jnp.asarray(np.pad(SEGMENTS, ((0, 0), (0, length - 150))))) if packed else None
-    expected = attention(q, k, v, seen)
+    mask = causal(jnp.asarray(np.pad(SEGMENTS, ((0, 0), (0, length - 150))))) if packed else None
+    expected = attention(q, k, v, mask)
     monkeypatch.setattr(cudnn, "dot_product_attention", record)
-    np.testing.assert_allclose(cudnn.attend(q, k, v, seen), expected, atol=1e-6)
-    (queries, keys, mask, implementation), *_ = given
+    np.testing.assert_allclose(cudnn.attend(q, k, v, mask), expected, atol=1e-6)
+    (queries, keys, allowed, implementation), *_ = given
     assert (queries, keys, implementation) == (whole, whole, "cudnn")
-    assert not packed or mask.any(-1).all()
+    assert not packed or allowed.any(-1).all()
 
 
 def test_the_choice(monkeypatch, caplog):
     q, k, v, _ = draw(rows=1, length=1024, heads=1, key_heads=1)
-    seen = causal(jnp.ones((1, 1024), jnp.int32))
+    mask = causal(jnp.ones((1, 1024), jnp.int32))
     monkeypatch.setitem(dispatch.AUTOMATIC, "tpu", ("splash", 1024))
-    assert dispatch.choose(q, k, seen) == "xla"
+    assert dispatch.choose(q, k, mask) == "xla"
     on(monkeypatch)
-    assert dispatch.choose(q, k, seen) == dispatch.choose(q, k, None) == "splash"
-    assert dispatch.choose(q[:, :512], k[:, :512], seen) == "xla"
-    assert dispatch.choose(q[:, :1], k, Seen(seen.mask[:, :, :1])) == "xla"  # a token that is decoded
+    assert dispatch.choose(q, k, mask) == dispatch.choose(q, k, None) == "splash"
+    assert dispatch.choose(q[:, :512], k[:, :512], mask) == "xla"
+    assert dispatch.choose(q[:, :1], k, AttentionMask(mask.allowed[:, :, :1])) == "xla"  # one decoded token
     assert not caplog.records
     for _ in range(2):
-        assert dispatch.choose(q[..., :20], k[..., :20], seen) == "xla"
+        assert dispatch.choose(q[..., :20], k[..., :20], mask) == "xla"
     assert [record.message for record in caplog.records] == [
-        "attention of 1024 slots runs in XLA: splash takes heads of a multiple of 8, not 20"
+        "attention over 1024 tokens runs in XLA: splash takes heads of a multiple of 8, not 20"
     ]
 
 
@@ -169,7 +170,7 @@ def test_the_choice(monkeypatch, caplog):
         ("tpu", "cudnn", {}, "runs on a gpu, not on a tpu"),
         ("tpu", "splash", {"width": 20}, "heads of a multiple of 8, not 20"),
         ("tpu", "splash", {"dtype": "float16"}, "float32 or bfloat16, not float16"),
-        ("tpu", "splash", {"seen": Seen(jnp.ones((2, 1, 150, 150), bool))}, "rows that attend to themselves"),
+        ("tpu", "splash", {"mask": AttentionMask(jnp.ones((2, 1, 150, 150), bool))}, "rows that attend to themselves"),
         ("tpu", "splash", {"dtype": "bfloat16"}, "where jax_default_matmul_precision is highest"),  # as in these tests
         ("gpu", "cudnn", {}, "bfloat16 or float16, not float32"),
         ("gpu", "cudnn", {"dtype": "bfloat16", "width": 256}, "a multiple of 8 up to 128, not 256"),
@@ -177,10 +178,10 @@ def test_the_choice(monkeypatch, caplog):
 )
 def test_what_cannot_run_is_refused(monkeypatch, platform, name, change, message):
     on(monkeypatch, platform)
-    seen = change.pop("seen", None)
+    mask = change.pop("mask", None)
     q, k, v, _ = draw(**change)
     with pytest.raises(ValueError, match=f'implementation="{name}": .*{message}') as error:
-        attention(q, k, v, seen, implementation=name)
+        attention(q, k, v, mask, implementation=name)
     assert "\n" not in str(error.value)
 
 

@@ -1,5 +1,5 @@
-"""The kernels as the real compilers for TPUs and H100s make them, where those are installed: forward and backward,
-windowed attention at every budget with no copy of keys or values, dense attention without scores."""
+"""The kernels compiled for TPUs and H100s, where those compilers are installed, forward and backward: windowed
+attention at every budget with no copy of keys or values, dense attention without scores."""
 
 import re
 
@@ -31,7 +31,7 @@ MACHINES = [
 
 
 def compiled(target, scale, shards=1, window=1):
-    """The program of forward and backward, BATCH images a device."""
+    """The program of forward and backward, BATCH images per device."""
     targets.prepare(target)
     mesh = jax.make_mesh((shards,), ("data",), axis_types=(AxisType.Auto,), devices=targets.devices(target)[:shards])
     rows = NamedSharding(mesh, P("data"))
@@ -56,7 +56,7 @@ def test_both_kernels_compile_at_every_budget(target, scale):
     program = compiled(target, scale)
     calls = re.findall(r'custom_call_target="([^"]+)"', program.as_text())
     assert sum(CALLS[target.kind] in call for call in calls) == 2, calls
-    # The queries and the output may be laid out anew, keys and values not.
+    # Queries and output may be copied to another layout, keys and values not.
     assert program.memory_analysis().temp_size_in_bytes < BATCH * GRID**2 * HEADS * 128
 
 
@@ -78,22 +78,22 @@ DENSE = {"h100": ("cudnn", r"__cudnn\$fmha", 2), "v5e": ("splash", "tpu_custom_c
 
 
 @pytest.mark.parametrize("target", [machine for machine in MACHINES if machine.values[0].kind in DENSE])
-@pytest.mark.parametrize("packed, slots", [(True, 2048), (False, 577)])  # a decoder's rows, and CLIP's patches
-def test_dense_attention_on_four_devices(target, packed, slots):
-    """Rows over fsdp and heads over tensor: each device runs the kernels on its own part and exchanges nothing."""
+@pytest.mark.parametrize("packed, length", [(True, 2048), (False, 577)])  # a decoder's rows, and CLIP's patches
+def test_dense_attention_on_four_devices(target, packed, length):
+    """Rows over fsdp and heads over tensor: each device runs the kernels on its own shard, without collectives."""
     targets.prepare(target)
     name, call, count = DENSE[target.kind]
     devices = targets.devices(target)[:4]
     mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
     spec = lambda *axes: NamedSharding(mesh, P(("data", "fsdp"), *axes))
     q, k = (
-        jax.ShapeDtypeStruct((ROWS, slots, heads, 128), "bfloat16", sharding=spec(None, "tensor")) for heads in (28, 4)
+        jax.ShapeDtypeStruct((ROWS, length, heads, 128), "bfloat16", sharding=spec(None, "tensor")) for heads in (28, 4)
     )
-    segments = jax.ShapeDtypeStruct((ROWS, slots), "int32", sharding=spec())
+    segments = jax.ShapeDtypeStruct((ROWS, length), "int32", sharding=spec())
 
     def run(q, k, v, do, segments):
-        seen = causal(segments) if packed else None
-        out, pull = jax.vjp(lambda *qkv: attention(*qkv, seen, implementation=name), q, k, v)
+        mask = causal(segments) if packed else None
+        out, pull = jax.vjp(lambda *qkv: attention(*qkv, mask, implementation=name), q, k, v)
         return out, *pull(do)
 
     with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
@@ -101,5 +101,5 @@ def test_dense_attention_on_four_devices(target, packed, slots):
     text = program.as_text()
     assert len(re.findall(rf'custom_call_target="{call}', text)) == count
     assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", text)
-    scores = ROWS // 2 * 28 // 2 * slots**2 * 4
+    scores = ROWS // 2 * 28 // 2 * length**2 * 4
     assert program.memory_analysis().temp_size_in_bytes < scores / (4 if packed else 1)

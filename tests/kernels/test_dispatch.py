@@ -1,4 +1,4 @@
-"""Which implementation is chosen, what is said, and what is refused."""
+"""Which implementation is chosen, what is logged, and what is refused."""
 
 import inspect
 
@@ -18,7 +18,7 @@ def arrays():
 
 @pytest.fixture
 def on(monkeypatch):
-    """Makes the dispatch believe in a device; the kernels are replaced by the reference, which notes its calls."""
+    """Gives the dispatch a device; the reference stands in for the kernels and records the calls."""
     calls = []
 
     def attend(backend, q, k, v, window):
@@ -28,13 +28,13 @@ def on(monkeypatch):
     def device(platform, kind):
         monkeypatch.setattr(devices, "device", lambda: (platform, kind))
         monkeypatch.setattr(dispatch, "attend", attend)
-        devices.say.cache_clear()
+        devices.log_once.cache_clear()
         return calls
 
     return device
 
 
-def test_xla_on_a_cpu_says_nothing(arrays, caplog):
+def test_xla_on_a_cpu_logs_nothing(arrays, caplog):
     expected = reference.windowed_attention(*arrays)
     for implementation in (None, "xla"):
         np.testing.assert_array_equal(windowed_attention(*arrays, implementation=implementation), expected)
@@ -48,7 +48,7 @@ def test_pallas_is_taken_where_forced(arrays, on, platform, kind):
     assert calls == [(platform, arrays[0].shape)]
 
 
-def test_unmeasured_devices_take_xla_and_say_so_once(arrays, on, caplog):
+def test_unmeasured_devices_take_xla_and_log_it_once(arrays, on, caplog):
     calls = on("tpu", "TPU v5 lite")
     for _ in range(2):
         windowed_attention(*arrays)
@@ -64,9 +64,9 @@ def test_measured_devices_take_the_kernel_where_it_was_faster(arrays, on, monkey
     calls = on("gpu", "NVIDIA H100 80GB HBM3")
     windowed_attention(*arrays)
     assert len(calls) == 1
-    windowed_attention(*draw(2, 2, 3, 2, 128, "float32")[:3])  # 9 keys a query
+    windowed_attention(*draw(2, 2, 3, 2, 128, "float32")[:3])  # 9 keys per query
     assert len(calls) == 1 and not caplog.records
-    windowed_attention(*arrays, window=2)  # 16 keys, but two queries a window
+    windowed_attention(*arrays, window=2)  # 16 keys, but two queries per window
     assert len(calls) == 1 and "windows of one query, not 2 x 2" in caplog.text
 
 
@@ -85,11 +85,11 @@ def test_under_a_mesh_each_device_takes_its_rows(on):
 @pytest.mark.parametrize(
     "platform, kind, change, message",
     [
-        ("cpu", "cpu", {}, "there is a kernel for TPUs and GPUs, not for cpu"),
-        ("gpu", "NVIDIA A100-SXM4-80GB", {}, "needs a GPU from Hopper on, not NVIDIA A100"),
+        ("cpu", "cpu", {}, "the kernels run on TPUs and GPUs, not on cpu"),
+        ("gpu", "NVIDIA A100-SXM4-80GB", {}, "needs Hopper or newer, not NVIDIA A100"),
         ("gpu", "NVIDIA H200", {"window": 2}, "windows of one query, not 2 x 2"),
         ("gpu", "NVIDIA H200", {"width": 64}, "heads of 128, not 64"),
-        ("tpu", "TPU v5", {"heads": 1}, "one dtype and as many heads"),
+        ("tpu", "TPU v5", {"heads": 1}, "one dtype and with as many heads"),
         ("tpu", "TPU v5", {"width": 64}, "heads of a multiple of 128, not 64"),
         ("tpu", "TPU v5", {"dtype": "float16"}, "float32 or bfloat16, not float16"),
     ],
@@ -105,7 +105,10 @@ def test_what_cannot_run_is_refused(on, platform, kind, change, message):
 
 
 def test_unknown_implementations_and_shapes_are_refused(arrays):
-    (q, k, v), windowed_attention = arrays, inspect.unwrap(dispatch.windowed_attention)  # as it is outside of tests
+    (q, k, v), windowed_attention = (
+        arrays,
+        inspect.unwrap(dispatch.windowed_attention),
+    )  # without the tests' type checks
     with pytest.raises(ValueError, match='expected "xla", "pallas" or None'):
         windowed_attention(q, k, v, implementation="triton")
     with pytest.raises(ValueError, match=r"expected q \[B, gq, gq, H, D\]"):

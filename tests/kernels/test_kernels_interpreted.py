@@ -35,9 +35,9 @@ def interpreted(backend, window, interpret):
     heads=st.integers(1, 2),
     dtype=DTYPES,
 )
-@example(windows=1, window=1, scale=6, batch=2, heads=2, dtype="float32")  # s = g: one query sees everything
-@example(windows=6, window=1, scale=1, batch=1, heads=2, dtype="bfloat16")  # s = 1: one key a query
-@example(windows=8, window=1, scale=2, batch=1, heads=1, dtype="float32")  # several steps an image
+@example(windows=1, window=1, scale=6, batch=2, heads=2, dtype="float32")  # s = g: one query attends to everything
+@example(windows=6, window=1, scale=1, batch=1, heads=2, dtype="bfloat16")  # s = 1: one key per query
+@example(windows=8, window=1, scale=2, batch=1, heads=1, dtype="float32")  # several steps per image
 def test_tpu_kernel(windows, window, scale, batch, heads, dtype):
     arrays = draw(batch, windows * window, scale, heads, 8, dtype)
     assert_same(interpreted(tpu, window, True), arrays, window, dtype)
@@ -62,7 +62,7 @@ def test_gpu_kernel(gq, scale, batch, dtype):
 
 @needs_gpu_interpreter
 def test_gpu_kernel_has_no_race(capfd, monkeypatch):
-    monkeypatch.setattr(gpu, "BLOCKS", 1)  # one block takes all keys of a window, so its buffers are used again
+    monkeypatch.setattr(gpu, "BLOCKS", 1)  # one block takes all keys of a window, so its buffers are reused
     arrays = draw(2, 2, 3, 1, gpu.WIDTH, "float32")
     assert_same(interpreted(gpu, 1, plgpu.InterpretGPUParams(detect_races=True)), arrays, 1, "float32")
     assert "RACE" not in "".join(capfd.readouterr())

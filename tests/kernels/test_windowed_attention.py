@@ -35,10 +35,10 @@ def random_qkv(query_side, grid, heads=2, width=8):
     [
         (6, 3, 1),
         (8, 2, 2),
-        (8, 2, 4),  # one window: every query sees the whole grid
-        (4, 1, 1),  # s = 1: one key a query, so the output is v
+        (8, 2, 4),  # one window: every query attends to the whole grid
+        (4, 1, 1),  # s = 1: one key per query, so the output is v
         (4, 1, 2),
-        (6, 6, 1),  # s = g: one query that sees everything
+        (6, 6, 1),  # s = g: one query that attends to everything
     ],
 )
 def test_reference_equals_brute_force(grid, scale_factor, window):
@@ -72,5 +72,7 @@ def test_bfloat16_stays_bfloat16():
 @pytest.mark.parametrize("query_side, grid, window", [(4, 6, 1), (3, 6, 2)])
 def test_grids_that_do_not_fit_are_refused(query_side, grid, window):
     q, k, v = random_qkv(query_side, grid)
-    with pytest.raises(ValueError, match=f"windows of {window} on a {query_side}x{query_side} .* {grid}x{grid}"):
+    with pytest.raises(
+        ValueError, match=f"window={window}, query grid {query_side}x{query_side}, patch grid {grid}x{grid}"
+    ):
         windowed_attention(q, k, v, window=window)

@@ -1,4 +1,4 @@
-"""A system that is not the package's, as a user would write one: of each cell the first patch, through LLaVA's MLP."""
+"""A system as a user would write one: the first patch of each cell, through LLaVA's MLP."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -55,11 +55,11 @@ def both(request):
         "gradients": hf.llama(hf.gradients(model)),
     }
 
-    slots = text_layout(live)
+    rows = text_layout(live)
 
     def loss(params):
         first = decoder.embed(params, cfg, tokens)
-        hidden = [decoder.run(params, cfg, first, slots, layers=(0, k))[0] for k in range(cfg.layers + 1)]
+        hidden = [decoder.forward(params, cfg, first, rows, layers=(0, k))[0] for k in range(cfg.layers + 1)]
         hidden[-1] = decoder.finish(params, cfg, hidden[-1])
         logits = decoder.logits(params, cfg, hidden[-1])
         return (logits * weight).sum(), (hidden, logits)
@@ -69,7 +69,7 @@ def both(request):
 
 
 def test_hidden_states(both):
-    """run(0, k) for every k is their hidden state k; their last one is normed."""
+    """forward(0, k) for every k is their hidden state k; their last one is normed."""
     ours, theirs = both
     assert len(ours["hidden"]) == len(theirs["hidden"]) == SIZES["layers"] + 1
     for k, (mine, reference) in enumerate(zip(ours["hidden"], theirs["hidden"], strict=True)):

@@ -1,4 +1,4 @@
-"""A system from outside of the package has all that ours have: settings, training, counts, heat maps, exports."""
+"""A system outside of the package supports what ours do: settings, training, counts, heat maps, exports."""
 
 import ast
 import dataclasses
@@ -33,7 +33,7 @@ def guide() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def registered():
-    """As the guide does it, for the tests of this file."""
+    """Registered as in the guide, for the tests of this file."""
     exec(guide()[2], {"Corners": Corners})
     yield
     del SYSTEMS["corners"]
@@ -46,7 +46,7 @@ def test_settings_by_name_from_the_command_line_and_from_json():
         system_config("corner")
     with pytest.raises(ConfigError, match="it is a setting of mqt, resampler"):
         system_config("corners", queries=4)
-    register("corners", Corners)  # again, as a file does that is imported twice
+    register("corners", Corners)  # again, as when a file is imported twice
     with pytest.raises(ConfigError, match="there is a system 'mlp' already"):
         register("mlp", Corners)
 
@@ -132,13 +132,13 @@ def test_average_pooling_is_the_mlp_of_each_cells_mean():
     np.testing.assert_allclose(systems.project(params, cfg, features), expected, atol=1e-5)
 
 
-def test_nothing_but_a_systems_own_files_knows_it_by_name():
-    """The promise that a system is a file and a line: its name stands in no code of the package beside those."""
+def test_only_a_systems_own_files_name_it():
+    """A system is a file and a line: no other code of the package names it."""
     root = Path(deltallava_jax.__file__).parent
     allowed = {
         "config/systems.py": set(SYSTEMS),
         "analysis/efficiency.py": {"mlp"},  # FastV runs on the MLP's model
-        "analysis/efficiency_command.py": {"mlp", "delta"},  # counted where nothing else is asked for
+        "analysis/efficiency_command.py": {"mlp", "delta"},  # counted by default
         "apps/serve.py": {"delta"},  # a field of the protocol
         "models/decoder.py": {"mlp"},  # a scope's name
         "models/vision.py": {"mlp"},

@@ -71,7 +71,7 @@ def test_delta_golden(scale_factor, release_params, release_features):
 )
 def test_ablation_golden(key, ablation, release_state, release_features):
     cfg = dataclasses.replace(RELEASE, ablation=ablation)
-    params = systems.from_torch(release_state, cfg)  # the parts that are switched off are left out
+    params = systems.from_torch(release_state, cfg)  # ablated parts are left out
     expected = golden.outputs("next_delta_ablation")
     found = project(params, cfg, release_features)
     np.testing.assert_allclose(found, expected[f"y_{key}"], atol=1e-4)
@@ -201,7 +201,7 @@ def test_features_of_another_grid_or_width_are_refused():
             systems.project({}, cfg, golden.features(dataclasses.replace(cfg, **other)))
 
 
-def test_an_unknown_system_names_the_nearest():
+def test_an_unknown_systems_error_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'delta'"):
         config.system("delt")
 
@@ -263,7 +263,7 @@ BRANCHES = {  # the weights that close each residual branch, and the share of th
 
 @pytest.fixture(scope="module")
 def dropping():
-    """cfg with a drop rate of 0.4 at most, its weights, and one image's features a thousand times."""
+    """cfg with a drop rate of 0.4 at most, its weights, and one image's features, repeated a thousand times."""
     cfg, n = system_config(**{**SMALL, "grid": 2}, drop_path=0.4), 1000
     one = golden.features(cfg, n=1)
     features = VisionFeatures(one.last.repeat(n, 0), one.levels.repeat(n, 0), grid=one.grid)

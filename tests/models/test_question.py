@@ -1,4 +1,4 @@
-"""QueCC in the whole model: the question is read by the decoder on its own, and no gradient goes through it."""
+"""QueCC in the whole model: the decoder processes the question alone, without gradient."""
 
 from dataclasses import replace
 from io import BytesIO
@@ -33,24 +33,28 @@ PICTURE = FILE.getvalue()
 
 
 def batch():
-    """Two rows: two images with questions of three and of four tokens; one image, its second place unused."""
+    """Two rows: two images with questions of three and of four tokens; one image, the second place unused."""
     tokens = np.random.default_rng(0).integers(1, 50, (2, 14)).astype(np.int32)
     tokens[0, [1, 6]] = tokens[1, 2] = 0
-    asked = np.array([[[7, 0, 9, -1], [3, 8, 2, 4]], [[7, 8, 9, -1], [-1] * 4]], np.int32)  # id 0 is a token like any
+    asked = np.array(
+        [[[7, 0, 9, -1], [3, 8, 2, 4]], [[7, 8, 9, -1], [-1] * 4]], np.int32
+    )  # id 0 is an ordinary token here
     return Batch(
         tokens, np.ones((2, 14), bool), np.ones((2, 14), np.int32), np.array([[1, 6], [2, 14]], np.int32),
         np.random.default_rng(1).integers(0, 256, (2, 2, 32, 32, 3)).astype(np.uint8), questions=asked,
     )  # fmt: skip
 
 
-def test_a_question_is_read_alone_and_its_last_state_taken():
+def test_a_question_is_encoded_alone_by_its_last_state():
     rows = batch()
     found = vlm.question_states(PARAMS, CFG, jax.tree.map(jnp.asarray, rows))
     assert found.shape == (4, 24) and not found[3].any()  # the unused place
     for place, asked in enumerate(rows.questions.reshape(4, 4)[:3]):
         tokens = jnp.asarray(asked[None, asked >= 0])
         hidden = decoder.embed(PARAMS["decoder"], CFG.decoder, tokens)
-        hidden, _ = decoder.run(PARAMS["decoder"], CFG.decoder, hidden, text_layout(np.ones(tokens.shape, np.int32)))
+        hidden, _ = decoder.forward(
+            PARAMS["decoder"], CFG.decoder, hidden, text_layout(np.ones(tokens.shape, np.int32))
+        )
         expected = decoder.finish(PARAMS["decoder"], CFG.decoder, hidden)[0, -1]
         np.testing.assert_allclose(found[place], expected, atol=1e-5)
 

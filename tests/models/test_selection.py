@@ -58,7 +58,7 @@ def test_the_padding_up_to_the_cap_changes_nothing():
     padded, valid = prumerge.merge(x, attention, keys, positions, count, cap=80)
     assert valid[0].tolist() == [True] * 50 + [False] * 30 + [True]
     np.testing.assert_allclose(padded[valid], exact[0], atol=1e-6)
-    cut, valid = prumerge.merge(x, attention, keys, positions, count, cap=20)  # the most attended, no more
+    cut, valid = prumerge.merge(x, attention, keys, positions, count, cap=20)  # the most attended alone
     assert valid.all()
     np.testing.assert_allclose(cut[:, :20], exact[:, :20], atol=1e-6)
 
@@ -90,7 +90,7 @@ def mlp_tokens(params, x):
 
 
 @pytest.mark.parametrize("name", ["fastervlm", "prumerge", "prumerge_plus"])
-def test_any_mlp_serves_them(name):
+def test_any_mlp_works_with_them(name):
     cfg = system_config(name=name, **CFG)
     plain = system_config(name="mlp", **CFG)
     params = systems.init_params(plain, jax.random.key(0))
@@ -117,7 +117,7 @@ def test_a_tower_without_cls_and_settings_that_cannot_work_are_refused():
     siglip = VisionConfig(family="siglip", image_size=64, patch_size=8, width=32, layers=3, heads=2, mlp_width=64)
     with pytest.raises(ConfigError, match="a siglip tower has no CLS token"):
         features(system_config(name="fastervlm", **CFG), siglip)
-    with pytest.raises(ConfigError, match="PruMerge reads queries and keys of the layer after it"):
+    with pytest.raises(ConfigError, match="PruMerge needs queries and keys of the layer after it"):
         systems.needs(system_config(name="prumerge", select_layer=-1, **CFG), 3)
     with pytest.raises(ConfigError, match="prumerge keeps 1 to 63 patches"):
         systems.budgets(system_config(name="prumerge", keep_ratio=0.0, tokens=(65,), **CFG))

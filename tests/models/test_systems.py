@@ -1,4 +1,4 @@
-"""Every other system of the paper against the original code's outputs (tests/testdata), and what they share."""
+"""Every other system of the paper against the original code's outputs (tests/testdata), and checks for every system."""
 
 import functools
 
@@ -24,7 +24,7 @@ def assert_same_bits(found, expected):
 
 
 def check(state, cfg, expected, *, budget=None, features=None, text=None, atol=1e-4):
-    """The system's output is the original's, and its weights come back to the bit."""
+    """The system's output equals the original's, and its weights round-trip to the bit."""
     params = systems.from_torch(state, cfg)
     assert_same_bits(systems.to_torch(params, cfg), state)
     run = jax.jit(functools.partial(systems.project, cfg=cfg, budget=budget))
@@ -51,7 +51,7 @@ def test_m3_makes_every_scale_from_one_set_of_weights(tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 256])
-def test_mqt_answers_with_its_first_queries(tokens):
+def test_mqt_returns_its_first_queries(tokens):
     cfg = system_config(name="mqt", out_width=64)
     state = golden.state_dict("mqt") | {"pos_embed": np.asarray(common.half_table(16, 1024))}
     expected = golden.outputs("mqt")
@@ -101,7 +101,7 @@ def test_honeybee_d(scale_factor, tokens, depth):
     check(state, cfg, expected[f"y_M{tokens}_L{depth}"], atol=5e-4 if depth == 6 else 1e-4)
 
 
-# ------------------------------------------------------------------ what they share
+# ------------------------------------------------------------------ every system
 
 
 def small(name, **changes):
@@ -116,7 +116,7 @@ def test_a_wrong_budget_is_refused_with_the_allowed_ones(name):
         systems.check_budget(cfg, 7)
 
 
-# The others read a tower that they prune themselves: test_tower_pruning.py.
+# The others prune the tower: test_tower_pruning.py.
 @pytest.mark.parametrize("name", [name for name in systems.SYSTEMS if not systems.needs(small(name), 24).pruned])
 def test_fresh_parameters_make_every_budget_and_every_one_gets_a_gradient(name):
     cfg = small(name)
@@ -144,8 +144,8 @@ def test_no_images_make_no_tokens(name):
 
     def run(params, weights, images):
         needs, prune = systems.needs(cfg, tower.layers), systems.pruning(params, cfg)
-        seen = vision.encode(weights, tower, images, needs, prune=prune)
-        return [systems.project_valid(params, cfg, each, text)[0] for each in (features, seen)]
+        pruned = vision.encode(weights, tower, images, needs, prune=prune)
+        return [systems.project_valid(params, cfg, each, text)[0] for each in (features, pruned)]
 
     params = jax.eval_shape(lambda key: systems.init_params(cfg, key), jax.random.key(0))
     weights = jax.eval_shape(lambda key: vision.init_params(tower, key), jax.random.key(0))
@@ -154,7 +154,7 @@ def test_no_images_make_no_tokens(name):
 
 
 @pytest.mark.parametrize("name", systems.SYSTEMS)
-def test_a_state_dict_tells_its_system_and_settings(name):
+def test_system_and_settings_are_inferred_from_a_state_dict(name):
     cfg = small(name)
     shapes = {torch: value.shape for torch, value in golden.projector_state(cfg).items()}
     settings = systems.infer(shapes)
@@ -164,9 +164,9 @@ def test_a_state_dict_tells_its_system_and_settings(name):
     assert systems.name_table(known) == systems.name_table(cfg)
 
 
-def test_quecc_without_a_question_says_so():
+def test_quecc_without_a_question_is_refused():
     cfg = small("quecc")
-    with pytest.raises(ValueError, match="quecc reads each image's question"):
+    with pytest.raises(ValueError, match="quecc uses each image's question"):
         systems.project(systems.init_params(cfg, jax.random.key(0)), cfg, golden.features(cfg))
 
 
@@ -177,8 +177,8 @@ def test_quecc_without_a_question_says_so():
         ("mqt", dict(queries=15), "queries=15; mqt needs a square"),
         ("mqt", dict(tokens=(17,)), "mqt makes 1 to projector.queries=16"),
         ("resampler", dict(queries=15), "resampler needs a square"),
-        ("quecc", dict(scale_factor=(2, 4)), "quecc's weights serve one scale factor"),
-        ("honeybee_d", dict(scale_factor=(2, 4)), "honeybee_d's weights serve one scale factor"),
+        ("quecc", dict(scale_factor=(2, 4)), "quecc takes one scale factor"),
+        ("honeybee_d", dict(scale_factor=(2, 4)), "honeybee_d takes one scale factor"),
         ("honeybee_d", dict(embed_width=64), "it is a setting of delta, token_packer, quecc, honeybee_c"),
     ],
 )

@@ -60,7 +60,7 @@ def hugging_face(cfg):
 
 
 def attended(layer, x):
-    """(x behind the attention half of a Hugging Face layer, its attention [n, heads, N, N])."""
+    """(x after the attention half of a Hugging Face layer, its attention [n, heads, N, N])."""
     y, weights = layer.self_attn(layer.layer_norm1(x), attention_mask=None)
     return x + y, weights
 
@@ -94,12 +94,12 @@ def test_evit_by_hand(ratio, fuse, tokens):
     np.testing.assert_allclose(found.last, x[:, 1:], atol=2e-5)
 
 
-def torch_predictor(state, stage, x):
-    """The original's predictor on patches that are all still there: (keep, drop) log-probabilities."""
+def torch_predictor(state, step, x):
+    """The original's predictor, with every patch kept: (keep, drop) log-probabilities."""
     import torch
     from torch import nn
 
-    own = {name.removeprefix(f"score_predictor.{stage}."): torch.from_numpy(v.copy()) for name, v in state.items()}
+    own = {name.removeprefix(f"score_predictor.{step}."): torch.from_numpy(v.copy()) for name, v in state.items()}
     inner = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32), nn.GELU())
     outer = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 2))
     inner.load_state_dict({k[8:]: v for k, v in own.items() if k.startswith("in_conv.")})
@@ -136,8 +136,8 @@ def test_keeping_every_patch_is_the_plain_tower(name):
     np.testing.assert_allclose(features(cfg).last, plain.last, atol=1e-5)
 
 
-def test_a_patch_that_is_masked_out_is_as_good_as_gone():
-    """In a layer, what is kept sees just what is kept."""
+def test_a_masked_patch_equals_a_dropped_one():
+    """In a layer, kept patches attend to kept patches alone."""
     layer = bind(vision.Layer, VISION, jax.tree.map(lambda x: x[0], params_of(model("evit"))["vision"]["layers"]))
     x = np.random.default_rng(1).standard_normal((2, 1 + PATCHES, 32)).astype(np.float32)
     kept = np.random.default_rng(2).integers(0, 2, PATCHES)
@@ -157,7 +157,7 @@ def loss(params, key, train=True):
     return vlm.loss(params, CFG, BATCH, key, train=train)
 
 
-def test_training_masks_what_is_dropped_and_asks_for_the_share():
+def test_training_masks_what_is_dropped_and_penalises_the_share():
     key = jax.random.key(5)
     found = features(CFG, key)
     kept = np.asarray(found.kept)
@@ -168,12 +168,12 @@ def test_training_masks_what_is_dropped_and_asks_for_the_share():
     assert not np.asarray(tokens)[~np.asarray(valid)].any()
     mlp = {name: params_of(CFG)["projector"][name] for name in ("up", "down")}
     everything = systems.project(mlp, MLP, found)
-    for image in range(2):  # what is there are kept patches, in reading order
+    for image in range(2):  # valid tokens are kept patches, in reading order
         theirs = np.asarray(everything)[image][kept[image] > 0.5]
         places = [int(np.abs(theirs - token).sum(1).argmin()) for token in np.asarray(tokens)[image][valid[image]]]
         assert places == sorted(set(places))
         np.testing.assert_allclose(np.asarray(tokens)[image][valid[image]], theirs[places], atol=1e-5)
-    # The second stage's share is a quarter; the first's, half, is of those the first stage kept.
+    # The second step's share is a quarter; the first's, half, is of those the first step kept.
     assert penalty >= PENALTY * ((kept.mean(1) - 0.25) ** 2).mean() / 2
     assert loss(params_of(CFG), key) != loss(params_of(CFG), jax.random.key(6))
     plain = loss(params_of(CFG), key, train=False)
@@ -189,7 +189,7 @@ def test_every_predictor_gets_gradients_through_the_answers_too():
         assert np.any(gradient), path
 
 
-def test_training_brings_the_share_to_the_ratio():
+def test_training_moves_the_share_to_the_ratio():
     cfg = model("dynamicvit", keep_ratio=0.25, prune_layers=(1,), initializer_range=0.02)
     params = vlm.init_params(cfg, jax.random.key(0))
     optimizer = optax.adam(1e-2)
@@ -210,7 +210,7 @@ def test_training_brings_the_share_to_the_ratio():
 
 @pytest.mark.parametrize("name", ["evit", "dynamicvit"])
 def test_settings_that_cannot_work_are_refused(name):
-    with pytest.raises(ConfigError, match="prune_layers=\\(6, 12, 18\\); the tower is read after 4 layers"):
+    with pytest.raises(ConfigError, match="prune_layers=\\(6, 12, 18\\); expected layers below 4"):
         systems.needs(system_config(name=name, grid=8, select_layer=-1), 4)
     with pytest.raises(ConfigError, match="expected ascending layers"):
         system_config(name=name, prune_layers=(2, 1))

@@ -25,13 +25,13 @@ def test_hidden_states(item):
     def ours(params):
         hidden = [vision.embed(params, cfg, images)]
         for k in range(cfg.layers):
-            hidden.append(vision.run(params, cfg, hidden[-1], (k, k + 1)))
+            hidden.append(vision.forward(params, cfg, hidden[-1], (k, k + 1)))
         return hidden, vision.bind(vision.FinalNorm, cfg, params["final"])(hidden[-1])
 
     hidden, normed = ours(hf.tower(golden.state_dict(item)))
     for k, state in enumerate(hidden):
         np.testing.assert_allclose(state, stored[f"hidden_{k}"], atol=5e-5, rtol=1e-5, err_msg=f"hidden state {k}")
-    if cfg.family == "clip":  # the final norm touches only the pooled CLS
+    if cfg.family == "clip":  # the final norm applies to the pooled CLS alone
         np.testing.assert_allclose(normed[:, 0], stored["pooler_output"], atol=5e-5, rtol=1e-5)
     else:
         np.testing.assert_allclose(normed, stored["last_hidden_state"], atol=5e-5, rtol=1e-5)

@@ -70,7 +70,7 @@ def test_hidden_states(cfg):
     @jax.jit
     def ours(params):
         first = vision.embed(params, cfg, pixels(cfg))
-        hidden = [vision.run(params, cfg, first, (0, k)) for k in range(cfg.layers + 1)]
+        hidden = [vision.forward(params, cfg, first, (0, k)) for k in range(cfg.layers + 1)]
         return hidden, vision.bind(vision.FinalNorm, cfg, params["final"])(hidden[-1])
 
     hidden, normed = ours(hf.tower(hf.arrays(model)))
@@ -84,7 +84,7 @@ def test_hidden_states(cfg):
 
 
 def test_encode_returns_what_is_needed(clip):
-    """last, levels in the order asked for, attention and keys of layers before, at and after ``last``."""
+    """last, levels in the given order, attention and keys of layers before, at and after ``last``."""
     model, theirs, params, encode = clip
     needs = (
         Needs(last=2),

@@ -26,7 +26,7 @@ PARAMS = random_params(vlm.init_params, MLP)
 
 RNG = np.random.default_rng(1)
 TALKS = [conversation(RNG, 9, images=1), conversation(RNG, 8, images=1), conversation(RNG, 7)]
-# Two conversations with an image each; one with an image and one without, which leaves a place unused.
+# Two conversations with an image each; one with an image and one without, which has an unused image place.
 BATCH = pack([TALKS[:2], [TALKS[1], TALKS[2]]], T, I)
 TEXT = pack([[TALKS[2], conversation(RNG, 16)], [conversation(RNG, 20)]], S, 0)
 
@@ -81,13 +81,13 @@ def test_loss_is_the_mean_and_zero_without_supervision():
 
 
 def test_chunks_change_neither_loss_nor_gradients():
-    """A row of 26 slots in chunks of 7, against all at once; chunks that divide it are tested with remat."""
+    """A row of 26 tokens in chunks of 7, against all at once; chunks that divide it are tested with remat."""
     assert_same(evaluate(TEXT, cfg=changed(loss_chunk=7)), evaluate(TEXT))
 
 
 @pytest.mark.parametrize("chunk, whole", [(S, True), (512, True), (7, False), (1, False)])
 def test_logits_never_exist_all_at_once(chunk, whole):
-    """No array with a vocabulary axis and B * S * vocab or more elements is in the traced loss and gradient."""
+    """No array with a vocabulary axis and B * S * vocab or more elements appears in the traced loss and gradient."""
     jaxpr = jax.make_jaxpr(step, static_argnums=0)(changed(loss_chunk=chunk), PARAMS, BATCH).jaxpr
     sizes = {np.prod(shape) for shape in shapes(jaxpr) if VOCAB in shape}
     assert 2 * min(chunk, S) * VOCAB in sizes
@@ -115,7 +115,7 @@ def test_recomputation_changes_nothing(batch, remat, chunk, scans):
 
 @pytest.mark.parametrize("cfg", [MLP, ELASTIC], ids=["mlp", "delta"])
 def test_the_tower_in_parts_changes_nothing(cfg):
-    """Rows of two images, one at a time: the scan over the parts is there, loss and gradients are the same."""
+    """Rows of two images, one at a time: the scan over the parts exists, loss and gradients are the same."""
     parts, params = dataclasses.replace(cfg, tower_images=1), random_params(vlm.init_params, cfg)
     assert_same(step(parts, params, BATCH), step(cfg, params, BATCH))
     jaxpr = lambda cfg: jax.make_jaxpr(lambda p: vlm.loss_sum(p, cfg, BATCH, None, train=False))(params)
@@ -196,7 +196,7 @@ elastic = functools.partial(elastic_loss, ELASTIC_PARAMS)
 
 
 def test_every_budget_of_an_elastic_model():
-    """Four tokens an image (the default) and one; another number is refused."""
+    """Four tokens per image (the default) and one; another number is refused."""
     values = {budget: float(elastic(BATCH, budget=budget)) for budget in (4, 1)}
     assert np.isfinite(list(values.values())).all() and abs(values[4] - values[1]) > 1e-4
     other = dataclasses.replace(BATCH, images=255 - BATCH.images)
@@ -235,5 +235,5 @@ def test_independent_rounds_are_the_questions_asked_alone():
     ours, theirs = evaluate(branched), evaluate(pack([[alone[0]], [alone[1]], [TALKS[1]]], T, I))
     assert ours[0][1] == theirs[0][1]
     assert_same(ours, theirs)
-    # Without branches the second question sees the first: another loss.
+    # Without branches the second question attends to the first: another loss.
     assert abs(evaluate(dataclasses.replace(branched, branches=None))[0][0] - ours[0][0]) > 1e-3

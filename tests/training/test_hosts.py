@@ -150,7 +150,7 @@ hosts.add_arguments(parser)
 hosts.connect(parser.parse_args({arguments}))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
-    assert done.returncode == 1 and done.stderr.startswith("error: the processes of this run did not find each other")
+    assert done.returncode == 1 and done.stderr.startswith("error: the processes of this run did not connect")
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -187,7 +187,7 @@ def test_where_several_processes_are_recognised(monkeypatch, variables, expected
 def test_a_number_of_tasks_that_is_none_is_refused(monkeypatch):
     for name, value in (SRUN | {"SLURM_STEP_NUM_TASKS": "2(x3)"}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=r"SLURM_STEP_NUM_TASKS is '2\(x3\)', expected a number"):
+    with pytest.raises(ConfigError, match=r"SLURM_STEP_NUM_TASKS is '2\(x3\)'; expected a number"):
         hosts.several(options())
 
 
@@ -200,7 +200,7 @@ def options(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--coordinator", "a:1", "--processes", "2"), "--coordinator, --processes and --process belong together"),
+        (("--coordinator", "a:1", "--processes", "2"), "--coordinator, --processes and --process go together"),
         (("--coordinator", "a:1", "--processes", "2", "--process", "2"), "a process from 0 to 1"),
         (("--coordinator", "a", "--processes", "2", "--process", "0"), "expected HOST:PORT"),
     ],

@@ -119,14 +119,14 @@ def test_elastic_training_compiles_once_for_each_signature():
     assert jnp.isfinite(metrics["loss"])
 
 
-def test_llavoltas_last_stage_is_the_plain_step_and_the_others_are_not():
+def test_llavoltas_last_phase_is_the_plain_step_and_the_others_are_not():
     cfg = config(**{"training.llavolta": "((4, 1), (2, 0), (1, 0))"})
     mesh = make_mesh(cfg, jax.devices()[:1])
     rows, plan, _ = run_of(config())
     batch = put_rows(next(elements(rows, plan, 0, 1, workers=0)).batch, mesh)
 
     def one(cfg, number):
-        pooling = llavolta.stage_at(cfg.training.llavolta, number, 9)
+        pooling = llavolta.phase_at(cfg.training.llavolta, number, 9)
         state, metrics = TrainStep(cfg, mesh, 9)(init_state(cfg, mesh, 9), batch, 4, pooling)
         return float(metrics["loss"]), flatten(state.trained)
 

@@ -1,8 +1,8 @@
-"""Dense attention: every query with every key that it sees, the one call site of tower, projectors and decoder.
+"""Dense attention: every query with every key its mask allows, the one call site of tower, projectors and decoder.
 
-XLA's form is the contract; splash.py (TPU) and cudnn.py (NVIDIA) wrap the libraries' kernels, which never hold the
-scores, and dispatch.py chooses among them."""
+XLA's form is the contract; splash.py (TPU) and cudnn.py (NVIDIA) wrap the libraries' kernels, which keep no scores
+in memory, and dispatch.py chooses among them."""
 
-from deltallava_jax.kernels.attention.dispatch import Seen, attention, causal
+from deltallava_jax.kernels.attention.dispatch import AttentionMask, attention, causal
 
-__all__ = ["Seen", "attention", "causal"]
+__all__ = ["AttentionMask", "attention", "causal"]

@@ -1,5 +1,5 @@
-"""Splash attention, JAX's flash attention for TPUs: segments and the causal order are told to the kernel, which skips
-blocks in the future, and neither scores nor mask are ever in memory."""
+"""Splash attention, JAX's flash attention for TPUs: it takes segments and the causal order, skips future blocks, and
+keeps neither scores nor a mask in memory."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ LANES, SUBLANES = 128, 8
 MAX_BLOCK = 640  # of queries and of keys
 
 
-def refusal(q, k, seen) -> str | None:
-    """Why the kernel cannot run on these, None where it can."""
+def refusal(q, k, mask) -> str | None:
+    """Why the kernel cannot run on these arrays; None where it can."""
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes float32 or bfloat16, not {q.dtype}"
     precision = jax.config.jax_default_matmul_precision
     if q.dtype == jnp.bfloat16 and precision not in (None, "default", "bfloat16"):
         return f"does not compile in bfloat16 where jax_default_matmul_precision is {precision}"
-    if q.shape[1] != k.shape[1] or (seen is not None and seen.segments is None):
+    if q.shape[1] != k.shape[1] or (mask is not None and mask.segments is None):
         return "takes rows that attend to themselves, whole or causally by segments"
     if q.shape[3] % SUBLANES:
         return f"takes heads of a multiple of {SUBLANES}, not {q.shape[3]}"
     return None
 
 
-def attend(q, k, v, seen, interpret: bool = False):
+def attend(q, k, v, mask, interpret: bool = False):
     """Shapes as in dispatch.attention. ``interpret`` runs the kernel on a CPU, for tests.
 
-    Rows are padded to whole blocks; the padding has a segment of its own, so nobody else sees it."""
+    Rows are padded to whole blocks; the padding is a segment of its own, so no token attends to it."""
     rows, length, heads, width = q.shape
     size = -(-length // LANES) * LANES
     block = max(n for n in range(LANES, min(size, MAX_BLOCK) + 1, LANES) if size % n == 0)
-    mask = (masks.FullMask if seen is None else masks.CausalMask)((size, size))
+    order = (masks.FullMask if mask is None else masks.CausalMask)((size, size))
     kernel = splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * heads), block_sizes=splash.BlockSizes(*[block] * 8), interpret=interpret
+        masks.MultiHeadMask([order] * heads), block_sizes=splash.BlockSizes(*[block] * 8), interpret=interpret
     )
-    segments = seen.segments if seen is not None else None
+    segments = mask.segments if mask is not None else None
     if segments is None and size > length:
         segments = jnp.ones((rows, length), jnp.int32)
     if segments is not None:

@@ -1,6 +1,6 @@
 """Windowed attention: every window of queries attends to the keys of its own region of the patch grid.
 
-reference.py is the contract, in plain XLA; tpu.py and gpu.py are its kernels, vjp.py their derivative, and dispatch.py
+reference.py is the contract, in plain XLA; tpu.py and gpu.py are the kernels, vjp.py their derivative, and dispatch.py
 chooses among them."""
 
 from deltallava_jax.kernels.windowed_attention.dispatch import choose, windowed_attention

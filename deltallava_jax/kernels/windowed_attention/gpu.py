@@ -1,13 +1,13 @@
-"""Windowed attention for NVIDIA GPUs from Hopper on: ROWS windows a block, one of their keys a step.
+"""Windowed attention for NVIDIA GPUs from Hopper on: ROWS windows per block, one key of each per step.
 
-With one query a window each key belongs to one query, so the operation is a sum over the s * s places (p, r) inside a
-window. The patch grid [B, g, g, H * D] read as [B * gq, s, gq, s, H * D], the same memory, has the keys at one place
-of neighbouring windows as one strided box, which the tensor memory accelerator fetches while the step before is
-computed. Scores are products by element and sums over a head's 128 numbers in float32; nothing is masked or computed
-for another window. Tensor cores would not help: the arithmetic is far below what the memory's speed allows, and the
-products of one query with s * s keys fill none of their 64-row tiles.
+With one query per window each key belongs to one query, so the operation is a sum over the s * s places (p, r) inside
+a window. In the patch grid [B, g, g, H * D], viewed as [B * gq, s, gq, s, H * D], the keys at one place of neighbouring
+windows are one strided box, which the tensor memory accelerator fetches during the step before. Scores are elementwise
+products summed over a head's 128 numbers in float32; nothing is masked or computed for another window. Tensor cores
+would not help: the kernel is bound by memory, and the products of one query with s * s keys fill none of their 64-row
+tiles.
 
-Where there are few windows, several blocks share one by rows of its keys, and XLA joins their parts."""
+Where there are few windows, several blocks split the rows of a window's keys, and XLA joins their parts."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from jaxtyping import Float
 
 from deltallava_jax.arrays import Array
 
-ROWS = 32  # windows a block: their accumulators stay in the registers of its 128 threads
-STAGE_BYTES = 2**16  # of keys and values on their way
-BLOCKS = 264  # enough for the 132 multiprocessors of an H100 twice
+ROWS = 32  # windows per block: their accumulators stay in the registers of its 128 threads
+FETCH_BYTES = 2**16  # of keys and values in flight
+BLOCKS = 264  # two for each of the 132 multiprocessors of an H100
 WIDTH = 128  # of a head
 THREADS = 128  # of a block
 
 
 def refusal(q, k, window: int) -> str | None:
-    """Why the kernel cannot run on these, None where it can."""
+    """Why the kernel cannot run on these arrays; None where it can."""
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the GPU kernel takes float32 or bfloat16, not {q.dtype}"
     if window != 1:
@@ -70,8 +70,8 @@ class _Tiles:
         return self.s // self.splits, self.s
 
     def here(self):
-        """Of this block: where its windows are in an array over the queries and in one over the windows' sums, its
-        part, and its keys' and values' blocks by step."""
+        """Of this block: the index of its windows in an array over the queries and in one over the windows' sums, its
+        part of the keys, and the BlockSpec of keys and values by step."""
         row_split, column, head = (jax.lax.axis_index(name) for name in ("row_split", "column", "head"))
         row, split = jax.lax.div(row_split, self.splits), jax.lax.rem(row_split, self.splits)
         rows, first = pl.ds(row * ROWS, ROWS), split * self.steps[0]
@@ -90,7 +90,7 @@ class _Tiles:
         return jax.ShapeDtypeStruct((self.splits, self.rows, self.gq, self.heads * WIDTH), dtype)
 
     def sums(self) -> tuple[int, int, int]:
-        """The shape of one float a window and head; whole blocks, whose last rows may be of no window."""
+        """The shape of one float per window and head, padded to whole blocks."""
         return self.heads, self.gq, self.down * ROWS
 
     def by_query(self, x):
@@ -113,9 +113,9 @@ def _layout(dtype):
     return plgpu.Layout.TILED(plgpu.Tiling(((rows, WIDTH), (vector,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 
-def _stages(dtype) -> int:
+def _fetched_ahead(dtype) -> int:
     """Steps whose keys and values are fetched ahead."""
-    return STAGE_BYTES // (2 * ROWS * WIDTH * jnp.dtype(dtype).itemsize)
+    return FETCH_BYTES // (2 * ROWS * WIDTH * jnp.dtype(dtype).itemsize)
 
 
 def _read(ref, layout):
@@ -150,7 +150,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, o_ref, lse_ref, q_smem, o_smem, lse_sme
         top, total, out = carry
         scores = (q * _read(k_smem, layout)).sum(axis=1)
         v = _read(v_smem, layout)
-        plgpu.commit_smem()  # all threads have read: the keys of a later step may take the place
+        plgpu.commit_smem()  # all threads have read: later keys may overwrite these
         new = jnp.maximum(top, scores)
         old, weights = jnp.exp(top - new), jnp.exp(scores - new)
         return new, total * old + weights, out * wide(old) + wide(weights) * v
@@ -161,7 +161,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, o_ref, lse_ref, q_smem, o_smem, lse_sme
         step,
         grid=tiles.steps,
         in_specs=[spec, spec],
-        max_concurrent_steps=_stages(q_ref.dtype),
+        max_concurrent_steps=_fetched_ahead(q_ref.dtype),
         init_carry=(full(-jnp.inf), full(0.0), zeros),
     )
     top, total, out = pipeline(k_ref, v_ref)
@@ -197,20 +197,20 @@ def _backward_kernel(
         k, v = _read(k_smem, layout), _read(v_smem, layout)
         weights = jnp.exp((q * k).sum(axis=1) - lse)
         d_scores = weights * ((do * v).sum(axis=1) - delta)
-        slot = jax.lax.rem(indices[0] * tiles.steps[1] + indices[1], 2)
-        plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # only the copies of the step before may still read
-        dk_smem[slot] = (wide(d_scores) * q).astype(dk_smem.dtype)
-        dv_smem[slot] = (wide(weights) * do).astype(dv_smem.dtype)
+        buffer = jax.lax.rem(indices[0] * tiles.steps[1] + indices[1], 2)
+        plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # only copies of the step before may still read
+        dk_smem[buffer] = (wide(d_scores) * q).astype(dk_smem.dtype)
+        dv_smem[buffer] = (wide(weights) * do).astype(dv_smem.dtype)
         plgpu.commit_smem()  # all threads have written these, and read the step's keys and values
-        plgpu.copy_smem_to_gmem(dk_smem.at[slot], dk_ref.at[place(*indices)])
-        plgpu.copy_smem_to_gmem(dv_smem.at[slot], dv_ref.at[place(*indices)])
+        plgpu.copy_smem_to_gmem(dk_smem.at[buffer], dk_ref.at[place(*indices)])
+        plgpu.copy_smem_to_gmem(dv_smem.at[buffer], dv_ref.at[place(*indices)])
         return dq + wide(d_scores) * k
 
     pipeline = plgpu.emit_pipeline(
         step,
         grid=tiles.steps,
         in_specs=[spec, spec],
-        max_concurrent_steps=_stages(q_ref.dtype),
+        max_concurrent_steps=_fetched_ahead(q_ref.dtype),
         init_carry=plgpu.layout_cast(jnp.zeros((ROWS, WIDTH), jnp.float32), layout),
     )
     dq = pipeline(k_ref, v_ref)
@@ -228,7 +228,7 @@ def _tiles(q, k) -> _Tiles:
 def forward(
     q: Float[Array, "B gq gq H D"], k: Float[Array, "B g g H D"], v: Float[Array, "B g g H D"], window: int, interpret
 ):
-    """(the attention's output as q, what the backward pass needs beside q, k and v). ``interpret``: False, or
+    """(the output, shaped as q; residuals of the backward pass besides q, k and v). ``interpret``: False, or
     plgpu.InterpretGPUParams to run on a CPU."""
     tiles = _tiles(q, k)
     part, block = tiles.parts(q.dtype), (ROWS, WIDTH)

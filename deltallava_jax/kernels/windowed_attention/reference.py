@@ -10,8 +10,8 @@ from jaxtyping import Float
 from deltallava_jax.arrays import Array
 
 
-def check(q, k, v, window: int) -> None:
-    """Raises ValueError unless the arrays' shapes fit each other and the windows the grids."""
+def validate(q, k, v, window: int) -> None:
+    """ValueError unless the shapes fit each other and the windows divide the grids."""
     shapes = f"{q.shape}, {k.shape} and {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 5 or q.shape[1] != q.shape[2] or k.shape[1] != k.shape[2]:
         raise ValueError(f"expected q [B, gq, gq, H, D], k and v [B, g, g, G, D]; got {shapes}")
@@ -19,7 +19,7 @@ def check(q, k, v, window: int) -> None:
         raise ValueError(f"q, k and v do not fit: expected equal B and D and a multiple of G heads; got {shapes}")
     gq, g = q.shape[1], k.shape[1]
     if window < 1 or g % gq or gq % window:
-        raise ValueError(f"windows of {window} on a {gq}x{gq} query grid over a {g}x{g} patch grid do not fit")
+        raise ValueError(f"window={window}, query grid {gq}x{gq}, patch grid {g}x{g}: expected each to divide the next")
 
 
 def windowed_attention(
@@ -31,11 +31,11 @@ def windowed_attention(
 ) -> Float[Array, "B gq gq H D"]:
     """Each window x window block of queries attends to its own region of keys and values, per head.
 
-    The query grid (side gq) lies over the patch grid (side g = s * gq), so a block of w x w queries sees
+    The query grid (side gq) lies over the patch grid (side g = s * gq), so a block of w x w queries attends to
     (w * s) x (w * s) keys. Scale D**-0.5, softmax in float32. H may be a multiple of the key heads G, which
     neighbouring heads then share. Equations 9 and 10 of the paper; the release's local chunk attention is window=1.
-    Raises ValueError as check() does."""
-    check(q, k, v, window)
+    Raises ValueError as ``validate`` does."""
+    validate(q, k, v, window)
     rows, side = q.shape[1] // window, window * (k.shape[1] // q.shape[1])
     sizes = dict(i=rows, j=rows, h=k.shape[3])
     q = rearrange(q, "b (i p) (j r) (h f) d -> (b i j) h (p r f) d", **sizes)

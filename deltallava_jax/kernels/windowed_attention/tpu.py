@@ -1,10 +1,10 @@
-"""Windowed attention for TPUs: whole rows of windows a step, the windows told apart by a mask.
+"""Windowed attention for TPUs: whole rows of windows per step, the windows separated by a mask.
 
 A step takes one image's rows of windows as they lie in memory, queries [Q, H * D] and keys [K, H * D], so nothing is
-transposed or gathered in HBM. Per head the scores of all its queries with all its keys are one product, and those of
-different windows get no weight. That computes more scores than needed, but the matrix unit works on 128 x 128 tiles:
-products of one query with s * s keys would leave it emptier. All keys of a query are in the step, so the backward
-kernel computes the weights again and needs nothing from the forward one."""
+transposed or gathered in HBM. Per head the scores of all its queries with all its keys are one product, those across
+windows masked out. That computes more scores than needed, but the matrix unit works on 128 x 128 tiles: products of
+one query with s * s keys would fill less of it. All keys of a query are in the step, so the backward
+kernel recomputes the weights and needs nothing from the forward one."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from jaxtyping import Float
 
 from deltallava_jax.arrays import Array
 
-LANES = 128  # of a register, and the side of a tile of the matrix unit
-MIN_KEYS = 128  # of a step, where the grid has them
+LANES = 128  # of a register; also the side of a tile of the matrix unit
+MIN_KEYS = 128  # of a step, where the grid has as many
 VMEM = 64 * 2**20  # bytes; the smallest TPU with Mosaic has 128 MiB on the cores that this compiles for
 MAX_STEP = 2**20  # scores of a step and head: 4 MiB
 
 
 def refusal(q, k, window: int) -> str | None:
-    """Why the kernel cannot run on these, None where it can."""
+    """Why the kernel cannot run on these arrays; None where it can."""
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the TPU kernel takes float32 or bfloat16, not {q.dtype}"
     if q.shape[-1] % LANES:
         return f"the TPU kernel takes heads of a multiple of {LANES}, not {q.shape[-1]}"
     queries, keys = _step(q.shape[1], k.shape[1], window, q.dtype)
     if queries * keys > MAX_STEP:
-        return f"the TPU kernel holds {MAX_STEP} scores a head; a step of this grid has {queries} x {keys}"
+        return f"the TPU kernel takes up to {MAX_STEP} scores per head and step; this grid has {queries} x {keys}"
     return None
 
 
@@ -94,7 +94,7 @@ def _backward_kernel(bias_ref, q_ref, k_ref, v_ref, do_ref, dq_ref, dk_ref, dv_r
 
 
 def _call(kernel, q, k, others, outputs, window: int, interpret):
-    """``kernel`` over the steps; ``others`` and ``outputs`` name by "q" or "k" the grid that they lie on."""
+    """``kernel`` over the steps; "q" or "k" in ``others`` and ``outputs`` names their grid."""
     (batch, gq, _, _, width), g = q.shape, k.shape[1]
     queries, keys = _step(gq, g, window, q.dtype)
     flat = lambda x: x.reshape(batch, -1, x.shape[3] * width)
@@ -125,7 +125,7 @@ def _call(kernel, q, k, others, outputs, window: int, interpret):
 def forward(
     q: Float[Array, "B gq gq H D"], k: Float[Array, "B g g H D"], v: Float[Array, "B g g H D"], window: int, interpret
 ):
-    """(the attention's output as q, what the backward pass needs beside q, k and v). ``interpret``: False, or
+    """(the output, shaped as q; residuals of the backward pass besides q, k and v). ``interpret``: False, or
     pltpu.InterpretParams to run on a CPU."""
     return _call(_forward_kernel, q, k, [("k", v)], "q", window, interpret)[0], ()
 

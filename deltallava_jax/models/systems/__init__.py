@@ -1,7 +1,7 @@
-"""What stands between the tower and the decoder: vision features -> V tokens of the decoder's width.
+"""Systems, between the tower and the decoder: vision features -> V tokens of the decoder's width.
 
-A system is one class in one file (base.System) and a line in config/systems.py; the functions here speak of any of
-them by its config, and nothing else in the project knows one by name."""
+A system is one class in one file (base.System) and a line in config/systems.py; the functions here find it by its
+config, and nothing else in the project names one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def system(cfg: ProjectorConfig) -> type[System]:
 
 
 def prefixes() -> list[str]:
-    """Where published checkpoints keep a projector that is not LLaVA's mm_projector; the longer names first."""
+    """Tensor prefixes of projectors in published checkpoints, other than LLaVA's mm_projector; longer ones first."""
     found = {config.system(name).prefix for name in SYSTEMS} - {""}
     return sorted(found, key=len, reverse=True)
 
@@ -38,12 +38,12 @@ def init_params(cfg: ProjectorConfig, key: Array) -> layers.Params:
 
 
 def budgets(cfg: ProjectorConfig) -> tuple[int, ...]:
-    """Visual tokens an image that this projector can make, largest first; more than one for an elastic one."""
+    """Visual tokens per image that this projector can make, largest first; several for an elastic one."""
     return system(cfg).budgets(cfg)
 
 
 def check_budget(cfg: ProjectorConfig, budget: int | None) -> int:
-    """The budget itself, or the largest one for None; ConfigError with the allowed list for any other."""
+    """The budget, or the largest one for None. Raises ConfigError with the allowed ones for any other."""
     allowed = budgets(cfg)
     if budget is None:
         return allowed[0]
@@ -53,37 +53,37 @@ def check_budget(cfg: ProjectorConfig, budget: int | None) -> int:
 
 
 def at(cfg: ProjectorConfig, budget: int) -> ProjectorConfig:
-    """The system set to make that many tokens and no other number. Raises ConfigError where it cannot."""
+    """The config with which the system makes exactly that many tokens. Raises ConfigError where there is none."""
     try:
         able = system(cfg).at(cfg, budget) if budget > 0 else None
         if able and budgets(able) == (budget,):
             return able
-    except ConfigError:  # what would give the budget is no setting
+    except ConfigError:  # the setting for that budget would be invalid
         pass
     raise ConfigError(f"{cfg.name} does not make {budget} tokens of {cfg.grid**2} patches")
 
 
 def needs(cfg: ProjectorConfig, layers: int) -> Needs:
-    """What the projector asks of a tower with that many layers."""
+    """What the projector needs from a tower of that many layers."""
     return system(cfg).needs(cfg, layers)
 
 
 def pruning(params: layers.Params, cfg: ProjectorConfig, key: Array | None = None) -> Prune | None:
-    """What runs the tower's layers in ``needs(...).pruned``; None for a system that leaves the tower alone.
+    """Applies the tower's layers in ``needs(...).pruned``; None for a system that does not prune the tower.
 
-    key: a random key switches training behaviour on."""
+    key: a random key, for training."""
     if system(cfg).prune is None:
         return None
     return functools.partial(layers.bind(system(cfg), cfg, params).prune, key=key)
 
 
 def reads_question(cfg: ProjectorConfig) -> bool:
-    """Whether the projector wants the hidden state of each image's question."""
+    """Whether the projector uses the hidden state of each image's question."""
     return system(cfg).reads_question
 
 
 def question_length(cfg: ProjectorConfig | None) -> int:
-    """Tokens of a question that are read at most; 0 for a projector that reads none, and for a model without one."""
+    """Most tokens of a question; 0 for a projector that uses none, and for a model without a projector."""
     return cfg.question_length if cfg and reads_question(cfg) else 0
 
 
@@ -98,9 +98,9 @@ def project(
 ) -> Float[Array, "n V d"]:
     """Visual tokens of n images, in reading order; n may be 0.
 
-    text: for systems that read the question, its hidden state. budget: V, static; the largest by default.
-    key: a random key switches training behaviour (stochastic depth) on. Raises ConfigError for a budget that the
-    system does not make, ValueError for features of another grid or width."""
+    text: for systems that use the question, its hidden state. budget: V, static; the largest by default.
+    key: a random key, for training (stochastic depth). Raises ConfigError for a budget that the system does not make,
+    ValueError for features of another grid or width."""
     return project_valid(params, cfg, features, text, budget=budget, key=key)[0]
 
 
@@ -113,14 +113,14 @@ def project_valid(
     budget: int | None = None,
     key: Array | None = None,
 ) -> tuple[Float[Array, "n V d"], Bool[Array, "n V"] | None]:
-    """``project``, and which of the tokens are there; None where all are."""
+    """``project``, and which of the tokens exist; None where all do."""
     budget = check_budget(cfg, budget)
     if features.grid != (cfg.grid, cfg.grid) or features.last.shape[-1] != cfg.in_width:
         raise ValueError(
             f"features of grid {features.grid} and width {features.last.shape[-1]}; "
             f"the projector expects ({cfg.grid}, {cfg.grid}) and {cfg.in_width}"
         )
-    if features.last.shape[0] == 0:  # a reshape to "the rest" has no answer in an empty array
+    if features.last.shape[0] == 0:  # an empty array cannot infer a dimension of -1
         return jnp.zeros((0, budget, cfg.out_width), features.last.dtype), None
     with jax.named_scope(f"projector_{cfg.name}"):
         made = layers.bind(system(cfg), cfg, params)(features, text, budget, key)
@@ -128,22 +128,22 @@ def project_valid(
 
 
 def places(params: layers.Params, cfg: ProjectorConfig, features: VisionFeatures, budget: int) -> Places:
-    """Where in the image the tokens of a budget lie, for a system with ``places``."""
+    """Where the tokens of a budget lie in the image, for a system with ``places``."""
     return layers.bind(system(cfg), cfg, params).places(features, budget)
 
 
 def name_table(cfg: ProjectorConfig) -> list[names.Entry]:
-    """Which torch tensor is which parameter, by the names of the public release."""
+    """The name table, by the names of the public release."""
     return system(cfg).name_table(cfg)
 
 
 def infer(shapes: dict[str, tuple[int, ...]]) -> dict | None:
-    """ProjectorConfig settings of a state dict by its names and shapes; None if it is of no known system."""
+    """ProjectorConfig settings by the names and shapes of a state dict; None for an unknown system."""
     return next((found for name in SYSTEMS if (found := config.system(name).infer(shapes)) is not None), None)
 
 
 def from_torch(state_dict: dict[str, np.ndarray], cfg: ProjectorConfig) -> layers.Params:
-    """{torch name: array} -> nested dict, float32. Parts that cfg ablates may be in the state dict and are left out.
+    """{torch name: array} -> nested dict, float32. Tensors of parts that cfg ablates are left out.
 
     Raises names.WeightMismatch with both sides where names or shapes differ."""
     expected = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))

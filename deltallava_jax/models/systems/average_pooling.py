@@ -1,6 +1,6 @@
-"""A control for every projector: each cell's patches averaged, then LLaVA's MLP. No weights of its own.
+"""A control for every projector: each cell's patches averaged, then LLaVA's MLP, with its weights.
 
-M3 averages behind the MLP, which then runs on every patch; here it runs on the budget's tokens alone."""
+M3 averages after the MLP, which then runs on every patch; here it runs on the budget's tokens alone."""
 
 from __future__ import annotations
 

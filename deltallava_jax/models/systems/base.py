@@ -1,6 +1,4 @@
-"""What a system is: the class that each one extends, the settings that several share, and where tokens lie.
-
-docs/new_system.md walks through one."""
+"""The base class of systems, and the settings that several share. docs/new_system.md writes one step by step."""
 
 from __future__ import annotations
 
@@ -25,60 +23,62 @@ from deltallava_jax.models.vision import Needs, VisionFeatures
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Places:
-    """Where in the image the tokens lie: the cell of each, by rows from the top of a grid of side x side cells, and
-    side^2 for a token of many cells."""
+    """Where the tokens lie in the image: the cell of each, in reading order, in a grid of side x side cells; side^2 for
+    a token of many cells."""
 
     cells: Int[Array, "n V"]
     side: int = field(metadata={"static": True})
 
 
 class System(nnx.Module):
-    """What makes or selects the visual tokens, between the tower and the decoder. It is made as ``System(cfg, rngs=)``
-    with its ``Config``; the static methods speak of a config alone."""
+    """Makes or selects the visual tokens, between the tower and the decoder. The constructor is ``System(cfg, rngs=)``
+    with its ``Config``; the static methods need a config alone."""
 
     Config: type[ProjectorConfig]
     torch_code: str | Path = ""  # its PyTorch module for exports: a file of convert/torch_modules, or a path
-    prefix = ""  # of its tensors in published checkpoints, where that is not mm_projector.
+    prefix = ""  # of its tensors in published checkpoints, other than mm_projector.
     is_llava = False  # whether its exports are Hugging Face's LLaVA
-    reads_question = False  # whether it wants the hidden state of each image's question
-    prune: Callable | None = None  # vision.Prune with a random key behind it, where it runs tower layers itself
-    places: Callable | None = None  # (features, budget) -> Places, where each token lies somewhere in the image
+    reads_question = False  # whether it uses the hidden state of each image's question
+    prune: Callable | None = (
+        None  # vision.Prune with a random key as last argument, where it applies tower layers itself
+    )
+    places: Callable | None = None  # (features, budget) -> Places, where each token has a place in the image
 
     def __call__(
         self, features: VisionFeatures, text: Float[Array, "n t"] | None, budget: int, key: Array | None
     ) -> Float[Array, "n V d"] | tuple[Float[Array, "n V d"], Bool[Array, "n V"]]:
-        """V = budget tokens of n images, and which of them are there where that varies. text: where it is read, the
-        question's hidden state. key: None outside of training."""
+        """V = budget tokens of n images, and which of them exist where that varies. text: the question's hidden state,
+        where it is used. key: None outside of training."""
         raise NotImplementedError
 
     @staticmethod
     def budgets(cfg: ProjectorConfig) -> tuple[int, ...]:
-        """The tokens an image that it can make, largest first."""
+        """Tokens per image that it can make, largest first."""
         raise NotImplementedError
 
     @staticmethod
     def at(cfg: ProjectorConfig, budget: int) -> ProjectorConfig:
-        """The settings with which it makes that many tokens, if there are such (``systems.at`` looks)."""
+        """The settings with which it makes that many tokens, if any (``systems.at`` verifies them)."""
         return cfg
 
     @staticmethod
     def needs(cfg: ProjectorConfig, layers: int) -> Needs:
-        """What it asks of a tower of that many layers."""
+        """What it needs from a tower of that many layers."""
         return Needs(last=last_layer(cfg, layers))
 
     @staticmethod
     def name_table(cfg: ProjectorConfig) -> list[Entry]:
-        """Its torch names, those of the public release."""
+        """Its name table, by the names of the public release."""
         raise NotImplementedError
 
     @staticmethod
     def left_out(cfg: ProjectorConfig) -> list[Entry]:
-        """Tensors that published checkpoints may hold and this config has no use for: of parts that it ablates."""
+        """Tensors of published checkpoints that this config does not use: those of ablated parts."""
         return []
 
     @staticmethod
     def infer(shapes: dict[str, tuple[int, ...]]) -> dict | None:
-        """Its settings from {torch name: shape}; None where the tensors are not its own or do not tell."""
+        """Its settings from {torch name: shape}; None where the tensors are another system's or ambiguous."""
         return None
 
 
@@ -92,9 +92,9 @@ def last_layer(cfg: ProjectorConfig, layers: int) -> int:
 
 @dataclass(frozen=True)
 class ScaleConfig(ProjectorConfig):
-    """Of systems that make (grid / s)^2 tokens, one a cell of s x s patches."""
+    """Of systems that make (grid / s)^2 tokens, one per cell of s x s patches."""
 
-    scale_factor: int | tuple[int, ...] = 2  # s; several make the model elastic: a budget is drawn each step
+    scale_factor: int | tuple[int, ...] = 2  # s; several make the model elastic: each step draws a budget
 
     def __post_init__(self):
         super().__post_init__()
@@ -115,7 +115,7 @@ class ScaleConfig(ProjectorConfig):
         """ConfigError for more than one scale factor."""
         require(
             len(self.scale_factors) == 1,
-            f"projector.scale_factor={self.scale_factor}; {self.name}'s weights serve one scale factor",
+            f"projector.scale_factor={self.scale_factor}; {self.name} takes one scale factor: its weights depend on it",
         )
 
 
@@ -135,7 +135,7 @@ class OnGrid(System):
 
 
 def in_reading_order(features: VisionFeatures, budget: int) -> Places:
-    """Tokens that fill a grid of their own."""
+    """The places of tokens that are the cells of a grid."""
     n = features.last.shape[0]
     return Places(jnp.broadcast_to(jnp.arange(budget), (n, budget)), math.isqrt(budget))
 
@@ -185,11 +185,11 @@ class LevelsConfig(ScaleConfig):
 
 
 class MultiLevel(OnGrid):
-    """A system that reads the last features and several layers."""
+    """A system that uses the last features and several layers."""
 
     @staticmethod
     def needs(cfg: LevelsConfig, layers: int) -> Needs:
-        """The release's relative depths where none are named: halves rounded up, none beyond the last."""
+        """Without ``levels``, the release's relative depths: halves rounded up, none beyond the last."""
         last = last_layer(cfg, layers)
         levels = cfg.levels or tuple(min(int(layers * level / 24 + 0.5), last) for level in LEVELS[-cfg.level_count :])
         return Needs(last=last, levels=levels)
@@ -221,9 +221,9 @@ class QueriesConfig(ProjectorConfig):
 
 @dataclass(frozen=True)
 class TokensConfig(ProjectorConfig):
-    """Of systems that keep so many patches."""
+    """Of systems that keep some of the patches."""
 
-    tokens: tuple[int, ...] = ()  # the budgets; empty: those of 144, 64, 36, 16, 4 and 1 that the grid has
+    tokens: tuple[int, ...] = ()  # the budgets; empty: 144, 64, 36, 16, 4 and 1, as far as there are patches
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""What several systems compute with: torch's packed attention, attention within cells, grids and their positions."""
+"""Parts of several systems: torch's packed attention, attention within cells, grids and their positions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EPS = 1e-6  # of most projectors' LayerNorms
 
 
 class PackedAttention(nnx.Module):
-    """torch's MultiheadAttention: one packed matrix for the queries', keys' and values' inputs, an output matrix."""
+    """torch's MultiheadAttention: one packed input matrix for queries, keys and values, and an output matrix."""
 
     def __init__(self, width: int, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
         self.inputs = Linear(width, 3 * width, kernel_init=xavier_uniform, rngs=rngs)
@@ -43,7 +43,7 @@ class LocalAttention(PackedAttention):
     def __call__(self, q: Float[Array, "n Q Q C"], k: Float[Array, "n g g C"], v: Float[Array, "n g g C"]):
         kernels = jnp.split(self.inputs.kernel[...].astype(q.dtype), 3, axis=1)
         q_bias, _, v_bias = jnp.split(self.inputs.bias[...].astype(q.dtype), 3)
-        # The keys' bias adds the same to all scores of a query: softmax does not see it. The weights' sum is one.
+        # The keys' bias shifts all scores of a query alike, which softmax ignores; the weights sum to one.
         y = local_attention(q @ kernels[0] + q_bias, k, v, kernels[1], kernels[2], head_dim=self.head_dim)
         return self.o(y + v_bias)
 
@@ -61,16 +61,17 @@ def local_attention(
     """Windowed attention of q to the keys k @ k_kernel and values v @ v_kernel, by heads of head_dim.
 
     There are fewer queries than patches, so the matrices move to the queries' side, exactly: q . (W k) = (W^T q) . k
-    and sum_j a_j (W v_j) = W sum_j a_j v_j, a head at a time. Not where a kernel wants the heads; and a single key's
+    and sum_j a_j (W v_j) = W sum_j a_j v_j, head by head. Not where a kernel takes keys by heads; and a single key's
     weight is one, whatever the query."""
     split = lambda t: rearrange(t, "... (a d) -> ... a d", d=head_dim)
     merge = lambda t: rearrange(t, "... a d -> ... (a d)")
-    s, q = k.shape[1] // q.shape[1], split(q)
+    s = k.shape[1] // q.shape[1]
+    q = split(q)
     if s * window == 1:
         return v @ v_kernel
     if s == 1 or choose(q, jax.eval_shape(lambda: split(k @ k_kernel)), window) == "pallas":
         return merge(windowed_attention(q, split(k @ k_kernel), split(v @ v_kernel), window=window))
-    scale = (k.shape[-1] / head_dim) ** 0.5  # windowed_attention divides by the root of the width that it sees
+    scale = (k.shape[-1] / head_dim) ** 0.5  # windowed_attention divides by the root of its own width
     q = jnp.einsum("nhwad,cad->nhwac", q, split(k_kernel) * scale)
     y = windowed_attention(q, k[..., None, :], v[..., None, :], window=window, implementation="xla")
     return merge(jnp.einsum("nhwac,cad->nhwad", y, split(v_kernel)))

@@ -6,8 +6,8 @@ the published numbers: block, position, projection, local attention, MLP. "paper
 depends on the scale factor s, so one set of weights serves every budget (grid / s)^2. At s = 1 the release's queries
 have one key each: the output then depends on the values alone, and the query branch gets no gradient.
 
-Keys and values by heads are never in memory where windowed attention runs in XLA (common.local_attention): the paper's
-variant reads the tower's layers as they are, the release's has k and v once, behind their GELU and LayerNorm.
+Where windowed attention runs in XLA, keys and values by heads are never in memory (common.local_attention): the paper's
+variant attends to the tower's layers directly, the release's to k and v after their GELU and LayerNorm.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DeltaConfig(LevelsConfig):
     window: int = 1  # paper variant: query windows of window x window
     mlp_width: int = 4096  # paper variant: hidden width of equation 11
     variant: str = "release"  # the public code, or "paper": its equations
-    ablation: str = "none"  # without a part: no_emhsa, no_delta, no_tb
+    ablation: str = "none"  # the part that is left out: no_emhsa, no_delta, no_tb
 
     def __post_init__(self):
         super().__post_init__()
@@ -106,8 +106,7 @@ class DeltaProjection(nnx.Module):
 
     @property
     def matrix(self) -> Float[Array, "C E"]:
-        """W_s + U V. One product of it with the patches costs less than the narrow ones of U and V beside that of W_s,
-        and its gradient holds all three."""
+        """W_s + U V. One product with the patches costs less than a product with W_s and narrow ones with U and V."""
         return self.base[...] if self.U is None else self.base[...] + self.U[...] @ self.V[...]
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... E"]:
@@ -154,8 +153,8 @@ class ConvAttention(nnx.Module):
 
 
 def grouped_convolution(x: Float[Array, "n h w C"], kernel: Float[Array, "3 3 i C"]) -> Float[Array, "n h w C"]:
-    """A 3x3 convolution over groups of i channels, zeros around the grid: a matrix product a group over the nine
-    shifted copies. XLA's grouped convolution is far slower on CPUs (benchmarks/measure/projector_parts.py)."""
+    """A 3x3 convolution over groups of i channels, zeros around the grid: one matrix product per group over the
+    nine shifted copies. XLA's grouped convolution is far slower on CPUs (benchmarks/measure/projector_parts.py)."""
     (n, h, w, width), group = x.shape, kernel.shape[2]
     kernel = rearrange(kernel, "p q i (g o) -> g (p q i) o", g=width // group)
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))

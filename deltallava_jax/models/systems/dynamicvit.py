@@ -1,10 +1,10 @@
-"""DynamicViT (raoyongming/DynamicViT, dyvit.py): small predictors in the tower choose which patches go on.
+"""DynamicViT (raoyongming/DynamicViT, dyvit.py): small predictors in the tower choose the patches to keep.
 
-Before some layers a predictor scores the patches. While training each is kept or dropped by a straight-through Gumbel
-sample; what is dropped is masked out of the tower's attention and of the decoder's row, and a penalty holds the share
-that is kept near keep_ratio, its square, its cube; of more than the budget a random part goes to the decoder. Otherwise
-the best int(N * share) go on. All in reading order, through LLaVA's MLP. The original's distillation from an unpruned
-teacher is left out."""
+Before some layers a predictor scores the patches. In training a straight-through Gumbel sample keeps or drops each one;
+dropped patches are masked out of the tower's attention and of the decoder's row, and a penalty holds the kept share
+near keep_ratio, its square, its cube; of more patches than the budget a random part goes to the decoder. Otherwise the
+best int(N * share) stay. LLaVA's MLP follows, in reading order. The original's distillation from an unpruned teacher is
+left out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from deltallava_jax.models.layers import LayerNorm, Linear, gelu, trunc_normal
 from deltallava_jax.models.names import Entry, linear, norm
 from deltallava_jax.models.systems.evit import Pruned, PrunedConfig
 from deltallava_jax.models.systems.fastervlm import select
-from deltallava_jax.models.vision import Stage, VisionFeatures
+from deltallava_jax.models.vision import PruningStep, VisionFeatures
 
 EPS = 1e-5
 PENALTY = 2.0
@@ -63,24 +63,25 @@ class DynamicVit(Pruned):
 
     def __init__(self, cfg: DynamicVitConfig, *, rngs: nnx.Rngs):
         super().__init__(cfg, rngs=rngs)
-        for stage in range(len(cfg.prune_layers)):
-            setattr(self, f"predictor{stage}", Predictor(cfg, rngs=rngs))
+        for step in range(len(cfg.prune_layers)):
+            setattr(self, f"predictor{step}", Predictor(cfg, rngs=rngs))
 
-    def prune(self, stage: int, layer, x: Float[Array, "n N C"], kept: Float[Array, "n P"] | None, key: Array | None):
-        """A layer of the tower behind a predictor (see vision.Prune)."""
-        patches, share = x[:, 1:], self.cfg.keep_ratio ** (stage + 1)
+    def prune(self, step: int, layer, x: Float[Array, "n N C"], kept: Float[Array, "n P"] | None, key: Array | None):
+        """A layer of the tower after a predictor (see vision.Prune)."""
+        patches = x[:, 1:]
+        share = self.cfg.keep_ratio ** (step + 1)
         if kept is None:
             kept = jnp.ones(patches.shape[:2])
-        scores = getattr(self, f"predictor{stage}")(patches, kept)
+        scores = getattr(self, f"predictor{step}")(patches, kept)
         if key is None:
             stay = select(scores[..., 0], int(self.cfg.grid**2 * share))
             patches = jnp.take_along_axis(patches, stay[..., None], axis=1)
-            return layer(jnp.concatenate([x[:, :1], patches], axis=1)), Stage(stay)
-        noise = jax.random.gumbel(jax.random.fold_in(key, stage), scores.shape)
+            return layer(jnp.concatenate([x[:, :1], patches], axis=1)), PruningStep(stay)
+        noise = jax.random.gumbel(jax.random.fold_in(key, step), scores.shape)
         soft = jax.nn.softmax(scores + noise, axis=-1)[..., 0]
         kept = kept * (soft + jax.lax.stop_gradient((soft > 0.5) - soft))
         penalty = PENALTY * ((kept.mean(1) - share) ** 2).mean() / len(self.cfg.prune_layers)
-        return layer(x, kept), Stage(kept=kept, penalty=penalty)
+        return layer(x, kept), PruningStep(kept=kept, penalty=penalty)
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None):
         x, kept = features.last, features.kept
@@ -96,14 +97,14 @@ class DynamicVit(Pruned):
     def budgets(cfg: DynamicVitConfig) -> tuple[int, ...]:
         count = int(cfg.grid**2 * cfg.keep_ratio ** len(cfg.prune_layers))
         if not count:
-            raise ConfigError(f"projector.keep_ratio={cfg.keep_ratio}; {cfg.name} would keep {count} patches")
+            raise ConfigError(f"projector.keep_ratio={cfg.keep_ratio}; {cfg.name} would keep no patches")
         return (count,)
 
     @staticmethod
     def name_table(cfg: DynamicVitConfig) -> list[Entry]:
         table = Pruned.name_table(cfg)
-        for stage in range(len(cfg.prune_layers)):
-            torch, path = f"score_predictor.{stage}", f"predictor{stage}"
+        for step in range(len(cfg.prune_layers)):
+            torch, path = f"score_predictor.{step}", f"predictor{step}"
             table += norm(f"{torch}.in_conv.0", f"{path}/norm") + linear(f"{torch}.in_conv.1", f"{path}/inner")
             for number in range(3):
                 table += linear(f"{torch}.out_conv.{2 * number}", f"{path}/out{number + 1}")

@@ -1,7 +1,7 @@
-"""EViT (youweiliang/evit, evit.py): the tower goes on with the patches that its CLS token looks at.
+"""EViT (youweiliang/evit, evit.py): the tower keeps the patches that its CLS token attends to.
 
-In some layers, between attention and MLP, ceil(keep_ratio * N) patches with the most attention stay, in reading order;
-the others become one token, weighted by their attention (``fuse``). What is left goes through LLaVA's MLP."""
+Each pruning step, between a layer's attention and MLP, keeps the ceil(keep_ratio * N) patches with the most attention,
+in reading order; the others become one token, weighted by their attention (``fuse``). LLaVA's MLP follows."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.systems.base import Places, last_layer
 from deltallava_jax.models.systems.fastervlm import select
 from deltallava_jax.models.systems.mlp import PatchMlp
-from deltallava_jax.models.vision import Needs, Stage, VisionFeatures
+from deltallava_jax.models.vision import Needs, PruningStep, VisionFeatures
 
 
 @dataclass(frozen=True)
 class PrunedConfig(ProjectorConfig):
-    """Of systems that drop patches on the tower's way."""
+    """Of systems that drop patches inside the tower."""
 
-    keep_ratio: float = 0.7  # share of the patches that each stage keeps, more than 0
-    prune_layers: tuple[int, ...] = (6, 12, 18)  # the tower's layers, from 0, that drop patches: a stage each
+    keep_ratio: float = 0.7  # share of the patches that each pruning step keeps, more than 0
+    prune_layers: tuple[int, ...] = (6, 12, 18)  # the tower's layers, from 0, that drop patches
 
     def __post_init__(self):
         super().__post_init__()
@@ -45,18 +45,20 @@ class PrunedConfig(ProjectorConfig):
 
 
 class Pruned(PatchMlp):
-    """What leaves a pruned tower goes through the MLP."""
+    """A pruned tower, then LLaVA's MLP."""
 
     @staticmethod
     def needs(cfg: PrunedConfig, layers: int) -> Needs:
         last = last_layer(cfg, layers)
         if not all(0 <= layer < last for layer in cfg.prune_layers):
-            raise ConfigError(f"projector.prune_layers={cfg.prune_layers}; the tower is read after {last} layers")
+            raise ConfigError(
+                f"projector.prune_layers={cfg.prune_layers}; expected layers below {last}, the last one used"
+            )
         return Needs(last=last, pruned=cfg.prune_layers)
 
     @classmethod
     def at(cls, cfg: PrunedConfig, budget: int) -> PrunedConfig:
-        """The keep_ratio with the fewest tokens that are ``budget`` or more: bisection, as the count grows with it."""
+        """The smallest keep_ratio that leaves at least ``budget`` tokens, by bisection."""
         low, high = 0.0, 1.0
         for _ in range(40):
             middle = (low + high) / 2
@@ -84,12 +86,13 @@ class Evit(Pruned):
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
         return self.project(features.last)
 
-    def prune(self, stage: int, layer, x: Float[Array, "n N C"], kept: None, key: Array | None):
-        """A layer of the tower with fewer tokens behind it (see vision.Prune)."""
+    def prune(self, step: int, layer, x: Float[Array, "n N C"], kept: None, key: Array | None):
+        """A layer of the tower that drops patches (see vision.Prune)."""
         scores = layer.cls_attention(x, "head_mean")
         x = layer.attend(x)
         x, patches = x[:, :1], x[:, 1:]
-        stay, before = None, patches.shape[1]
+        stay = None
+        before = patches.shape[1]
         count = math.ceil(self.cfg.keep_ratio * before)
         if count < before:
             stay = select(scores, count)
@@ -99,7 +102,7 @@ class Evit(Pruned):
                 chosen = jnp.concatenate([chosen, jnp.einsum("nj,njc->nc", dropped, patches)[:, None]], axis=1)
                 stay = jnp.pad(stay, ((0, 0), (0, 1)), constant_values=before)
             patches = chosen
-        return layer.feed(jnp.concatenate([x, patches], axis=1)), Stage(stay)
+        return layer.feed(jnp.concatenate([x, patches], axis=1)), PruningStep(stay)
 
     @staticmethod
     def budgets(cfg: EvitConfig) -> tuple[int, ...]:

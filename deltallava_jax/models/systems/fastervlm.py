@@ -1,6 +1,5 @@
-"""FasterVLM (Theia-4869/FasterVLM, llava_arch.py): the patches that the CLS token looks at, through LLaVA's MLP.
-
-No weights of its own: any LLaVA-1.5 projector, any number of tokens."""
+"""FasterVLM (Theia-4869/FasterVLM, llava_arch.py): the patches that the CLS token attends to most, through
+LLaVA's MLP, with its weights: any LLaVA-1.5 projector, any number of tokens."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Honeybee's C-Abstractor (kakaobrain/honeybee, projectors.py): RegNet stages around an adaptive average pool.
 
-It reads the tower's last layer: select_layer -1."""
+It uses the tower's last layer: select_layer -1."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Bottleneck(nnx.Module):
 @dataclass(frozen=True)
 class HoneybeeCConfig(ScaleConfig):
     name: str = "honeybee_c"
-    select_layer: int = -1  # the tower's hidden state that is read, from the end: -1 is the last
+    select_layer: int = -1  # the tower's hidden state, from the end: -1 is the last
     embed_width: int = 0  # width of the stages; 0: in_width
     depth: int = 0  # blocks of a stage; 0: as published, 3
     initializer_range: float = 0.02  # standard deviation of fresh Linear weights; small widths want more
@@ -84,10 +84,12 @@ class HoneybeeC(OnGrid):
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
         x = features.last + self.position[...].astype(features.last.dtype)
-        x, pooled = common.as_grid(x, self.cfg.grid), False
+        x = common.as_grid(x, self.cfg.grid)
+        pooled = False
         for stage, block, _ in _blocks(self.cfg):
             if stage == 2 and not pooled:
-                x, pooled = common.pool_grid(x, round(budget**0.5)), True
+                x = common.pool_grid(x, round(budget**0.5))
+                pooled = True
             x = getattr(self, f"stage{stage}_block{block}")(x)
         return self.down(jax.nn.silu(self.up(x.reshape(x.shape[0], budget, -1))))
 
@@ -120,7 +122,7 @@ class HoneybeeC(OnGrid):
 
 
 def _blocks(cfg: HoneybeeCConfig):
-    """(stage, block, input width), in order; the pool stands between the stages."""
+    """(stage, block, input width), in order; pooling happens between the stages."""
     for stage in (1, 2):
         for block in range(1, (cfg.depth or DEPTH) + 1):
             yield stage, block, cfg.in_width if (stage, block) == (1, 1) else cfg.width

@@ -1,7 +1,7 @@
 """Honeybee's D-Abstractor (kakaobrain/honeybee, dabs.py): deformable attention of queries around points of a grid.
 
-The learned table is what the layers refine; pooled features are the queries' positions. It reads the tower's last
-layer (select_layer -1), and its table has as many rows as there are tokens, so the weights serve one scale factor."""
+The layers refine a learned table of queries; pooled features are the queries' positions. It uses the tower's last layer
+(select_layer -1), and the table has one row per token, so the weights serve one scale factor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEPTH, POINTS = 6, 4
 @dataclass(frozen=True)
 class HoneybeeDConfig(ScaleConfig):
     name: str = "honeybee_d"
-    select_layer: int = -1  # the tower's hidden state that is read, from the end: -1 is the last
+    select_layer: int = -1  # the tower's hidden state, from the end: -1 is the last
     depth: int = 0  # layers; 0: as published, 6
     head_dim: int = 128  # width of a head
     mlp_width: int = 1024  # hidden width of a layer's MLP
@@ -45,7 +45,7 @@ class HoneybeeDConfig(ScaleConfig):
 
 
 class DeformableLayer(nnx.Module):
-    """A layer of Deformable DETR's decoder, norms last: self-attention, sampling from the image, ReLU MLP."""
+    """A layer of Deformable DETR's decoder, post-norm: self-attention, sampling from the image, ReLU MLP."""
 
     def __init__(self, cfg: HoneybeeDConfig, *, rngs: nnx.Rngs):
         width = cfg.in_width
@@ -92,7 +92,7 @@ class DeformableLayer(nnx.Module):
 
 
 def _directions(key, shape) -> Array:
-    """Offsets to start with: each head looks in a direction of its own, its points 1, 2, ... cells away."""
+    """Initial offsets: each head has its own direction, its points 1, 2, ... cells away."""
     heads = shape[0] // (2 * POINTS)
     angles = 2 * np.pi * np.arange(heads) / heads
     ray = np.stack([np.cos(angles), np.sin(angles)], axis=-1)

@@ -21,7 +21,7 @@ SCALES = (1, 2, 4, 8, 24)
 @dataclass(frozen=True)
 class M3Config(ScaleConfig):
     name: str = "m3"
-    scale_factor: int | tuple[int, ...] | None = None  # None: of 1, 2, 4, 8, 24 what divides the grid
+    scale_factor: int | tuple[int, ...] | None = None  # None: those of 1, 2, 4, 8, 24 that divide the grid
 
     def __post_init__(self):
         if self.scale_factor is None:

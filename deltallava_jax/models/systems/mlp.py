@@ -1,6 +1,6 @@
 """LLaVA-1.5's projector: a two-layer MLP on every patch (haotian-liu/LLaVA, multimodal_projector/builder.py).
 
-And what the selections that use it share: they keep some patches and give them to the same MLP."""
+Selection is the base of systems that keep some patches and apply the same MLP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENS = (144, 64, 36, 16, 4, 1)
 
 
 class PatchMlp(System):
-    """Linear in_width -> d, exact GELU, Linear d -> d, on every token. A subclass says which tokens."""
+    """Linear in_width -> d, exact GELU, Linear d -> d, on every token; a subclass chooses the tokens."""
 
     def __init__(self, cfg: ProjectorConfig, *, rngs: nnx.Rngs):
         make = lambda width, init: Linear(width, cfg.out_width, kernel_init=init, bias_init=init, rngs=rngs)

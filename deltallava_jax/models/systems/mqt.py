@@ -54,7 +54,8 @@ class Mqt(System):
         self.grid = cfg.grid
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
-        x, position = features.last, jax.lax.stop_gradient(self.position[...])
+        x = features.last
+        position = jax.lax.stop_gradient(self.position[...])
         q = self.q_norm((self.queries[...] + position)[:budget].astype(x.dtype))
         k = self.k_norm(common.resize_table(position, self.grid).astype(x.dtype))
         q, k = (jnp.broadcast_to(t, (x.shape[0], *t.shape)) for t in (q, k))

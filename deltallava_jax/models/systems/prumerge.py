@@ -1,8 +1,8 @@
-"""PruMerge and PruMerge+ (42Shawn/LLaVA-PruMerge, clip_encoder.py): keep what the CLS token looks at, merge the rest.
+"""PruMerge and PruMerge+ (42Shawn/LLaVA-PruMerge, clip_encoder.py): keep what the CLS token attends to, merge the rest.
 
-How many patches are kept: keep_ratio of them, or, with keep_ratio 0, as many as have outlying attention in this image,
-up to a cap (projector.tokens); what is below the cap is marked by the valid mask. The plus variant adds an even comb
-of positions. No weights of its own: any LLaVA-1.5 projector."""
+It keeps keep_ratio of the patches, or, with keep_ratio 0, those with outlying attention in the image, up to a cap
+(projector.tokens); the valid mask marks how many. The plus variant adds an even comb of positions. LLaVA's MLP follows,
+with its weights: any LLaVA-1.5 projector."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def candidates(
 ) -> tuple[Int[Array, "n N"], Int[Array, " n"]]:
     """(positions, count): every position once, the ``count`` kept ones first, in the original's order.
 
-    By descending attention, then, with ``plus``, the comb's in reading order. ratio 0: adaptive. duplicates: as the
-    original with a fixed ratio does, comb positions that are kept already come twice, and as many of the smallest
-    positions vanish."""
+    By descending attention, then, with ``plus``, the comb's in reading order. ratio 0: adaptive. duplicates: as in the
+    original with a fixed ratio, comb positions that are kept already come twice, and as many of the smallest positions
+    are lost."""
     n, N = attention.shape
     by_attention = jnp.argsort(-attention, axis=1, stable=True)
     rank = jnp.argsort(by_attention, axis=1)
@@ -71,7 +71,7 @@ def merge(
     count: Int[Array, " n"],
     cap: int,
 ) -> tuple[Float[Array, "n M C"], Bool[Array, "n M"]]:
-    """(tokens, valid) with M = cap + 1: the first ``count`` positions, at most cap, and one token of all the others.
+    """(tokens, valid) with M = cap + 1: the first ``count`` positions, at most cap, and one token of the others.
 
     A kept token adds its 32 nearest by cosine of the keys, weighted by attention, not normalised."""
     take = lambda x: jnp.take_along_axis(x, positions.reshape(*positions.shape, *(1,) * (x.ndim - 2)), axis=1)
@@ -139,13 +139,15 @@ class PruMerge(PatchMlp):
 
     @staticmethod
     def at(cfg: PruMergeConfig, budget: int) -> PruMergeConfig:
-        return dataclasses.replace(cfg, tokens=(budget,), keep_ratio=0.0)  # by outliers, that many at the most
+        return dataclasses.replace(cfg, tokens=(budget,), keep_ratio=0.0)  # by outliers, at most that many
 
     @staticmethod
     def needs(cfg: PruMergeConfig, layers: int) -> Needs:
         last = last_layer(cfg, layers)
         if last == layers:
-            raise ConfigError("projector.select_layer=-1; PruMerge reads queries and keys of the layer after it")
+            raise ConfigError(
+                "projector.select_layer=-1; PruMerge needs queries and keys of the layer after it; choose -2 or lower"
+            )
         return Needs(last=last, cls_attention=(last + 1, "one_head"), keys=last + 1)
 
 

@@ -1,4 +1,4 @@
-"""QueCC (locuslab/llava-token-compression, quecc.py): the question's last hidden state joins every query patch.
+"""QueCC (locuslab/llava-token-compression, quecc.py): the question's last hidden state is added to every query patch.
 
 Queries are downsampled by a depthwise convolution whose kernel is the cell, so the weights serve one scale factor."""
 
@@ -27,7 +27,7 @@ class QueccConfig(LevelsConfig):
     name: str = "quecc"
     scale_factor: int | tuple[int, ...] = 4  # side of a token's cell in patches, one: the kernel has its size
     text_width: int = 0  # width of the question's hidden state; 0: out_width
-    question_length: int = 64  # tokens of a question that are read, BOS first; a longer one is cut, and said
+    question_length: int = 64  # most tokens of a question, BOS first; a longer one is cut, with a warning
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,10 +50,8 @@ class Quecc(MultiLevel):
             setattr(self, f"{name}_norm", LayerNorm(width, eps=common.EPS))
         init = torch_default(s * s)
         self.kernel, self.bias = nnx.Param(init(rngs.params(), (s, s, 1, width))), nnx.Param(jnp.zeros(width))
-        self.text, self.text_norm = (
-            make(cfg.text_width or cfg.out_width, cfg.in_width),
-            LayerNorm(cfg.in_width, eps=TEXT_EPS),
-        )
+        self.text = make(cfg.text_width or cfg.out_width, cfg.in_width)
+        self.text_norm = LayerNorm(cfg.in_width, eps=TEXT_EPS)
         self.attention = common.LocalAttention(width, cfg, rngs=rngs)
         self.up, self.down = make(width, cfg.out_width), make(cfg.out_width, cfg.out_width)
         self.grid = cfg.grid
@@ -62,15 +60,14 @@ class Quecc(MultiLevel):
         self, features: VisionFeatures, text: Float[Array, "n t"] | None, budget: int, key: Array | None
     ) -> Float[Array, "n V d"]:
         if text is None:
-            raise ValueError("quecc reads each image's question: text is its last hidden state, [n, text_width]")
+            raise ValueError("quecc uses each image's question; pass its last hidden state as text, [n, text_width]")
         x = features.last + self.text_norm(self.text(text.astype(features.last.dtype)))[:, None]
         q = common.as_grid(self._embed("q", x), self.grid)
         k, v = (self._embed(name, common.as_grid(features.levels, self.grid)) for name in "kv")
         side = round(budget**0.5)
         cells = rearrange(q, "n (h p) (w q) c -> n h w p q c", h=side, w=side)
-        q = jnp.einsum("nhwpqc,pqc->nhwc", cells, self.kernel[...][:, :, 0].astype(q.dtype)) + self.bias[...].astype(
-            q.dtype
-        )
+        q = jnp.einsum("nhwpqc,pqc->nhwc", cells, self.kernel[...][:, :, 0].astype(q.dtype))
+        q = q + self.bias[...].astype(q.dtype)
         y = self.attention(q, k, v).reshape(q.shape[0], budget, -1)
         return self.down(gelu(self.up(y)))
 

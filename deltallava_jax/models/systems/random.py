@@ -1,8 +1,8 @@
-"""A control for every selection: patches drawn at random, through LLaVA's MLP. No weights of its own.
+"""A control for every selection: random patches through LLaVA's MLP, with its weights.
 
-What a selection gains is what it has over this. While training each image draws its own patches in each step;
-otherwise all images keep the places that ``seed`` draws, so that an answer depends on its image and question alone. The
-first m of one order of the patches are kept for m tokens. Results want several seeds."""
+In training each image draws its own patches in each step; otherwise all images keep the patches that ``seed`` draws, so
+that an answer depends on its image and question alone. The first m of one order of the patches are kept for m tokens.
+Compare with the mean of several seeds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deltallava_jax.models.vision import VisionFeatures
 @dataclass(frozen=True)
 class RandomConfig(TokensConfig):
     name: str = "random"
-    seed: int = 0  # of the places outside of training, 0 to 2**32 - 1
+    seed: int = 0  # of the patches kept outside of training, 0 to 2**32 - 1
 
     def __post_init__(self):
         super().__post_init__()
@@ -39,7 +39,7 @@ class Random(Selection):
         return self.project(jnp.take_along_axis(features.last, kept[..., None], axis=1))
 
     def _kept(self, features: VisionFeatures, budget: int, key: Array | None) -> Int[Array, "n V"]:
-        """Places of the patches that stay, in reading order."""
+        """Indices of the patches that stay, in reading order."""
         n, patches = features.last.shape[:2]
         if key is None:  # numpy's old generator: the same order in every version, and in PyTorch's code
             order = np.random.RandomState(self.cfg.seed).permutation(patches)

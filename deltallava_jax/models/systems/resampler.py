@@ -1,6 +1,6 @@
-"""Qwen-VL's resampler: learned queries with positions cross-attend to the patches with theirs.
+"""Qwen-VL's resampler: learned queries cross-attend to the patches, both with positions.
 
-closing: the LayerNorm and the output matrix that Qwen-VL's visual part puts after it (transformer.visual)."""
+closing: the LayerNorm and output matrix of Qwen-VL's visual part (transformer.visual) after it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deltallava_jax.models.vision import VisionFeatures
 @dataclass(frozen=True)
 class ResamplerConfig(QueriesConfig):
     name: str = "resampler"
-    closing: bool = False  # Qwen-VL's LayerNorm and output matrix behind it
+    closing: bool = False  # with Qwen-VL's LayerNorm and output matrix after it
 
 
 class Resampler(System):
@@ -44,8 +44,8 @@ class Resampler(System):
         self.grid = cfg.grid
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
-        x, position = features.last, jax.lax.stop_gradient(self.position[...])
-        x = self.kv_norm(x if self.kv is None else self.kv(x))
+        position = jax.lax.stop_gradient(self.position[...])
+        x = self.kv_norm(features.last if self.kv is None else self.kv(features.last))
         q = self.q_norm(self.queries[...].astype(x.dtype)) + position.astype(x.dtype)
         same = self.grid**2 == position.shape[0]
         k = x + (position if same else common.resize_table(position, self.grid)).astype(x.dtype)

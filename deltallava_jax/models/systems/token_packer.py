@@ -39,7 +39,8 @@ class TokenPacker(MultiLevel):
         self.grid = cfg.grid
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
-        side, levels = round(budget**0.5), common.as_grid(features.levels, self.grid)
+        side = round(budget**0.5)
+        levels = common.as_grid(features.levels, self.grid)
         q = self.q_norm(self.q(resize_grid(common.as_grid(features.last, self.grid), side, "bilinear")))
         k = self.k_norm(self.k_down(gelu(self.k_up(levels))))
         v = self.v_norm(self.v_down(gelu(self.v_up(levels))))
