@@ -48,7 +48,7 @@ PROJECTOR_KEY = "deltallava_projector"  # the whole ProjectorConfig, in the conf
 
 
 @dataclass(frozen=True)
-class Layout:
+class CheckpointLayout:
     """Where a checkpoint's tensors stand: the prefix of each part, None where the checkpoint lacks the part.
 
     hf_projector: the MLP's layers are linear_1 and linear_2, as in Hugging Face models, not 0 and 2."""
@@ -87,7 +87,7 @@ class Pretrained:
 
     cfg: ModelConfig
     params: Params
-    layout: Layout | None = None
+    layout: CheckpointLayout | None = None
     origin: ModelConfig | None = None
     hf: dict = field(default_factory=dict)
     kept: list[Path] = field(default_factory=list)
@@ -180,7 +180,7 @@ def read_projector(path: Path, dtype: str | None = None) -> Pretrained:
     found = _layout(tensors)
     if found.projector is None:
         raise ConversionError(f"{path} holds no projector; known systems: {', '.join(systems.SYSTEMS)}")
-    layout = Layout(projector=found.projector, hf_projector=found.hf_projector)
+    layout = CheckpointLayout(projector=found.projector, hf_projector=found.hf_projector)
     cfg = ModelConfig(
         None, _projector_config(read_json(file) if file.is_file() else {}, layout, tensors, None, 0), None
     )
@@ -206,7 +206,7 @@ def _is_kept(file: Path) -> bool:
 # ------------------------------------------------------------------ what the checkpoint is
 
 
-def _layout(tensors: dict[str, Tensor]) -> Layout:
+def _layout(tensors: dict[str, Tensor]) -> CheckpointLayout:
     """The prefixes, found by the names that every family has."""
 
     def before(*endings: str) -> str | None:
@@ -223,7 +223,7 @@ def _layout(tensors: dict[str, Tensor]) -> Layout:
     vision = before("embeddings.patch_embedding.weight", "post_layernorm.weight")
     if projector is None and decoder is None and vision is None:
         projector = ""  # a projector's state dict alone
-    return Layout(
+    return CheckpointLayout(
         vision=vision,
         projector=projector,
         decoder=decoder,
@@ -232,7 +232,9 @@ def _layout(tensors: dict[str, Tensor]) -> Layout:
     )
 
 
-def _config(path: Path, hf: dict, layout: Layout, tensors: dict[str, Tensor], vision: Path | None) -> ModelConfig:
+def _config(
+    path: Path, hf: dict, layout: CheckpointLayout, tensors: dict[str, Tensor], vision: Path | None
+) -> ModelConfig:
     """The model's config: every value from config.json, the projector's also from its tensors' shapes."""
     kind, preprocessor = hf.get("model_type") or "", _preprocessor(path)
     dtype = "float32" if all(t.dtype == np.float32 for t in tensors.values()) else "bfloat16"
@@ -312,7 +314,7 @@ def _tower_folder(path: Path, name: str, vision: Path | None) -> Path | None:
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
-def _named_tower(path: Path, name: str, layout: Layout, vision: Path | None) -> VisionConfig:
+def _named_tower(path: Path, name: str, layout: CheckpointLayout, vision: Path | None) -> VisionConfig:
     """The config of that tower: its folder's, or a published one's."""
     folder = _tower_folder(path, name, vision)
     if folder is not None:
@@ -327,7 +329,7 @@ def _named_tower(path: Path, name: str, layout: Layout, vision: Path | None) -> 
 
 
 def _projector_config(
-    hf: dict, layout: Layout, tensors: dict[str, Tensor], vision: VisionConfig | None, select_layer: int
+    hf: dict, layout: CheckpointLayout, tensors: dict[str, Tensor], vision: VisionConfig | None, select_layer: int
 ) -> ProjectorConfig:
     """The projector's config, from config.json where we wrote it, else from the shapes of its tensors."""
     prefix = layout.projector or ""
@@ -351,7 +353,7 @@ def _projector_config(
 # ------------------------------------------------------------------ loading
 
 
-def _with_own_head(cfg: ModelConfig, layout: Layout, tensors: dict[str, Tensor]) -> ModelConfig:
+def _with_own_head(cfg: ModelConfig, layout: CheckpointLayout, tensors: dict[str, Tensor]) -> ModelConfig:
     """A tied head is untied where the file holds an output matrix that is not the embedding, as transformers does."""
     head = tensors.get(f"{layout.head}lm_head.weight")
     if not (cfg.decoder and cfg.decoder.tied_head and head):

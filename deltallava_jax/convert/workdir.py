@@ -14,7 +14,7 @@ import jax
 
 from deltallava_jax import cli
 from deltallava_jax.config import Config, DataConfig, ModelConfig, ProjectorConfig, dtype_name, from_dict, to_dict
-from deltallava_jax.convert.read import Layout, Pretrained, check_tower, fits, read, read_json, read_projector
+from deltallava_jax.convert.read import CheckpointLayout, Pretrained, check_tower, fits, read, read_json, read_projector
 from deltallava_jax.convert.shards import write_extra
 from deltallava_jax.convert.tensors import find
 from deltallava_jax.data import tokens
@@ -49,7 +49,7 @@ def read_workdir(path: Path) -> Pretrained:
         cli.say(f"note: {home.lost}, with which {path} began, is not there any more, nor the files it was made of")
     if source is not None:
         about = read_json(source / "origin.json")
-        layout = Layout(**about["layout"]) if about["layout"] else None
+        layout = CheckpointLayout(**about["layout"]) if about["layout"] else None
         origin = from_dict(ModelConfig, about["model"])
         origin_aspect = about.get("aspect", "square")
         kept = sorted(file for file in source.iterdir() if file.name not in ("origin.json", "extra.safetensors"))
