@@ -59,11 +59,11 @@ class CheckpointLayout:
     head: str | None = None
     hf_projector: bool = False
 
-    def table(self, cfg: ModelConfig) -> list[Entry]:
+    def name_table(self, cfg: ModelConfig) -> list[Entry]:
         """The name table of the whole checkpoint."""
         table = []
         if cfg.vision:
-            table += prefixed(tower_family(cfg.vision).table(cfg.vision), self.vision, "vision/")
+            table += prefixed(tower_family(cfg.vision).name_table(cfg.vision), self.vision, "vision/")
         if cfg.projector:
             if systems.system(cfg.projector).is_llava and self.hf_projector:
                 names = linear("linear_1", "up") + linear("linear_2", "down")
@@ -72,8 +72,8 @@ class CheckpointLayout:
             table += prefixed(names, self.projector, "projector/")
         if cfg.decoder:
             family = decoder_family(cfg.decoder)
-            table += prefixed(family.table(cfg.decoder), self.decoder, "decoder/")
-            table += prefixed(family.head_table(cfg.decoder), self.head, "decoder/")
+            table += prefixed(family.name_table(cfg.decoder), self.decoder, "decoder/")
+            table += prefixed(family.head_name_table(cfg.decoder), self.head, "decoder/")
         return table
 
 
@@ -184,7 +184,7 @@ def read_projector(path: Path, dtype: str | None = None) -> Pretrained:
     cfg = ModelConfig(
         None, _projector_config(read_json(file) if file.is_file() else {}, layout, tensors, None, 0), None
     )
-    names = {entry.torch for entry in layout.table(cfg)}
+    names = {entry.torch for entry in layout.name_table(cfg)}
     own = {name: tensor for name, tensor in tensors.items() if name in names}
     params, _ = _load(cfg, layout, own, dtype, None, False)
     return Pretrained(cfg, params, layout, cfg)
@@ -366,7 +366,7 @@ def _with_own_head(cfg: ModelConfig, layout: CheckpointLayout, tensors: dict[str
 
 def _load(cfg, layout, tensors, dtype, shard, progress, unstacked=False) -> tuple[Params, dict[str, Tensor]]:
     """(parameters, tensors the model has no use for)."""
-    table = dataclasses.replace(layout, **{part: "" for part in PARTS if getattr(layout, part) is None}).table(cfg)
+    table = dataclasses.replace(layout, **{part: "" for part in PARTS if getattr(layout, part) is None}).name_table(cfg)
     shapes = {path: leaf.shape for path, leaf in flatten(jax.eval_shape(lambda: _init(cfg))).items()}
     used = {name for entry in table for name in entry.torch_names(shapes[entry.path])}
     extra = {name: tensor for name, tensor in tensors.items() if is_extra(name) and name not in used}

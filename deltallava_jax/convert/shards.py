@@ -36,7 +36,7 @@ class _Out:
 def write_weights(model: Pretrained, folder: Path, layout: CheckpointLayout, shard_bytes: int = SHARD_BYTES) -> None:
     """The tensors by their names in ``layout``, in model.safetensors or in shards of at most ``shard_bytes``."""
     flat, outs = flatten(model.params), []
-    table = layout.table(model.cfg if layout.vision is not None else dataclasses.replace(model.cfg, vision=None))
+    table = layout.name_table(model.cfg if layout.vision is not None else dataclasses.replace(model.cfg, vision=None))
     for entry in table:
         leaf = flat[entry.path]
         for layer, name in enumerate(entry.torch_names(leaf.shape)):
