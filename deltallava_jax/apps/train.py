@@ -80,7 +80,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
 
     began, workdir = time.monotonic(), Workdir(options.workdir)
     cfg.model.require_whole("training")
-    cfg.data.check_use()
+    cfg.data.validate_dataset_settings()
     profile = parse_steps(options.profile) if options.profile else None
 
     def say(line: str) -> None:

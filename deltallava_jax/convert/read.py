@@ -106,20 +106,20 @@ class Pretrained:
         if self.cfg.projector is None:
             raise ConfigError(f"the model has no projector to give {', '.join(settings)}")
         projector = renamed(self.cfg.projector, settings)
-        fits(projector, self.params["projector"])
+        validate_projector(projector, self.params["projector"])
         cfg = dataclasses.replace(self.cfg, projector=projector)
-        check_tower(cfg)
+        validate_tower(cfg)
         return dataclasses.replace(self, cfg=cfg)
 
 
-def fits(cfg: ProjectorConfig, params: Params) -> None:
+def validate_projector(cfg: ProjectorConfig, params: Params) -> None:
     """Raises WeightMismatch with both sides where parameters are not those of a projector's config."""
     table = lambda tree: {f"projector/{path}": tuple(leaf.shape) for path, leaf in flatten(tree).items()}
     ours, theirs = table(jax.eval_shape(lambda: systems.init_params(cfg, jax.random.key(0)))), table(params)
     check([Entry(path, path) for path in ours], theirs, ours)
 
 
-def check_tower(cfg: ModelConfig) -> None:
+def validate_tower(cfg: ModelConfig) -> None:
     """ConfigError where a model's tower has not what its projector reads: a layer, the CLS token's attention."""
     if cfg.vision and cfg.projector:
         check_needs(cfg.vision, systems.needs(cfg.projector, cfg.vision.layers))
