@@ -99,7 +99,7 @@ def check(source: Source, plan: Plan, workers: int, *, decode: bool = True, exam
     }
 
 
-def table(report: dict) -> str:
+def format_report(report: dict) -> str:
     """The report for people."""
     lines = [
         f"{report['records']:,} records, {report['usable']:,} usable: {report['images']:,} images, "
