@@ -1,4 +1,4 @@
-"""Checkpoints as our models: Hugging Face folders, the original LLaVA layout, projector files, our own workdirs."""
+"""Reads checkpoints as our models: Hugging Face folders, the original LLaVA layout, projector files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from deltallava_jax.models.names import Entry, check, flatten, linear, prefixed,
 from deltallava_jax.models.vision import check_needs
 from deltallava_jax.progress import progress_bar
 
-# Names of towers in the original layout's config.json whose shapes we know without a folder.
+# Towers that the original layout's config.json names, and the presets of their sizes.
 KNOWN_TOWERS = {
     "clip-vit-large-patch14-336": "clip_l_14_336",
     "clip-vit-large-patch14": "clip_l_14_224",
@@ -49,7 +49,7 @@ PROJECTOR_KEY = "deltallava_projector"  # the whole ProjectorConfig, in the conf
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """Where a checkpoint's tensors stand: the prefix of each part, None where the checkpoint lacks the part.
+    """The prefix of each part's tensors in a checkpoint, None for a part that the checkpoint lacks.
 
     hf_projector: the MLP's layers are linear_1 and linear_2, as in Hugging Face models, not 0 and 2."""
 
@@ -81,9 +81,9 @@ class CheckpointLayout:
 class Pretrained:
     """A model from a checkpoint: ``cfg`` and ``params`` hold the parts that it has.
 
-    layout, hf (its config.json), origin and origin_aspect (what it says in our terms) tell how it was written; kept:
-    the files beside the weights; extra: tensors that the model has no use for, such as SigLIP's pooling head, kept for
-    exports in the same layout; template, aspect: of the data it was trained on, as in DataConfig."""
+    layout, hf (config.json), origin and origin_aspect (config.json in our terms): as the checkpoint was written. kept:
+    the files beside the weights. extra: tensors that the model does not use, such as SigLIP's pooling head, kept for
+    exports in the same layout. template, aspect: of the training data, as in DataConfig."""
 
     cfg: ModelConfig
     params: Params
@@ -104,7 +104,7 @@ class Pretrained:
     def with_projector(self, settings: dict) -> Pretrained:
         """The same weights with other settings of the projector, such as scale_factor. Raises ConfigError."""
         if self.cfg.projector is None:
-            raise ConfigError(f"the model has no projector to give {', '.join(settings)}")
+            raise ConfigError(f"the model has no projector, so {', '.join(settings)} cannot be set")
         projector = renamed(self.cfg.projector, settings)
         validate_projector(projector, self.params["projector"])
         cfg = dataclasses.replace(self.cfg, projector=projector)
@@ -113,14 +113,17 @@ class Pretrained:
 
 
 def validate_projector(cfg: ProjectorConfig, params: Params) -> None:
-    """Raises WeightMismatch with both sides where parameters are not those of a projector's config."""
-    table = lambda tree: {f"projector/{path}": tuple(leaf.shape) for path, leaf in flatten(tree).items()}
-    ours, theirs = table(jax.eval_shape(lambda: systems.init_params(cfg, jax.random.key(0)))), table(params)
-    check([Entry(path, path) for path in ours], theirs, ours)
+    """Raises WeightMismatch with both sides if the parameters' names or shapes are not those of the config."""
+    ours = _shapes({"projector": jax.eval_shape(lambda: systems.init_params(cfg, jax.random.key(0)))})
+    check([Entry(path, path) for path in ours], _shapes({"projector": params}), ours)
+
+
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in flatten(params).items()}
 
 
 def validate_tower(cfg: ModelConfig) -> None:
-    """ConfigError where a model's tower has not what its projector reads: a layer, the CLS token's attention."""
+    """Raises ConfigError if the tower lacks what the projector reads: a layer, the CLS token's attention."""
     if cfg.vision and cfg.projector:
         check_needs(cfg.vision, systems.needs(cfg.projector, cfg.vision.layers))
 
@@ -136,13 +139,10 @@ def read(
 ) -> Pretrained:
     """The model in a folder in Hugging Face's or the original LLaVA layout, or in a projector's weights file.
 
-    vision: a folder of the tower, for checkpoints that only name theirs. dtype: of the parameters; by default as they
-    are saved. shard(path, shape) gives each parameter's place; by default the first device. unstacked: the decoder in
-    the form of ``decoder.unstacked``, its matrices in the dtype of computing unless ``dtype`` is given. Raises
-    ConversionError for what is damaged or unknown, WeightMismatch with both sides where the weights are not those of
-    config.json."""
-    if not path.exists():
-        raise ConversionError(f"{path} does not exist")
+    vision: the tower's folder, for checkpoints that only name it. dtype: of the parameters; by default as saved.
+    shard(path, shape): each parameter's sharding; by default the first device. unstacked: the decoder in the form of
+    ``decoder.unstacked``, its matrices in the compute dtype unless ``dtype`` is given. Raises ConversionError for a
+    damaged or unknown checkpoint, WeightMismatch with both sides if the weights do not match config.json."""
     tensors = find(path)
     folder = path if path.is_dir() else path.parent
     hf = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -150,14 +150,14 @@ def read(
     if vision is not None and not vision.is_dir():
         raise ConversionError(f"--vision {vision} does not exist")
     if vision is not None and "mm_vision_tower" not in hf:
-        raise ConversionError(f"--vision is for checkpoints that name their tower and lack it; {path} names none")
+        raise ConversionError(f"--vision is for checkpoints that name a tower they lack; {path} names none")
     if not hf and layout.projector != "":
-        raise ConversionError(f"{path} has no config.json, which says what model it is")
+        raise ConversionError(f"{path} has no config.json, which describes the model")
     try:
         cfg = _config(path, hf, layout, tensors, vision)
         aspect = _aspect(path, hf, cfg.vision, vision)
     except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise ConversionError(f"{folder / 'config.json'} holds a value that cannot be: {error!r}") from error
+        raise ConversionError(f"{folder / 'config.json'} holds an invalid value: {error!r}") from error
     cfg = _with_own_head(cfg, layout, tensors)
     tower = None
     if "mm_vision_tower" in hf and layout.vision is None and cfg.vision:
@@ -172,9 +172,7 @@ def read(
 
 
 def read_projector(path: Path, dtype: str | None = None) -> Pretrained:
-    """The projector alone of any checkpoint that holds one, whatever else is in it. Raises as ``read`` does."""
-    if not path.exists():
-        raise ConversionError(f"{path} does not exist")
+    """Only the projector of a checkpoint, whatever else it holds. Raises as ``read`` does."""
     tensors = find(path)
     file = (path if path.is_dir() else path.parent) / "config.json"
     found = _layout(tensors)
@@ -191,7 +189,7 @@ def read_projector(path: Path, dtype: str | None = None) -> Pretrained:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object; ConversionError if the file is missing or is none."""
+    """The object in a JSON file. Raises ConversionError if the file is missing or holds something else."""
     try:
         return config.read_json(path)
     except ConfigError as error:
@@ -199,15 +197,15 @@ def read_json(path: Path) -> dict:
 
 
 def _is_kept(file: Path) -> bool:
-    """Files beside the weights that belong to the model: configs, tokenizer, processor, templates, code is not."""
+    """Whether a file beside the weights belongs to the model: config, tokenizer, processor, template, but not code."""
     return file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and ".index." not in file.name
 
 
-# ------------------------------------------------------------------ what the checkpoint is
+# ------------------------------------------------------------------ layout and config
 
 
 def _layout(tensors: dict[str, Tensor]) -> CheckpointLayout:
-    """The prefixes, found by the names that every family has."""
+    """The prefixes, found by tensor names that every family has."""
 
     def before(*endings: str) -> str | None:
         return next((name.removesuffix(end) for end in endings for name in tensors if name.endswith(end)), None)
@@ -235,8 +233,9 @@ def _layout(tensors: dict[str, Tensor]) -> CheckpointLayout:
 def _config(
     path: Path, hf: dict, layout: CheckpointLayout, tensors: dict[str, Tensor], vision: Path | None
 ) -> ModelConfig:
-    """The model's config: every value from config.json, the projector's also from its tensors' shapes."""
-    kind, preprocessor = hf.get("model_type") or "", _preprocessor(path)
+    """The model's config, from config.json and, for the projector, from its tensors' shapes."""
+    kind = hf.get("model_type") or ""
+    preprocessor = _preprocessor(path)
     dtype = "float32" if all(t.dtype == np.float32 for t in tensors.values()) else "bfloat16"
     model = functools.partial(ModelConfig, dtype=dtype)
     if kind in DECODERS and layout.projector is None:
@@ -258,7 +257,8 @@ def _config(
         vision_cfg = TOWERS[tower_kind].to_ours(tower, preprocessor)
         refuse(hf, kind, vision_feature_select_strategy="default" if vision_cfg.family == "clip" else "full",
                projector_hidden_act="gelu", multimodal_projector_bias=True, quantization_config=None)  # fmt: skip
-        decoder_cfg, layer = DECODERS[text_kind].to_ours(text), hf.get("vision_feature_layer", -2)
+        decoder_cfg = DECODERS[text_kind].to_ours(text)
+        layer = hf.get("vision_feature_layer", -2)
         if not isinstance(layer, int):
             raise ConversionError(f"{kind} option vision_feature_layer={layer!r} is not supported; expected a number")
     elif "mm_vision_tower" in hf:
@@ -266,12 +266,13 @@ def _config(
         if kind not in ("llava", "llava_llama", "llava_qwen", "llava_qwen2", *DECODERS):
             raise _unknown(path, kind)
         refuse(hf, kind, mm_vision_select_feature="patch", mm_use_im_start_end=False, quantization_config=None)
-        decoder_cfg, layer = DECODERS[text_kind].to_ours(hf), hf.get("mm_vision_select_layer", -2)
+        decoder_cfg = DECODERS[text_kind].to_ours(hf)
+        layer = hf.get("mm_vision_select_layer", -2)
         vision_cfg = _named_tower(path, hf["mm_vision_tower"], layout, vision)
     else:
         raise _unknown(path, kind)
     if layout.projector is None:
-        raise ConversionError(f"{path} holds no projector's weights (multi_modal_projector.* or mm_projector.*)")
+        raise ConversionError(f"{path} holds no projector weights (multi_modal_projector.* or mm_projector.*)")
     layer = layer if layer < 0 else layer - (vision_cfg.layers + 1)
     return model(vision_cfg, _projector_config(hf, layout, tensors, vision_cfg, layer), decoder_cfg)
 
@@ -282,21 +283,22 @@ def _unknown(path: Path, kind: str | None) -> ConversionError:
 
 
 def _preprocessor(path: Path) -> dict:
-    """Settings of the image processor; transformers 5 saves them inside the whole processor's."""
-    whole, alone = path / "processor_config.json", path / "preprocessor_config.json"
+    """Settings of the image processor; transformers 5 saves them in processor_config.json."""
+    whole = path / "processor_config.json"
     settings = read_json(whole).get("image_processor") if whole.is_file() else None
+    alone = path / "preprocessor_config.json"
     return settings or (read_json(alone) if alone.is_file() else {})
 
 
 def _aspect(path: Path, hf: dict, cfg: VisionConfig | None, vision: Path | None) -> str:
-    """How images become square, by config.json, else by the image processor, else by the tower's family."""
-    told = hf.get("image_aspect_ratio")
-    if told == "square" and PROJECTOR_KEY not in hf:  # to the original code: whatever the tower's processor does
-        told = None
-    if told is not None and told not in ASPECTS:
-        raise ConversionError(f"option image_aspect_ratio={told!r} is not supported; known: {', '.join(ASPECTS)}")
-    if told is not None or cfg is None:
-        return told or "square"
+    """How images become square: by config.json, else by the image processor, else by the tower's family."""
+    aspect = hf.get("image_aspect_ratio")
+    if aspect == "square" and PROJECTOR_KEY not in hf:  # in the original code: whatever the tower's processor does
+        aspect = None
+    if aspect is not None and aspect not in ASPECTS:
+        raise ConversionError(f"option image_aspect_ratio={aspect!r} is not supported; known: {', '.join(ASPECTS)}")
+    if aspect is not None or cfg is None:
+        return aspect or "square"
     folder = _tower_folder(path, hf["mm_vision_tower"], vision) if "mm_vision_tower" in hf else path
     pixels = _preprocessor(folder or path)
     if pixels.get("do_pad"):
@@ -307,7 +309,7 @@ def _aspect(path: Path, hf: dict, cfg: VisionConfig | None, vision: Path | None)
 
 
 def _tower_folder(path: Path, name: str, vision: Path | None) -> Path | None:
-    """The folder of the tower that the original layout names in mm_vision_tower, ``vision`` before any other."""
+    """The folder of the tower that the original layout names in mm_vision_tower; ``vision`` if that is given."""
     if not isinstance(name, str):
         raise ConversionError(f"{path}: mm_vision_tower={name!r} in config.json; expected the tower's name")
     folders = [vision] if vision else [path / name, Path(name)]
@@ -315,7 +317,7 @@ def _tower_folder(path: Path, name: str, vision: Path | None) -> Path | None:
 
 
 def _named_tower(path: Path, name: str, layout: CheckpointLayout, vision: Path | None) -> VisionConfig:
-    """The config of that tower: its folder's, or a published one's."""
+    """The config of that tower, from its folder or from a preset."""
     folder = _tower_folder(path, name, vision)
     if folder is not None:
         hf = read_json(folder / "config.json")
@@ -324,14 +326,14 @@ def _named_tower(path: Path, name: str, layout: CheckpointLayout, vision: Path |
             raise _unknown(folder, hf.get("model_type"))
         return TOWERS[kind].to_ours(hf.get("vision_config", hf), _preprocessor(folder))
     if layout.vision is None or name.split("/")[-1] not in KNOWN_TOWERS:
-        raise ConversionError(f"{path} names the tower {name!r} but does not hold it; give its folder with --vision")
+        raise ConversionError(f"{path} names the tower {name!r} but lacks it; give its folder with --vision")
     return preset(VisionConfig, KNOWN_TOWERS[name.split("/")[-1]])
 
 
 def _projector_config(
     hf: dict, layout: CheckpointLayout, tensors: dict[str, Tensor], vision: VisionConfig | None, select_layer: int
 ) -> ProjectorConfig:
-    """The projector's config, from config.json where we wrote it, else from the shapes of its tensors."""
+    """The projector's config, from config.json in our exports, else from the shapes of its tensors."""
     prefix = layout.projector or ""
     shapes = {name.removeprefix(prefix): t.shape for name, t in tensors.items() if name.startswith(prefix)}
     if layout.hf_projector:
@@ -342,7 +344,7 @@ def _projector_config(
     settings = systems.infer(shapes)
     if settings is None:
         listed = ", ".join(list(shapes)[:4]) or "none"
-        raise ConversionError(f"the projector is of no known system; its tensors: {listed}, ...")
+        raise ConversionError(f"the projector is not of a known system; its tensors: {listed}, ...")
     if vision is not None:
         settings |= {"grid": vision.grid, "select_layer": select_layer}
     if "scale_factor" in hf:
@@ -354,7 +356,7 @@ def _projector_config(
 
 
 def _with_own_head(cfg: ModelConfig, layout: CheckpointLayout, tensors: dict[str, Tensor]) -> ModelConfig:
-    """A tied head is untied where the file holds an output matrix that is not the embedding, as transformers does."""
+    """Unties a tied head if the file holds an output matrix other than the embedding, as transformers does."""
     head = tensors.get(f"{layout.head}lm_head.weight")
     if not (cfg.decoder and cfg.decoder.tied_head and head):
         return cfg
@@ -365,9 +367,9 @@ def _with_own_head(cfg: ModelConfig, layout: CheckpointLayout, tensors: dict[str
 
 
 def _load(cfg, layout, tensors, dtype, shard, progress, unstacked=False) -> tuple[Params, dict[str, Tensor]]:
-    """(parameters, tensors the model has no use for)."""
+    """(parameters, tensors that the model does not use)."""
     table = dataclasses.replace(layout, **{part: "" for part in PARTS if getattr(layout, part) is None}).name_table(cfg)
-    shapes = {path: leaf.shape for path, leaf in flatten(jax.eval_shape(lambda: _init(cfg))).items()}
+    shapes = _shapes(jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0))))
     used = {name for entry in table for name in entry.torch_names(shapes[entry.path])}
     extra = {name: tensor for name, tensor in tensors.items() if is_extra(name) and name not in used}
     if cfg.decoder and cfg.decoder.tied_head:
@@ -388,12 +390,8 @@ def _load(cfg, layout, tensors, dtype, shard, progress, unstacked=False) -> tupl
     return params, {name: t for name, t in extra.items() if not _is_text_tower(name)}
 
 
-def _init(cfg: ModelConfig) -> Params:
-    return vlm.init_params(cfg, jax.random.key(0))
-
-
 def is_extra(name: str) -> bool:
-    """Tensors of published checkpoints that the model has no use for: buffers, pooling heads, CLIP's text side."""
+    """Whether the model does not use a tensor of published checkpoints: buffers, pooling heads, CLIP's text tower."""
     ending = ("position_ids", "rotary_emb.inv_freq")
     return name.endswith(ending) or name.startswith("head.") or ".head." in name or _is_text_tower(name)
 

@@ -1,4 +1,4 @@
-"""Sections of a config that may be None: the parts of a model, and the scaling of rotary positions."""
+"""Sections of a config that may be None: the parts of a model, and the scaling of rotary embeddings."""
 
 import argparse
 import dataclasses

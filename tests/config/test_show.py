@@ -111,7 +111,7 @@ def test_a_system_of_a_configuration_file_has_its_settings_too(tmp_path, monkeyp
     (tmp_path / "mine.py").write_text(OWN_SYSTEM)
     text = show(tmp_path / "mine.py")
     assert "  model.projector.taps: int = 3\n" in text
-    assert "model.projector.grid: int = 8 (default 24)\n      patches a side" in text
+    assert "model.projector.grid: int = 8 (default 24)\n      patches per side" in text
 
 
 # ------------------------------------------------------------------ the commands

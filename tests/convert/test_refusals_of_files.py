@@ -35,26 +35,26 @@ ROOT = Path(__file__).parents[2]
 def test_a_safetensors_file_cut_short(tmp_path, target, kept):
     file = llama(tmp_path / "llama") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    assert_says(refused(target, file.parent), file, "cut short or no safetensors file")
+    assert_says(refused(target, file.parent), file, "truncated or not a safetensors file")
 
 
 def test_a_pointer_that_git_lfs_left_in_place_of_the_weights(tmp_path, target):
     file = llama(tmp_path / "llama") / "model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 13476839424\n")
-    assert_says(refused(target, file.parent), file, "cut short or no safetensors file")
+    assert_says(refused(target, file.parent), file, "truncated or not a safetensors file")
 
 
 def test_a_type_of_tensors_that_we_do_not_know(tmp_path, target):
     state = llama_weights()
     state["model.norm.weight"] = np.ones(32, np.uint8)
     source = save(tmp_path / "llama", LLAMA, state)
-    assert_says(refused(target, source), "model.safetensors", "model.norm.weight is of type U8", "F32, F16, BF16")
+    assert_says(refused(target, source), "model.safetensors", "model.norm.weight has dtype U8", "F32, F16, BF16")
 
 
 def test_missing_shards_are_named(tmp_path, target):
     source = save(tmp_path / "llama", LLAMA, llama_weights(), shards=3)
     (source / "model-00002-of-00003.safetensors").unlink()
-    words = "lacks model-00002-of-00003.safetensors", "1 of 3 shards", "model.safetensors.index.json"
+    words = "lacks model-00002-of-00003.safetensors", "1 of the 3 shards", "model.safetensors.index.json"
     assert_says(refused(target, source), source, *words)
 
 
@@ -62,7 +62,7 @@ def test_a_shard_cut_short_is_named(tmp_path, target):
     source = save(tmp_path / "llama", LLAMA, llama_weights(), shards=3)
     file = source / "model-00003-of-00003.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    assert_says(refused(target, source), file, "cut short")
+    assert_says(refused(target, source), file, "truncated")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_pickle_that_holds_code_is_refused_and_not_run(tmp_path, target, how):
     if how == "bare":
         file.write_bytes(pickle.dumps(payload))
     message = refused(target, file.parent)
-    assert_says(message, file, "holds more than tensors and is refused")
+    assert_says(message, file, "is refused: it holds more than tensors")
     assert not payload.file.exists(), "the code was run"
     pickle.loads(pickle.dumps(payload))
     assert payload.file.exists(), "the code does nothing, so this test shows nothing"
@@ -239,7 +239,7 @@ def test_a_lora_adapter_is_named_as_one(tmp_path, target, weights):
 
 def test_a_lora_adapter_without_its_config(tmp_path, target):
     source = adapter(tmp_path / "lora", "adapter_model.safetensors", config=False)
-    assert_says(refused(target, source), source, "LoRA adapter of a base that it does not name")
+    assert_says(refused(target, source), source, "LoRA adapter of an unnamed base model")
     assert_says(refused(target, source / "adapter_model.safetensors"), "LoRA adapter")
 
 

@@ -176,14 +176,14 @@ def test_a_destination_that_exists_already_is_left_as_it_is(tmp_path, to):
     source, target = llama(tmp_path / "llama"), tmp_path / "out" / "model"
     target.mkdir(parents=True)
     (target / "precious.txt").write_text("precious")
-    assert_says(refused(target, "--to", to, source), target, "exists already")
+    assert_says(refused(target, "--to", to, source), target, "already exists")
     assert (target / "precious.txt").read_text() == "precious"
 
 
 def test_a_destination_that_is_a_file(tmp_path):
     source, target = llama(tmp_path / "llama"), tmp_path / "out"
     target.write_text("precious")
-    assert_says(refused(target, source), target, "exists already")
+    assert_says(refused(target, source), target, "already exists")
     assert target.read_text() == "precious"
 
 
@@ -196,7 +196,7 @@ def test_a_destination_below_a_file(tmp_path):
 
 
 def test_a_destination_that_is_taken_shows_before_anything_is_read(tmp_path):
-    assert_says(refused(llama(tmp_path / "llama"), tmp_path / "nothing"), "exists already")
+    assert_says(refused(llama(tmp_path / "llama"), tmp_path / "nothing"), "already exists")
 
 
 def test_an_empty_folder_is_a_destination(tmp_path, target):

@@ -128,7 +128,7 @@ def test_the_tokenizer_is_the_sources(source, begin, tmp_path):
 
 def test_a_source_of_another_model_is_refused_with_both_sides(source, begin, tmp_path):
     folder, _ = source()
-    with pytest.raises(ConfigError, match=f"{folder} holds another model: model.decoder.mlp_width is 96 now, and 64"):
+    with pytest.raises(ConfigError, match=f"{folder} holds a different model: model.decoder.mlp_width is 96, and 64"):
         begin(tmp_path / "run", init_from=folder, model__decoder__mlp_width=96)
 
 
@@ -200,6 +200,6 @@ def test_a_trained_run_resumes_without_its_source_and_keeps_what_was_frozen(sour
     assert "resuming from step 1 of 2" in capsys.readouterr().err
     assert Checkpoints(workdir).latest() == 2 and len((workdir / "metrics.jsonl").read_text().splitlines()) == 2
     alone = read_workdir(workdir)
-    assert f"began with {folder}, which is not there any more" in capsys.readouterr().err
+    assert f"note: {folder}, which {workdir} was initialized from, is missing: " in capsys.readouterr().err
     assert_same_params(alone.params["vision"], jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params["vision"]))
     assert alone.cfg == trained.cfg == parse(workdir)[0].model

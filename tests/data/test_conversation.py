@@ -121,7 +121,7 @@ def test_placeholders_stand_where_the_markers_stood(template, question, images, 
     pieces = [tokenizer.decode(tokenized.ids[a + 1 : b]) for a, b in itertools.pairwise(bounds)]
     expected = template.user.format(question) + template.assistant + template.lead + "no" + template.end
     plain = [re.sub(r"<\|.+?\|>|</s>", "", piece).strip() for piece in expected.split(IMAGE)[1:]]
-    assert pieces == plain  # special tokens are left out of what is decoded
+    assert pieces == plain  # decode leaves out special tokens
     assert_supervises(tokenized, ["yes", "no"], template, tokenizer)
 
 
@@ -279,7 +279,7 @@ def test_independent_rounds_share_the_system_text(tokenizer):
 
 @pytest.mark.parametrize("value", ["<video>\nwhat?", "what is it? <video>", " <video> "])
 def test_a_video_is_a_fault_of_its_own(value):
-    with pytest.raises(BadSample, match="turn 0 is about a video, which is not read") as caught:
+    with pytest.raises(BadSample, match="turn 0 refers to a video; videos are not supported") as caught:
         read_turns(turns(value, "red"), 0)
     assert caught.value.kind == "video"
     assert read_turns(turns("How does <video> work in HTML?", "So."), 0).images == 0
@@ -330,13 +330,14 @@ def test_a_prompt_has_its_images_where_it_marks_them_or_before_the_last_question
     )
     assert prompt_conversation([(f"a {IMAGE} b {IMAGE}", None)], 2).rounds == (Round(("a ", " b ", ""), None),)
     for question, images in ((IMAGE, 0), (IMAGE, 2), (IMAGE * 2, 1)):
-        with pytest.raises(ConfigError, match=f"<image> markers, but {images} images are given"):
+        with pytest.raises(ConfigError, match=f"<image> markers for {images} images; expected one per image"):
             prompt_conversation([(question, None)], images)
 
 
 def test_an_answer_of_the_history_is_text():
-    said = f"The tag is {IMAGE}."
-    assert prompt_conversation([("a", said), ("c", None)], 1).rounds == (Round(("a",), said), Round(("", "\nc"), None))
+    answer = f"The tag is {IMAGE}."
+    rounds = prompt_conversation([("a", answer), ("c", None)], 1).rounds
+    assert rounds == (Round(("a",), answer), Round(("", "\nc"), None))
 
 
 # ------------------------------------------------------------------ questions, for systems that read them
@@ -360,7 +361,7 @@ def test_a_question_is_whole_up_to_the_limit_and_it_is_said_where_it_is_cut(toke
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert question_ids(text, tokenizer, len(ids)).tolist() == ids
-    with pytest.warns(UserWarning, match=r"longer than the 3 tokens .*\(projector.question_length\)"):
+    with pytest.warns(UserWarning, match=r"truncated to the 3 tokens .*\(projector.question_length\)"):
         assert question_ids(text, tokenizer, 3).tolist() == ids[:3]
 
 

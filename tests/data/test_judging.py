@@ -1,4 +1,4 @@
-"""What the text of a record shows is judged before step 1: the same in training and in data check, and left out."""
+"""Records whose text is unusable are left out before step 1, the same in training and in data check."""
 
 import dataclasses
 import hashlib
@@ -60,7 +60,7 @@ def test_few_broken_records_of_many_end_nothing(tmp_path, tokenizer, seed, packe
     assert seen(plan) == Counter(set(range(1208)) - set(broken))  # the numbers stay those of the source
     (line,) = faults.judge(plan, 0.01, tmp_path)
     listed = tmp_path / "faults.txt"
-    assert line.startswith("5 of 1,208 records cannot be used and are left out: 5 records or turns of another form")
+    assert line.startswith("5 of 1,208 records cannot be used and are left out: 5 malformed records or turns")
     assert [f"data.json#{index} " in text for index, text in zip(broken, listed.read_text().splitlines(), strict=True)]
     counted = {}
     for step in range(1, plan.steps_for(2) + 1):  # as the loop counts
@@ -88,8 +88,8 @@ def test_a_record_with_more_images_than_a_row_holds_is_left_out_alone(tmp_path, 
 def test_what_a_row_is_too_short_for_is_the_same_fault_before_training_and_in_a_row(tmp_path, tokenizer):
     long = "which number is it? " * 30
     records = [record(number) for number in range(300)]
-    records[0] = record(0, question=long)  # the answer is cut off
-    records[1]["conversations"][0]["value"] = f"{long}{IMAGE}{IMAGE}"  # an image is cut off
+    records[0] = record(0, question=long)  # the answer is truncated
+    records[1]["conversations"][0]["value"] = f"{long}{IMAGE}{IMAGE}"  # an image is truncated
     records[1]["image"] *= 2
     records[2] = record(2, images=0, question=long)
     records[3] = record(3, answer=None)
@@ -113,7 +113,7 @@ def test_what_a_row_is_too_short_for_is_the_same_fault_before_training_and_in_a_
 
 def test_a_data_set_of_nothing_but_broken_records_is_refused(tmp_path, tokenizer):
     records = [record(number, answer=None) for number in range(3)]
-    with pytest.raises(TooManyFaults, match="none of the 3 records can be used: 3 .*; the first: data.json#0 "):
+    with pytest.raises(TooManyFaults, match="none of the 3 records is usable: 3 .*; the first: data.json#0 "):
         rows_of(tmp_path, records, tokenizer).plan((16,), 0)
     with pytest.raises(ConfigError, match="the data set has no records"):
         rows_of(tmp_path, [], tokenizer).plan((16,), 0)
@@ -173,5 +173,5 @@ def test_what_was_done_so_that_records_can_be_used_is_said(tmp_path, tokenizer):
     for _ in range(2):  # measured, then from the cache
         plan = rows.plan((16,), 0)
         (line,) = faults.judge(plan, 0.01, tmp_path)
-        assert line == "1 records that mark no place for their images, which go before the first question"
+        assert line == "1 records without image markers; their images go before the first question"
     assert check(rows.source, plan, 1)["notes"]["unmarked"] == 1 and not (tmp_path / "faults.txt").exists()

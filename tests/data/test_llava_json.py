@@ -93,11 +93,11 @@ def test_a_changed_file_is_indexed_again(tmp_path, cache):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ('[{"id": 1}, {"id"', "is cut off"),
-        ('[{"id": 1}, {"id": 2', "is cut off"),
-        ('{"id": 1}\n{"id": "}', "is cut off: the last record has no end"),
-        ("", "does not begin like one"),
-        ("id,image\n1,2", "does not begin like one"),
+        ('[{"id": 1}, {"id"', "is truncated"),
+        ('[{"id": 1}, {"id": 2', "is truncated"),
+        ('{"id": 1}\n{"id": "}', "is truncated: the last record is incomplete"),
+        ("", r"begins with neither \[ nor {"),
+        ("id,image\n1,2", r"begins with neither \[ nor {"),
     ],
 )
 def test_a_file_that_is_no_list_of_records_is_refused(tmp_path, text, words):
@@ -209,8 +209,8 @@ def test_paths_below_a_root_elsewhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
-        (dict(image=None, video="a.mp4"), "video", "is about a video"),
-        (dict(videos=["a.mp4"]), "video", "is about a video"),
+        (dict(image=None, video="a.mp4"), "video", "has a video; videos are not supported"),
+        (dict(videos=["a.mp4"]), "video", "has a video; videos are not supported"),
         (dict(image=None, images=["a.jpg"]), "malformed", 'has "images"; expected "image"'),
     ],
 )

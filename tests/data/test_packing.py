@@ -64,7 +64,7 @@ def test_no_row_holds_more_than_it_has_room_for(case):
     for step in planned(plan, 2):
         text, images = step.text, step.images
         assert (text, images) in (plan.capacities[step.budget], (plan.row_length, 0)) and len(step.rows) == plan.rows
-        for row in step.rows:  # a record longer than a row is cut to its length and has it for itself
+        for row in step.rows:  # a record longer than a row is truncated and has a row alone
             assert np.minimum(plan.lengths[row], text).sum() <= text
             assert plan.images[row].sum() <= images
 

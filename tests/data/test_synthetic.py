@@ -69,7 +69,7 @@ def test_the_check_counts_what_was_planted(source, llama):
     assert report["usable"] == RECORDS - EACH * len(FAULTS) and report["cut"] == EACH
     assert sum(report["histogram"].values()) == report["usable"]
     text = format_report(report)
-    assert "images that are missing" in text and "nothing is left out" not in text
+    assert "missing images" in text and "no record is left out" not in text
 
 
 def test_an_epoch_on_two_workers_loses_just_the_planted_records(folder, source, llama):
