@@ -378,11 +378,11 @@ def _load(cfg, layout, tensors, dtype, shard, progress, unstacked=False) -> tupl
     flat = {}
     for entry in progress_bar(table, "reading", unit="arrays", shown=progress):
         parts = [tensors[name] for name in entry.torch_names(shapes[entry.path])]
-        place = shard(entry.path, shapes[entry.path]) if shard else SingleDeviceSharding(jax.local_devices()[0])
+        sharding = shard(entry.path, shapes[entry.path]) if shard else SingleDeviceSharding(jax.local_devices()[0])
         if unstacked and entry.path.startswith("decoder/"):
-            flat.update(unstacked_arrays(entry, parts, place, dtype, cfg.dtype))
+            flat.update(unstacked_arrays(entry, parts, sharding, dtype, cfg.dtype))
         else:
-            flat[entry.path] = load_array(entry, parts, place, dtype)
+            flat[entry.path] = load_array(entry, parts, sharding, dtype)
     params = unflatten(flat)
     if unstacked and cfg.decoder:
         layers = params["decoder"]["layers"]

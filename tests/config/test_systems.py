@@ -101,15 +101,15 @@ def test_settings_of_every_system_are_read_as_the_one_systems(tmp_path, name, re
     assert not recwarn.list  # every run wrote these, so no warning
 
 
-def test_a_setting_that_was_given_to_another_system_is_left_out_and_said_once(tmp_path):
+def test_a_setting_of_another_system_is_dropped_with_one_warning(tmp_path):
     folder = workdir_of(tmp_path, name="mlp", queries=16, rank=4)
     with pytest.warns(
         UserWarning, match="config.json: .* than mlp are ignored: rank=4 .delta., queries=16 .mqt, resam"
-    ) as said:
+    ) as warned:
         assert workdir_config(folder).model.projector == system_config(
             "mlp", grid=8, in_width=128, out_width=128, select_layer=-1
         )
-    assert len(said) == 1
+    assert len(warned) == 1
     (folder / "config.json").write_text((folder / "config.json").read_text().replace("queries", "querys"))
     assert_error(lambda: workdir_config(folder), "projector.querys", "mlp")
 

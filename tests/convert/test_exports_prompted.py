@@ -1,4 +1,4 @@
-"""Text and pictures through an export's processor and chat template are what they are here, end to end."""
+"""Text and images through an export's processor and chat template match ours, end to end."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ LONGER = "The shape is green, is it not? What is in the picture, on a blue squar
 
 @pytest.fixture(scope="session")
 def pictures() -> list[Image.Image]:
-    """Two pictures of unequal sides, larger than the tower's."""
+    """Two images of unequal sides, larger than the tower's."""
     rng = np.random.default_rng(5)
     small = [rng.integers(0, 256, (5, 7, 3), dtype=np.uint8), rng.integers(0, 256, (6, 4, 3), dtype=np.uint8)]
     return [Image.fromarray(picture).resize((12 * picture.shape[1], 12 * picture.shape[0])) for picture in small]
@@ -84,7 +84,7 @@ def test_a_tokenizer_of_ours_pads(composed, pictures, tmp_path):
 @pytest.mark.parametrize("aspect", ASPECTS)
 @pytest.mark.parametrize("tower, projector", [("clip", "mlp"), ("siglip", "mlp"), ("clip", "delta")])
 def test_pictures_are_prepared_as_ours_are(tower, projector, aspect, composed, pictures, tmp_path):
-    """Pictures of unequal sides; what training saw is what the export sees, and what is read from it again."""
+    """Images of unequal sides; training, the export and the model read back from it get the same pixels."""
     model = composed(tower, "llama3", projector, **(DELTA if projector == "delta" else {}))
     assert model.aspect == {"clip": "square", "siglip": "squash"}[tower]
     folder = exported(dataclasses.replace(model, aspect=aspect), tmp_path / "export")
@@ -97,7 +97,7 @@ def test_pictures_are_prepared_as_ours_are(tower, projector, aspect, composed, p
     assert read(folder).aspect == aspect
 
 
-def test_a_processor_that_transformers_saved_says_the_same(composed, tmp_path):
+def test_a_processor_that_transformers_saved_is_equivalent(composed, tmp_path):
     """It puts the image processor's settings into processor_config.json."""
     model = dataclasses.replace(composed("clip", "llama3", "mlp"), aspect="pad")
     folder = exported(model, tmp_path / "mlp")
@@ -245,7 +245,7 @@ def test_questions_of_a_long_conversation(decoder, composed, saved, tmp_path):
 
 
 def test_questions_end_as_in_the_template_of_the_workdir(quecc_folder, saved, pictures, tmp_path):
-    """ "brief" has nothing between a question and its answer: in a prompt the question goes on to its end."""
+    """ "brief" has nothing between a question and its answer: in a prompt the question extends to its end."""
     model, _ = quecc_folder
     work = tmp_path / "work"
     work.mkdir()

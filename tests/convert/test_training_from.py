@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-import train as door
+import train
 from deltallava_jax.analysis import plan as analysis
 from deltallava_jax.convert.read import Pretrained
 from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir
@@ -35,7 +35,7 @@ SMALL = {
 def parse(workdir, **settings):
     changes = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
     arguments = [f"--config.{path}={value}" for path, value in changes.items()]
-    return door.parse(["--config", str(tiny.FILE), "--workdir", str(workdir), *arguments])
+    return train.parse(["--config", str(tiny.FILE), "--workdir", str(workdir), *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def run(monkeypatch):
     make_mesh, training_source = mesh.make_mesh, sources.training_source
     monkeypatch.setattr(mesh, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
     monkeypatch.setattr(sources, "training_source", lambda cfg: Few(training_source(cfg)))
-    return lambda workdir, **settings: door.main(*parse(workdir, **settings))
+    return lambda workdir, **settings: train.main(*parse(workdir, **settings))
 
 
 @pytest.fixture

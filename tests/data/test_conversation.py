@@ -1,4 +1,4 @@
-"""Conversations to tokens: what is supervised, where images go, what is refused."""
+"""Conversations to tokens: supervision, places of images, refusals."""
 
 import itertools
 import re
@@ -154,9 +154,9 @@ def test_the_shared_part_and_one_round_are_that_question_asked_alone(name, front
     assert not tokenized.rounds[tokenized.image_positions].any()
     for number, (question, answer) in enumerate(bare, start=1):
         alone = tokenize(talk([(front + question, answer)]), TEMPLATES[name], tokenizer)
-        seen = np.isin(tokenized.rounds, (0, number))
-        np.testing.assert_array_equal(tokenized.ids[seen], alone.ids)
-        np.testing.assert_array_equal(tokenized.loss_mask[seen], alone.loss_mask)
+        visible = np.isin(tokenized.rounds, (0, number))
+        np.testing.assert_array_equal(tokenized.ids[visible], alone.ids)
+        np.testing.assert_array_equal(tokenized.loss_mask[visible], alone.loss_mask)
         assert tokenized.loss_mask[tokenized.rounds == number].any()
 
 
@@ -249,7 +249,7 @@ def test_images_without_a_marker_go_before_the_first_question():
         ((f"{IMAGE}\na", "b", f"{IMAGE} c", "", "d", ""), 2, [(f"{IMAGE}\na", "b"), (f"{IMAGE}\nd", None)], 2),
     ],
 )
-def test_a_round_that_says_nothing_is_left_out_and_counted(values, images, rounds, silent):
+def test_a_round_with_an_empty_turn_is_left_out_and_counted(values, images, rounds, silent):
     found = read_turns(turns(*values), images)
     assert pairs_of(found) == rounds and found.notes == ("silent",) * silent and found.images == images
 
@@ -306,7 +306,7 @@ def test_a_video_is_a_fault_of_its_own(value):
         (None, "the conversation is of type NoneType"),
     ],
 )
-def test_a_broken_conversation_says_what_is_wrong(conversation, words):
+def test_a_broken_conversation_is_refused_with_the_reason(conversation, words):
     with pytest.raises(BadSample, match=words) as caught:
         read_turns(conversation, 0)
     assert caught.value.kind == "malformed"
@@ -356,7 +356,7 @@ def test_each_image_knows_its_question(template, tokenizer):
     assert tokenize(talk(pairs), template, tokenizer).questions.shape == (3, 0)  # for systems that read none
 
 
-def test_a_question_is_whole_up_to_the_limit_and_it_is_said_where_it_is_cut(tokenizer):
+def test_a_question_is_whole_up_to_the_limit_and_truncated_with_a_warning(tokenizer):
     ids, text = [tokenizer.bos, *tokenizer.encode("is there a triangle?")[0]], "\nis there a triangle? "
     with warnings.catch_warnings():
         warnings.simplefilter("error")

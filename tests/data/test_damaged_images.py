@@ -223,7 +223,7 @@ def test_metadata_without_bounds_is_refused():
         load_image(png_with(pixels(8, 8), "zTXt", 2**26 + 1), 8)
 
 
-def test_an_image_that_is_missing_is_told_from_one_that_cannot_be_read(tmp_path):
+def test_missing_and_unreadable_images_are_distinguished(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     for name, kind in (("none.png", "missing"), ("text.png/none.png", "missing"), ("text.png", "unreadable")):
         with pytest.raises(BadSample) as caught:

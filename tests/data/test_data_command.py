@@ -37,7 +37,7 @@ def data(action, folder, *arguments):
     options.main(options)
 
 
-def test_check_prints_and_writes_a_report_and_says_if_the_data_are_fit(folder, tmp_path, capsys):
+def test_check_prints_and_writes_a_report_and_exits_with_1_for_unfit_data(folder, tmp_path, capsys):
     arguments = ["--tokenizer", LLAMA, "--report", tmp_path / "report.json"]
     with pytest.raises(SystemExit, match="not fit to train on: 26.7% of the records are unusable, more than 1.0%"):
         data("check", folder, *arguments)

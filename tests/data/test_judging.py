@@ -43,7 +43,7 @@ def rows_of(folder, records: list, tokenizer, **changes) -> Rows:
     return Rows(LlavaJson(folder / "data.json", folder), tokenizer, cfg, TOWER)
 
 
-def seen(plan, epochs: int = 1) -> Counter:
+def counts(plan, epochs: int = 1) -> Counter:
     steps = (plan.step(number) for number in range(plan.steps_for(epochs)))
     return Counter(record for step in steps for row in step.rows for record in row)
 
@@ -57,7 +57,7 @@ def test_few_broken_records_of_many_end_nothing(tmp_path, tokenizer, seed, packe
         records[index]["conversations"] = "?"
     plan = rows_of(tmp_path, records, tokenizer, packed=packed).plan((16,), seed)
     assert sorted(plan.faults) == list(broken) and not set(plan.records) & set(broken)
-    assert seen(plan) == Counter(set(range(1208)) - set(broken))  # the numbers stay those of the source
+    assert counts(plan) == Counter(set(range(1208)) - set(broken))  # the numbers stay those of the source
     (line,) = faults.judge(plan, 0.01, tmp_path)
     listed = tmp_path / "faults.txt"
     assert line.startswith("5 of 1,208 records cannot be used and are left out: 5 malformed records or turns")
@@ -123,7 +123,7 @@ def test_a_data_set_of_nothing_but_broken_records_is_refused(tmp_path, tokenizer
 
 @pytest.mark.parametrize(("kind", "digest"), [(PackPlan, "9a036306e8d04592"), (GroupedPlan, "061c4d0d24231ae7")])
 def test_plans_of_sound_data_stay_what_they_were(kind, digest):
-    """Runs that began with an earlier version resume to the bit."""
+    """Runs that were started with an earlier version resume to the bit."""
     rng = np.random.default_rng(0)
     tokens, images = rng.integers(8, 160, 400), rng.integers(0, 4, 400)
     plan = kind(tokens, images, budgets=(64, 16), rows=3, row_length=700, seed=5)
@@ -166,7 +166,7 @@ def test_the_version_is_of_the_code_itself(tmp_path):
     assert kept.version(tmp_path / "one") != kept.version(tmp_path / "other")
 
 
-def test_what_was_done_so_that_records_can_be_used_is_said(tmp_path, tokenizer):
+def test_repairs_of_records_are_reported(tmp_path, tokenizer):
     records = [record(number) for number in range(10)]
     records[2]["conversations"][0]["value"] = "which number?"
     rows = rows_of(tmp_path, records, tokenizer)

@@ -51,8 +51,8 @@ def planned(plan: PackPlan, epochs: int):
 def test_every_record_comes_exactly_once_an_epoch(case):
     plan = make(case)
     for epoch in range(3):
-        seen = Counter(r for step in planned(plan, 3) if step.epoch == epoch for row in step.rows for r in row)
-        assert seen == Counter(range(len(plan.lengths)))
+        counts = Counter(r for step in planned(plan, 3) if step.epoch == epoch for row in step.rows for r in row)
+        assert counts == Counter(range(len(plan.lengths)))
 
 
 @each_case

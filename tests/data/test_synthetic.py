@@ -76,8 +76,8 @@ def test_an_epoch_on_two_workers_loses_just_the_planted_records(folder, source, 
     plan, stream = epoch(source, llama, workers=2)
     faults = [*map(str, plan.faults.values()), *(fault for element in stream for fault in element.faults)]
     assert len(faults) == EACH * len(FAULTS) and len(plan.faults) == EACH * len(READ_AS_TEXT)
-    seen = sum(int(element.batch.segments.max(axis=1).sum()) for element in stream)
-    assert seen == RECORDS - len(faults)
+    counts = sum(int(element.batch.segments.max(axis=1).sum()) for element in stream)
+    assert counts == RECORDS - len(faults)
     entries = json.loads((folder / "data.json").read_text())
     images = sum(len([e["image"]] if isinstance(e.get("image"), str) else e.get("image", [])) for e in entries)
     placed = sum(int((e.batch.image_positions < e.batch.tokens.shape[1]).sum()) for e in stream)
