@@ -1,5 +1,5 @@
-"""Errors that a user can act on, all below ``UserError``: each message names the file, record, key or shape, what was
-expected, and what to do. The command line prints it as one line and exits with 2."""
+"""Errors that a user can act on, all subclasses of ``UserError``: each message names the file, record, key or shape,
+what was expected, and what to do. The command line prints it as one line and exits with 2."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """What every error below is."""
+    """The base of all errors below."""
 
 
 class ConfigError(UserError, ValueError):
-    """A setting, option or argument that cannot work."""
+    """An invalid setting, option or argument."""
 
 
 class ConversionError(UserError, ValueError):
@@ -28,7 +28,7 @@ class WeightMismatch(UserError, ValueError):
 
 
 class CheckpointError(UserError, ValueError):
-    """A checkpoint of a workdir that is missing, damaged or of another model."""
+    """A checkpoint of a workdir that is missing, damaged or of a different model."""
 
 
 class SaveFailed(CheckpointError):
@@ -44,29 +44,29 @@ class NonFiniteLoss(UserError, RuntimeError):
 
 
 class TooManyFaults(UserError, RuntimeError):
-    """More of the records than data.max_bad_fraction cannot be used."""
+    """More than data.max_bad_fraction of the records are unusable."""
 
 
-# What can be wrong with a record: kind -> how reports name it.
+# Faults of records: kind -> its description in reports.
 FAULTS = {
-    "malformed": "records or turns of another form",
+    "malformed": "malformed records or turns",
     "video": "records with a video",
     "outside": "images outside the image root",
     "markers": "records with more or fewer <image> markers than images",
-    "missing": "images that are missing",
+    "missing": "missing images",
     "unreadable": "images that cannot be read",
     "beyond": "records with an image beyond the length limit, or more images than a row holds",
-    "unsupervised": "records without a supervised token in the length limit",
+    "unsupervised": "records without a supervised token within the length limit",
 }
 
 
 def count_faults(kinds: Iterable[str]) -> str:
-    """How often each kind of fault came, in words."""
+    """The number of faults of each kind, as a sentence part."""
     return ", ".join(f"{count:,} {FAULTS[kind]}" for kind, count in Counter(kinds).items())
 
 
 class BadSample(UserError, ValueError):
-    """A record or an image that cannot be used; training leaves it out and counts it. kind: one of ``FAULTS``."""
+    """An unusable record or image, which training leaves out and counts. kind: one of ``FAULTS``."""
 
     def __init__(self, message: str, kind: str = "malformed"):
         super().__init__(message, kind)
@@ -78,7 +78,7 @@ class BadSample(UserError, ValueError):
 
 
 class RequestRefused(UserError):
-    """A request that the server does not answer, with the HTTP status that says so."""
+    """A request that the server refuses, with the HTTP status of the refusal."""
 
     def __init__(self, status: int, message: str):
         super().__init__(status, message)
@@ -89,7 +89,7 @@ class RequestRefused(UserError):
 
 
 class Busy(RequestRefused):
-    """As many requests as the server lets wait are waiting already."""
+    """The server's queue is full."""
 
     def __init__(self, message: str):
         super().__init__(429, message)

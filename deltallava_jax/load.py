@@ -1,4 +1,4 @@
-"""A model that answers, from any folder that holds one. Imported with the package, so what it needs comes later."""
+"""Loads a model for inference from any folder that holds one. Imported with the package, so it imports lazily."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ def load(path: str | Path, *, dtype: str | None = None, tensor: int = 1, templat
         model = deltallava_jax.load("runs/easy_vqa")
         model.generate("shape.png", "what color is the shape?")
 
-    dtype: of the parameters and of computing, e.g. "bfloat16"; by default tower and projector are as they are saved
-    and the decoder's matrices in the dtype of computing. tensor: devices that share every layer, each of which reads
-    its share alone, so that the model is nowhere whole and nowhere twice. template: of prompts, e.g. "chatml", in place
-    of the model's own; a decoder alone has none of its own, and continues texts. Raises ConversionError,
-    CheckpointError or WeightMismatch, whose messages name the file and what was expected; ConfigError for a template
-    that is not known or does not fit, for more devices than there are, or a number that does not divide a layer."""
+    dtype: of the parameters and of computing, e.g. "bfloat16"; by default tower and projector keep the saved dtype and
+    the decoder's matrices get the compute dtype. tensor: devices to shard every layer over; each reads only its shard.
+    template: prompt template, e.g. "chatml", in place of the model's; a decoder alone has none and continues the text.
+    Raises ConversionError, CheckpointError or WeightMismatch, naming the file and what was expected; ConfigError for
+    an unknown or unfit template, more devices than there are, or a number of devices that does not divide a layer."""
     import dataclasses
 
     import jax
@@ -39,16 +38,22 @@ def load(path: str | Path, *, dtype: str | None = None, tensor: int = 1, templat
 
     if template is not None:
         known_template(template)
-    path, dtype = Path(path), dtype_name(dtype)
+    path = Path(path)
+    dtype = dtype_name(dtype)
     if tensor < 1:
-        raise ConfigError(f"tensor={tensor}; expected the number of devices that share every layer, 1 or more")
+        raise ConfigError(f"tensor={tensor}; expected a number of devices, 1 or more")
     mesh = tensor_mesh(tensor) if tensor > 1 else None
     first = SingleDeviceSharding(jax.local_devices()[0])
-    shard = lambda name, shape: NamedSharding(mesh, rules.spec_for(name, shape, mesh)) if mesh else first
+
+    def shard(name: str, shape: tuple[int, ...]):
+        return NamedSharding(mesh, rules.spec_for(name, shape, mesh)) if mesh else first
+
     home = Workdir(path)
     if home.exists:
         config = home.config
-        cfg, own, aspect = config.model, config.data.template, config.data.aspect
+        cfg = config.model
+        own_template = config.data.template
+        aspect = config.data.aspect
 
         def place(name, saved):
             matrix = name.startswith("decoder/") and name.endswith(MATRICES)
@@ -60,10 +65,13 @@ def load(path: str | Path, *, dtype: str | None = None, tensor: int = 1, templat
             params["decoder"] = unstacked(params["decoder"], cfg.decoder, donate=True)
     else:
         model = read(path, dtype=dtype, shard=shard, unstacked=True)
-        cfg, params, own, aspect = model.cfg, model.params, model.template, model.aspect
+        cfg = model.cfg
+        params = model.params
+        own_template = model.template
+        aspect = model.aspect
     if dtype in DTYPES:
         cfg = dataclasses.replace(cfg, dtype=dtype)
     folder = path if path.is_dir() else path.parent
     tokenizer = tokens.load(folder) if any((folder / name).is_file() for name in tokens.FILES) else None
-    model = Model(cfg, params, tokenizer, own if cfg.whole else None, aspect)
+    model = Model(cfg, params, tokenizer, own_template if cfg.whole else None, aspect)
     return model if template is None else model.with_template(template)

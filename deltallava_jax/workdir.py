@@ -1,11 +1,11 @@
-"""Workdirs: the folder of a run. What it holds, and under which names, is known here alone.
+"""Workdirs: the folder of a run. Only this module knows its files and their names.
 
-config.json        the configuration that the run began with
+config.json        the configuration that the run was started with
 tokenizer.json     its tokenizer, with tokenizer_config.json
 checkpoints/       training/checkpoints.py
-source/            of a converted model: the files that stood beside the original weights (convert/workdir.py)
-parameters.txt, metrics.jsonl, tensorboard/, profile/, faults.txt     what the training tells
-eval/              results of evaluations, a JSON file each
+source/            of a converted model: the files beside the original weights (convert/workdir.py)
+parameters.txt, metrics.jsonl, tensorboard/, profile/, faults.txt     output of the training
+eval/              results of evaluations, one JSON file each
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.parallel import hosts
 from deltallava_jax.training.checkpoints import Checkpoints, Place, as_saved, has_finished
 
-# Settings of the model that may change when a run goes on: how it is computed, not what.
-FREE = ("dtype", "remat", "loss_chunk", "tower_images")
-# And those that may differ from the model that a new run begins with: how it is trained, and the number of tokens.
-FREE_AT_BEGIN = FREE + (
+# Settings of the model that may change when a run resumes: how it is computed, not what.
+FREE_ON_RESUME = ("dtype", "remat", "loss_chunk", "tower_images")
+# Those that may differ from the model in init_from: also how it is trained, and the number of visual tokens.
+FREE_ON_INIT = FREE_ON_RESUME + (
     "decoder.initializer_range", "projector.initializer_range", "projector.drop_path",
     "projector.scale_factor", "projector.tokens", "projector.keep_ratio",
 )  # fmt: skip
-# Of the data: how the model is asked, afterwards too, and by what config.json says.
-ASKED = ("data.aspect", "data.template")
-COMPARED = 2**20  # frozen parameters that are compared with those of a source
+# Settings of the data that determine the prompts, in inference too, which takes them from config.json.
+PROMPT_SETTINGS = ("data.aspect", "data.template")
+COMPARED = 2**20  # frozen parameters that are compared with those in init_from
 
 
 class Workdir:
-    """The folder of a run, of train.py or of a conversion; it need not exist yet."""
+    """The folder of a training run or a conversion, which need not exist yet."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -55,12 +55,12 @@ class Workdir:
 
     @property
     def exists(self) -> bool:
-        """Whether the folder is a workdir at all, with finished checkpoints or without."""
+        """Whether the folder is a workdir, with or without finished checkpoints."""
         return (self.path / "checkpoints").is_dir()
 
     @property
     def config(self) -> Config:
-        """The configuration that the run began with. Raises ConfigError if it is missing or cannot be read."""
+        """The configuration that the run was started with. Raises ConfigError if it is missing or cannot be read."""
         return workdir_config(self.path)
 
     @property
@@ -74,7 +74,7 @@ class Workdir:
 
     @property
     def checkpoints(self) -> Checkpoints:
-        """The checkpoints, to read. Raises CheckpointError where none is finished."""
+        """The checkpoints, for reading. Raises CheckpointError if none is finished."""
         found = Checkpoints(self.path)
         if found.latest() is None:
             raise CheckpointError(f"{self} holds no finished checkpoint; train first")
@@ -82,112 +82,124 @@ class Workdir:
 
     @property
     def latest(self) -> int:
-        """Step of the newest finished checkpoint. Raises CheckpointError where there is none."""
+        """Step of the newest finished checkpoint. Raises CheckpointError if there is none."""
         return self.checkpoints.latest()
 
     @property
-    def began(self) -> Workdir | None:
-        """The workdir whose parameters this one's training began with, where it is still to be found: by its path, as
-        seen from here or from a folder above, or beside this one, where both were moved."""
-        init_from, here = self.config.init_from, self.path.resolve()
+    def init_workdir(self) -> Workdir | None:
+        """The workdir that init_from names, None if it is missing. Its path is tried as it is, relative to this folder
+        and its parents, and, as both may have been moved, beside this folder."""
+        init_from = self.config.init_from
         if not init_from:
             return None
+        here = self.path.resolve()
         folders = [Path(init_from), *(folder / init_from for folder in (here, *here.parents))]
         folders.append(here.parent / Path(init_from).name)
         return next((Workdir(one) for one in folders if Workdir(one).exists and one.resolve() != here), None)
 
     @property
-    def lost(self) -> str:
-        """What init_from names, here or in a workdir before this one, where that is not to be found; else nothing."""
+    def missing_init(self) -> str:
+        """The init_from of this workdir, or of one that it descends from, that is missing; "" if none is."""
         *_, first = self._chain()
         return first.config.init_from
 
     @property
     def source(self) -> Path | None:
-        """The folder with the files of the original weights: its own, or of the nearest workdir that it began with."""
+        """The folder with the files beside the original weights: this workdir's, or that of the nearest ancestor."""
         return next((home.path / "source" for home in self._chain() if (home.path / "source").is_dir()), None)
 
     def _chain(self) -> Iterator[Workdir]:
-        """This workdir, the one it began with, the one that began with, and so on."""
-        home, seen = self, set()
-        while home is not None and home.path.resolve() not in seen:
+        """This workdir, the one that it was initialized from, and so on."""
+        home = self
+        visited = set()
+        while home is not None and home.path.resolve() not in visited:
             yield home
-            seen.add(home.path.resolve())
-            home = home.began
+            visited.add(home.path.resolve())
+            home = home.init_workdir
 
     def params(self, place: Place = as_saved) -> Params:
-        """The newest parameters. What training kept frozen comes from the workdir it began with and so has every bit
-        of the original; where that is gone or holds other parameters now it is said, and the copies that training held
-        are taken. place: as in ``Checkpoints.restore_params``."""
-        cfg, checkpoints = self.config, self.checkpoints
-        step, frozen = checkpoints.latest(), {}
+        """The newest parameters. Frozen parameters come from the workdir in init_from, so that they keep the original
+        precision; if it is missing or has changed, that is logged, and they come from this workdir's checkpoint, in
+        bfloat16. place: as in ``Checkpoints.restore_params``."""
+        cfg = self.config
+        checkpoints = self.checkpoints
+        step = checkpoints.latest()
+        frozen = {}
         if cfg.init_from and cfg.optimizer.frozen and (kept := checkpoints.frozen(step)):
-            began, why = self.began, "is not there any more"
-            if began is not None and not self._has_the_same(began, kept):
-                began, why = None, "holds other parameters now"
-            if began is None:
+            init = self.init_workdir
+            problem = "is missing"
+            if init is not None and not self._has_the_same(init, kept):
+                init = None
+                problem = "has changed"
+            if init is None:
+                parts = ", ".join(sorted({path.split("/")[0] for path in kept}))
                 cli.say(
-                    f"note: {self} began with {cfg.init_from}, which {why}: what training kept frozen "
-                    f"({', '.join(sorted({path.split('/')[0] for path in kept}))}) is read in the bfloat16 of training"
+                    f"note: {cfg.init_from}, which {self} was initialized from, {problem}: its frozen parameters "
+                    f"({parts}) are taken from the checkpoint of {self}, in bfloat16"
                 )
             else:
-                frozen = flatten(began.params(lambda path, saved: place(path, saved) if path in kept else None))
+                frozen = flatten(init.params(lambda path, saved: place(path, saved) if path in kept else None))
         trained = checkpoints.restore_params(
             step, cfg.model, lambda path, saved: None if path in frozen else place(path, saved)
         )
         return unflatten(flatten(trained) | frozen)
 
-    def _has_the_same(self, began: Workdir, kept: dict[str, jax.ShapeDtypeStruct]) -> bool:
-        """Whether what was kept frozen is what ``began`` holds, as far as the smallest arrays tell."""
-        few, total = [], 0
+    def _has_the_same(self, init: Workdir, kept: dict[str, jax.ShapeDtypeStruct]) -> bool:
+        """Whether ``init`` still holds the frozen parameters, judged by the smallest arrays."""
+        few = []
+        total = 0
         for path in sorted(kept, key=lambda path: math.prod(kept[path].shape)):
             total += math.prod(kept[path].shape)
             if few and total > COMPARED:
                 break
             few.append(path)
-        read = lambda home: flatten(
-            home.checkpoints.restore_params(
-                home.latest, home.config.model, lambda path, saved: as_saved(path, saved) if path in few else None
+
+        def read(home: Workdir) -> Params:
+            return flatten(
+                home.checkpoints.restore_params(
+                    home.latest, home.config.model, lambda path, saved: as_saved(path, saved) if path in few else None
+                )
             )
+
+        ours, theirs = read(self), read(init)
+        return ours.keys() == theirs.keys() and all(
+            np.array_equal(np.asarray(theirs[path]).astype(ours[path].dtype), np.asarray(ours[path])) for path in few
         )
-        ours, theirs = read(self), read(began)
-        same = lambda path: np.array_equal(np.asarray(theirs[path]).astype(ours[path].dtype), np.asarray(ours[path]))
-        return ours.keys() == theirs.keys() and all(map(same, few))
 
     # ------------------------------------------------------------------ a run
 
     def model_for(self, init_from: str) -> ModelConfig:
-        """The model of a run whose configuration names none: that of the run that goes on here, else that of the
-        workdir it begins with, else the default."""
+        """The model of a run whose configuration has none: that of this workdir if it resumes, else that of
+        init_from, else the default."""
         home = self if has_finished(self.path) else Workdir(init_from) if init_from else None
         return home.config.model if home else ModelConfig()
 
     def begin(self, cfg: Config, texts: Callable[[], Iterable[str]]) -> list[str]:
-        """Makes the folder of a new run, with config.json, and of ``init_from`` the tokenizer and source/, or a
-        tokenizer that is trained on ``texts()``; of a run that goes on it compares the configuration. Every process
-        calls it, one writes.
+        """Writes a new run's config.json and the tokenizer and source/ of ``init_from``, or a tokenizer trained on
+        ``texts()``; if the run resumes, compares the configuration instead. Every process calls it, one writes.
 
-        Returns lines about settings that differ from those the run began with. Raises ConfigError for another model or
-        another way to ask it, a source that is none, a tokenizer with more tokens than the decoder; TokenizerError,
-        CheckpointError."""
-        checkpoints, notes = Checkpoints(self.path), []
-        going_on = checkpoints.latest() is not None
-        if going_on:
+        Returns lines about settings that differ from those the run was started with. Raises ConfigError for a
+        different model or different prompts, an invalid init_from, a tokenizer with more tokens than the decoder;
+        TokenizerError, CheckpointError."""
+        checkpoints = Checkpoints(self.path)
+        notes = []
+        resumes = checkpoints.latest() is not None
+        if resumes:
             checkpoints.require_optimizer(checkpoints.latest())
-            notes = self.same_model(cfg)
+            notes = self.validate_resume(cfg)
         elif cfg.init_from:
-            _check_source(cfg)
-        if not going_on and hosts.leads():  # the others read what it writes
+            _validate_init_from(cfg)
+        if not resumes and hosts.leads():  # the other processes read what it writes
             source = Workdir(cfg.init_from) if cfg.init_from else None
             tokenizer = source.tokenizer if source else tokens.train(texts(), cfg.model.decoder.vocab_size)
             self.path.mkdir(parents=True, exist_ok=True)
-            if source and source.source:  # carried along, so that exports need no other folder for it
+            if source and source.source:  # copied, so that exports do not need the other workdir
                 shutil.copytree(source.source, self.path / "source", dirs_exist_ok=True)
-            self.write(_found_from_anywhere(cfg), tokenizer)
+            self.write(_with_absolute_init_from(cfg), tokenizer)
         hosts.wait("workdir")
         if not (hosts.leads() or self._tokenizer_file.exists()):
             raise ConfigError(
-                f"this process sees no {self._tokenizer_file}; --workdir must be a folder that all hosts share"
+                f"this process cannot find {self._tokenizer_file}; --workdir must be a folder that all hosts share"
             )
         if (size := self.tokenizer.vocab_size) > cfg.model.decoder.vocab_size:
             raise ConfigError(
@@ -196,31 +208,30 @@ class Workdir:
         return notes
 
     def write(self, cfg: Config, tokenizer: Tokenizer | None) -> None:
-        """Writes config.json and, where there is one, the tokenizer."""
+        """Writes config.json and, if there is one, the tokenizer."""
         (self.path / "config.json").write_text(json.dumps(to_dict(cfg), indent=2))
         if tokenizer is not None:
             tokenizer.save(self._tokenizer_file)
 
-    def same_model(self, cfg: Config) -> list[str]:
-        """Lines about settings that differ. Raises ConfigError if the workdir holds another model than ``cfg`` has, or
-        one that is asked in another way."""
-        now, before = (to_dict(_found_from_anywhere(one)) for one in (cfg, self.config))
+    def validate_resume(self, cfg: Config) -> list[str]:
+        """Lines about settings that differ. Raises ConfigError if the model or its prompts differ from the
+        workdir's."""
+        now, before = (to_dict(_with_absolute_init_from(one)) for one in (cfg, self.config))
         for key, new, old in differences(now["model"], before["model"]):
-            if key not in FREE:
+            if key not in FREE_ON_RESUME:
                 raise ConfigError(
-                    f"{self} holds another model: model.{key} is {new!r} now; the workdir was begun with {old!r}. Use "
-                    f"its settings, or another --workdir; with --config.init_from={self} that begins with these "
-                    "weights, where they fit"
+                    f"{self} holds a different model: model.{key} is {new!r}; the run was started with {old!r}. Use "
+                    f"that, or another --workdir, with --config.init_from={self} to start from these weights"
                 )
         notes = []
         for key, new, old in differences(now, before):
-            told = f"{key} is {new!r} now; the workdir was begun with {old!r}"
-            if key in ASKED:
-                raise ConfigError(f"{self}: {told}. Go on with --config.{key}={old}, or use another --workdir")
-            notes.append(f"note: {told}")
+            line = f"{key} is {new!r}; the run was started with {old!r}"
+            if key in PROMPT_SETTINGS:
+                raise ConfigError(f"{self}: {line}. Resume with --config.{key}={old}, or use another --workdir")
+            notes.append(f"note: {line}")
         return notes
 
-    # ------------------------------------------------------------------ what training and evaluation tell
+    # ------------------------------------------------------------------ output of training and evaluation
 
     @property
     def parameters(self) -> Path:
@@ -240,7 +251,7 @@ class Workdir:
         return self.path / "profile"
 
     def faults(self, process: int = 0) -> Path:
-        """The list of the records that a process had to leave out."""
+        """The list of the records that a process left out."""
         return self.path / (f"faults.{process}.txt" if process else "faults.txt")
 
     @property
@@ -249,17 +260,21 @@ class Workdir:
         return self.path / "eval"
 
     def reports(self) -> list[dict]:
-        """The results of whole evaluations, one a task, number of tokens and control, by the names of their files.
-        What only a part of the questions was asked for (--limit) is none. Raises ConfigError for a broken file."""
-        found = {file.stem: read_json(file) for file in sorted(self.results.glob("*.json"))}
-        whole = lambda name, told: f"{name}_".startswith(f"{told.get('task')}_{told.get('budget')}_")
-        return [told for name, told in found.items() if whole(name, told) and not told.get("limit")]
+        """The results of whole evaluations (without --limit), one per task, number of tokens and control, sorted by
+        file name. Raises ConfigError for a broken file."""
+        found = []
+        for file in sorted(self.results.glob("*.json")):
+            report = read_json(file)
+            of_budget = f"{file.stem}_".startswith(f"{report.get('task')}_{report.get('budget')}_")
+            if of_budget and not report.get("limit"):
+                found.append(report)
+        return found
 
     def write_report(self, report: dict, *marks: str) -> None:
         """Writes eval/TASK.json, the last evaluation of the task, and eval/TASK_BUDGET.json.
 
-        marks: what the names say beside that, of a control for instance, so that it takes the place of no other. So
-        do those of a part of the questions, a ``limit`` in the report."""
+        marks: suffixes of the names, e.g. for a control, so that it overwrites no other report. A ``limit`` in the
+        report adds one."""
         marks = (*marks, f"limit{report['limit']}") if report["limit"] else marks
         self.results.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report, indent=2)
@@ -268,7 +283,7 @@ class Workdir:
 
 
 def differences(now: dict, before: dict, where: str = "") -> Iterator[tuple[str, object, object]]:
-    """(dotted key, value now, value before) of what differs between two configurations as dicts; names first."""
+    """(dotted key, value now, value before) of each setting that differs between two configurations; names first."""
     for key in sorted({**now, **before}, key=lambda key: (key != "name", key)):
         one, other = now.get(key), before.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
@@ -277,18 +292,18 @@ def differences(now: dict, before: dict, where: str = "") -> Iterator[tuple[str,
             yield f"{where}{key}", one, other
 
 
-def _check_source(cfg: Config) -> None:
-    """Raises ConfigError or CheckpointError unless init_from holds the model of ``cfg``, to train."""
+def _validate_init_from(cfg: Config) -> None:
+    """Raises ConfigError or CheckpointError unless init_from holds the model of ``cfg``."""
     source = Workdir(cfg.init_from)
     if not source.exists:
-        raise ConfigError(f"config.init_from={source} holds no checkpoints; convert makes such a folder")
+        raise ConfigError(f"config.init_from={source} holds no checkpoints; expected a workdir of train.py or convert")
     theirs = source.config.model
     theirs.require_whole(f"config.init_from={source}: training")
     for key, new, old in differences(to_dict(cfg.model), to_dict(theirs)):
-        if key not in FREE_AT_BEGIN:
+        if key not in FREE_ON_INIT:
             raise ConfigError(
-                f"config.init_from={source} holds another model: model.{key} is {new!r} now, and {old!r} there. Use "
-                "its settings; a configuration that names no model has them all"
+                f"config.init_from={source} holds a different model: model.{key} is {new!r}, and {old!r} there. Use "
+                "its settings; a configuration without a model has them all"
             )
     try:
         source.checkpoints.close()
@@ -296,6 +311,5 @@ def _check_source(cfg: Config) -> None:
         raise CheckpointError(f"config.init_from: {error}") from error
 
 
-def _found_from_anywhere(cfg: Config) -> Config:
-    """The configuration with the path of init_from from the root on."""
+def _with_absolute_init_from(cfg: Config) -> Config:
     return dataclasses.replace(cfg, init_from=str(Path(cfg.init_from).absolute())) if cfg.init_from else cfg

@@ -58,7 +58,7 @@ def test_it_goes_on_as_it_would_have(name, home, monkeypatch, capsys):
         )
     )
     told = capsys.readouterr().err
-    assert "note: training.steps is 6 now; the workdir was begun with 4" in told
+    assert "note: training.steps is 6; the run was started with 4" in told
     assert "resuming from step 4 of 6" in told and "init_from" not in told
     lines = [json.loads(line) for line in Workdir(name).metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]

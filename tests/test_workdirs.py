@@ -113,10 +113,10 @@ def test_a_source_that_is_gone_is_said(tmp_path, capsys):
     shutil.rmtree(tmp_path / "start")
     assert_tower(tmp_path / "run", params, "bfloat16")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"note: {tmp_path / 'run'} began with {tmp_path / 'start'}, which is not there any more")
+    assert line.startswith(f"note: {tmp_path / 'start'}, which {tmp_path / 'run'} was initialized from, is missing: ")
     assert "(vision)" in line and "bfloat16" in line
     read_workdir(tmp_path / "run")
-    assert "nor the files it was made of" in capsys.readouterr().err
+    assert "is missing, and so are its source files" in capsys.readouterr().err
 
 
 def test_a_source_that_was_made_anew_is_not_taken_for_the_one_of_the_training(tmp_path, capsys):
@@ -125,7 +125,7 @@ def test_a_source_that_was_made_anew_is_not_taken_for_the_one_of_the_training(tm
     shutil.rmtree(tmp_path / "start")
     a_source(tmp_path / "start", seed=1)
     assert_tower(tmp_path / "run", params, "bfloat16")
-    assert "which holds other parameters now" in capsys.readouterr().err
+    assert "was initialized from, has changed: " in capsys.readouterr().err
 
 
 def test_without_a_finished_checkpoint(tmp_path):
@@ -154,9 +154,9 @@ def test_a_run_that_goes_on_is_compared_with_its_beginning(begun):
     assert begun.begin(config(), list) == []
     changed = config(optimizer__lr=2e-3, model__dtype="bfloat16", model__remat="full")
     assert begun.begin(changed, list) == [
-        "note: model.dtype is 'bfloat16' now; the workdir was begun with 'float32'",
-        "note: model.remat is 'full' now; the workdir was begun with 'none'",
-        "note: optimizer.lr is 0.002 now; the workdir was begun with 0.001",
+        "note: model.dtype is 'bfloat16'; the run was started with 'float32'",
+        "note: model.remat is 'full'; the run was started with 'none'",
+        "note: optimizer.lr is 0.002; the run was started with 0.001",
     ]
     assert (begun.path / "config.json").read_text() == written
 
@@ -167,13 +167,13 @@ SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model__decoder__rope_base": 5000.0}, "model.decoder.rope_base is 5000.0 now; .* begun with 10000.0"),
-        ({"model__projector__scale_factor": 2}, "model.projector.scale_factor is 2 now; .* begun with 4"),
-        ({"model__vision__heads": 4}, "model.vision.heads is 4 now; .* begun with 2"),
+        ({"model__decoder__rope_base": 5000.0}, "model.decoder.rope_base is 5000.0; .* started with 10000.0"),
+        ({"model__projector__scale_factor": 2}, "model.projector.scale_factor is 2; .* started with 4"),
+        ({"model__vision__heads": 4}, "model.vision.heads is 4; .* started with 2"),
     ],
 )
 def test_another_model_is_refused(begun, changes, told):
-    with pytest.raises(ConfigError, match=f"{begun} holds another model: {told}. Use its settings"):
+    with pytest.raises(ConfigError, match=f"{begun} holds a different model: {told}. Use that"):
         begun.begin(config(**changes), list)
 
 
@@ -181,7 +181,7 @@ def test_another_model_is_refused(begun, changes, told):
 def test_another_way_to_ask_the_model_is_refused(begun, key, now, then):
     """eval.py and exports read it in config.json."""
     assert getattr(begun.config.data, key) == then
-    told = f"data.{key} is {now!r} now; the workdir was begun with {then!r}. Go on with --config.data.{key}={then}, or"
+    told = f"data.{key} is {now!r}; the run was started with {then!r}. Resume with --config.data.{key}={then}, or"
     with pytest.raises(ConfigError, match=told):
         begun.begin(config(**{f"data__{key}": now}), list)
 
@@ -191,10 +191,10 @@ def test_a_part_that_is_switched_on_or_off_is_another_model(begun):
     scaled = dataclasses.replace(
         cfg, model=dataclasses.replace(cfg.model, decoder=dataclasses.replace(cfg.model.decoder, rope_scaling=SCALING))
     )
-    with pytest.raises(ConfigError, match="model.decoder.rope_scaling is {'factor': 8.0.* begun with None"):
+    with pytest.raises(ConfigError, match="model.decoder.rope_scaling is {'factor': 8.0.* started with None"):
         begun.begin(scaled, list)
     (begun.path / "config.json").write_text(json.dumps(to_dict(scaled)))
-    with pytest.raises(ConfigError, match="model.decoder.rope_scaling is None now; .* begun with {'factor': 8.0"):
+    with pytest.raises(ConfigError, match="model.decoder.rope_scaling is None; .* started with {'factor': 8.0"):
         begun.begin(cfg, list)
 
 
@@ -223,7 +223,7 @@ def test_a_model_that_is_not_the_sources_is_refused_and_nothing_made(begun, tmp_
     cfg = dataclasses.replace(config(**{f"model.{key}": now}), init_from=str(begun))
     with pytest.raises(ConfigError) as error:
         Workdir(tmp_path / "new").begin(cfg, list)
-    told = f"config.init_from={begun} holds another model: model.{key} is {now!r} now, and {there!r} there. "
+    told = f"config.init_from={begun} holds a different model: model.{key} is {now!r}, and {there!r} there. "
     assert str(error.value).startswith(told) and not (tmp_path / "new").exists()
 
 

@@ -2,7 +2,7 @@
 
 A configuration file is a Python file with ``get_config() -> Config``. Values can be overridden by dotted path
 (``optimizer.lr=1e-3``); a field that holds a dataclass takes the name of a preset (``model.decoder=vicuna_7b``).
-Anything wrong raises ConfigError with one line that says what was expected.
+Invalid values raise ConfigError with one line that states what was expected.
 """
 
 from deltallava_jax.config.model import (

@@ -1,4 +1,4 @@
-"""What every setting is checked with."""
+"""The checks that validate settings."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def require_positive(section: str, config, *names: str) -> None:
 
 
 def nearest(key: str, known) -> str:
-    """The end of an error line: the known name that is most like ``key``, or all of them."""
+    """The end of an error message: the known name that is closest to ``key``, or all of them."""
     match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known) or 'none'}"

@@ -13,25 +13,27 @@ class VisionConfig:
     """A ViT tower."""
 
     family: str = "clip"  # clip: a CLS token, LayerNorm before the layers; siglip: neither, a bias on the patches
-    image_size: int = 336  # pixels a side of the square that the tower reads
-    patch_size: int = 14  # pixels a side of a patch; what is left over at the edge is cut off
-    width: int = 1024  # of the hidden states
+    image_size: int = 336  # pixels per side of the square input image
+    patch_size: int = 14  # pixels per side of a patch; a remainder at the edges is cropped
+    width: int = 1024  # width of the hidden states
     layers: int = 24  # transformer layers
-    heads: int = 16  # of the attention; they divide the width
+    heads: int = 16  # attention heads; must divide the width
     mlp_width: int = 4096  # hidden width of a layer's MLP
     norm_eps: float = 1e-5  # epsilon of LayerNorm
-    image_mean: tuple[float, ...] = (  # of each channel, from 0 to 1: subtracted
+    image_mean: tuple[float, ...] = (
         0.48145466,
         0.4578275,
         0.40821073,
-    )  # of each channel, subtracted; pixels are 0 to 1
-    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)  # of each channel: what it is divided by
+    )  # mean of each channel, which is subtracted; pixels are 0 to 1
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)  # standard deviation of each channel
 
     def __post_init__(self):
         require_at_least(1, "vision", self, "patch_size", "width", "layers", "heads", "mlp_width")
         require_positive("vision", self, "norm_eps")
         for name in ("image_mean", "image_std"):
-            require(len(getattr(self, name)) == 3, f"vision.{name}={getattr(self, name)}; expected a number a channel")
+            require(
+                len(getattr(self, name)) == 3, f"vision.{name}={getattr(self, name)}; expected one number per channel"
+            )
         require(min(self.image_std) > 0, f"vision.image_std={self.image_std}; expected more than 0")
         require(self.family in ("clip", "siglip"), f"vision.family is {self.family!r}; known: clip, siglip")
         require(
@@ -45,28 +47,29 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches a side; like the Hugging Face towers, a remainder of the image is cut off."""
+        """Patches per side; a remainder of the image is cropped, as in Hugging Face's towers."""
         return self.image_size // self.patch_size
 
     @property
     def mean_color(self) -> tuple[int, ...]:
-        """The mean as an 8-bit colour, truncated: what padded images are filled with."""
+        """The mean as an 8-bit colour, truncated, with which images are padded."""
         return tuple(int(mean * 255) for mean in self.image_mean)
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's: wavelengths beyond the original context are stretched by ``factor``, short ones kept."""
+    """Llama 3's RoPE scaling: wavelengths beyond the original context are multiplied by ``factor``, short ones kept."""
 
-    factor: float  # what wavelengths beyond the original context are multiplied by, 1 or more
-    low_freq_factor: float  # wavelengths above original_length / this are stretched in full
-    high_freq_factor: float  # wavelengths below original_length / this are kept; in between it is interpolated
-    original_length: int  # tokens of the context that the decoder was pretrained with
+    factor: float  # factor of the wavelengths beyond the original context, 1 or more
+    low_freq_factor: float  # wavelengths above original_length / this are multiplied by the whole factor
+    high_freq_factor: float  # wavelengths below original_length / this are kept; in between is interpolated
+    original_length: int  # context length in tokens of the decoder's pretraining
 
     def __post_init__(self):
         require(
             0 < self.low_freq_factor < self.high_freq_factor and self.factor >= 1 and self.original_length > 0,
-            f"decoder.rope_scaling {self}; expected factor of 1 or more, 0 < low_freq_factor < high_freq_factor",
+            f"decoder.rope_scaling {self}; expected factor 1 or more, 0 < low_freq_factor < high_freq_factor, "
+            "original_length > 0",
         )
 
 
@@ -75,17 +78,17 @@ class DecoderConfig:
     """A Llama-architecture decoder (Vicuna, Llama, SmolLM2, Qwen2 with ``qkv_bias``)."""
 
     vocab_size: int = 32000  # tokens of the vocabulary: rows of the embedding
-    width: int = 4096  # of the hidden states
+    width: int = 4096  # width of the hidden states
     layers: int = 32  # transformer layers
-    heads: int = 32  # of the attention's queries; they divide the width
-    kv_heads: int = 32  # of its keys and values; they divide heads (grouped-query attention)
+    heads: int = 32  # query heads; must divide the width
+    kv_heads: int = 32  # key and value heads; must divide heads (grouped-query attention)
     mlp_width: int = 11008  # hidden width of a layer's gated MLP
     rope_base: float = 10000.0  # base of the rotary embedding's wavelengths (theta)
-    rope_scaling: RopeScaling | None = None  # Llama 3's stretching of the rotary embedding; None: off
+    rope_scaling: RopeScaling | None = None  # Llama 3's scaling of the rotary embedding; None: off
     norm_eps: float = 1e-5  # epsilon of RMSNorm
     qkv_bias: bool = False  # whether queries, keys and values have a bias, as in Qwen2
     tied_head: bool = False  # whether the output matrix is the embedding
-    initializer_range: float = 0.02  # standard deviation of fresh weights; small widths want more
+    initializer_range: float = 0.02  # standard deviation of initial weights; small widths need more
 
     def __post_init__(self):
         require_at_least(1, "decoder", self, "vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width")
@@ -98,7 +101,10 @@ class DecoderConfig:
             self.heads % self.kv_heads == 0,
             f"decoder.kv_heads={self.kv_heads} does not divide decoder.heads={self.heads}",
         )
-        require(self.head_dim % 2 == 0, f"decoder head width {self.head_dim} is odd; rotary positions need it even")
+        require(
+            self.head_dim % 2 == 0,
+            f"decoder.width / decoder.heads is {self.head_dim}; rotary embeddings need an even number",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -107,10 +113,10 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class FastVConfig:
-    """FastV: before decoder layer ``layer``, ``keep`` visual tokens a prompt stay. Inference only."""
+    """FastV: before decoder layer ``layer``, all but ``keep`` visual tokens per prompt are dropped. Inference only."""
 
     layer: int = 2  # the decoder layer, from 0, before which visual tokens are dropped
-    keep: int = 144  # visual tokens a prompt that stay: those with the most attention
+    keep: int = 144  # visual tokens kept per prompt: those with the most attention
 
     def __post_init__(self):
         require_at_least(1, "fastv", self, "layer", "keep")
@@ -118,7 +124,7 @@ class FastVConfig:
 
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("bfloat16", "float32")
-# Of parameters: the names in use for each.
+# Dtypes of parameters -> their names in use.
 PARAMETER_DTYPES = {
     "float32": ("float32", "fp32", "float"),
     "bfloat16": ("bfloat16", "bf16"),
@@ -127,31 +133,29 @@ PARAMETER_DTYPES = {
 
 
 def dtype_name(dtype: str | type | None) -> str | None:
-    """The name of a dtype that parameters can have, from any name in use or a dtype of numpy, JAX or torch; None for
-    None. Raises ConfigError with the list for any other."""
+    """The name of a dtype of parameters, from any name in use or a dtype of numpy, JAX or torch; None for None. Raises
+    ConfigError for any other."""
     if dtype is None:
         return None
-    said = str(dtype if isinstance(dtype, str) else getattr(dtype, "__name__", dtype)).lower().removeprefix("torch.")
-    found = next((name for name, names in PARAMETER_DTYPES.items() if said in names), None)
+    given = str(dtype if isinstance(dtype, str) else getattr(dtype, "__name__", dtype)).lower().removeprefix("torch.")
+    found = next((name for name, names in PARAMETER_DTYPES.items() if given in names), None)
     known = ", ".join(f"{name} ({', '.join(names[1:])})" for name, names in PARAMETER_DTYPES.items())
-    require(found is not None, f"dtype is {said!r}; known: {known}")
+    require(found is not None, f"dtype is {given!r}; known: {known}")
     return found
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole vision-language model, or some of its parts: a converted decoder alone has vision and projector None.
+    """A whole vision-language model, or some of its parts: a converted decoder alone has vision and projector None."""
 
-    ``dtype`` is the compute dtype; parameters that train stay float32."""
-
-    vision: VisionConfig | None = field(default_factory=VisionConfig)  # the tower; None: not there
-    projector: ProjectorConfig | None = field(default_factory=system_config)  # between the two; None: not there
-    decoder: DecoderConfig | None = field(default_factory=DecoderConfig)  # the language model; None: not there
-    fastv: FastVConfig | None = None  # drops visual tokens inside the decoder, in inference alone; None: off
-    dtype: str = "bfloat16"  # of computing, bfloat16 or float32; parameters that train stay float32
-    remat: str = "none"  # computed again in the backward pass: none, all but matrix products (dots), or all (full)
-    loss_chunk: int = 512  # row positions whose logits exist at a time
-    tower_images: int = 0  # images of a row that the tower takes at a time; 0: all
+    vision: VisionConfig | None = field(default_factory=VisionConfig)  # the tower; None: absent
+    projector: ProjectorConfig | None = field(default_factory=system_config)  # the projector; None: absent
+    decoder: DecoderConfig | None = field(default_factory=DecoderConfig)  # the language model; None: absent
+    fastv: FastVConfig | None = None  # drops visual tokens inside the decoder, in inference only; None: off
+    dtype: str = "bfloat16"  # compute dtype, bfloat16 or float32; trained parameters are always float32
+    remat: str = "none"  # recomputed in the backward pass: nothing, all but matrix products (dots), or all (full)
+    loss_chunk: int = 512  # row positions whose logits are in memory at a time
+    tower_images: int = 0  # images of a row that the tower processes at a time; 0: all
 
     def __post_init__(self):
         require_at_least(1, "model", self, "loss_chunk")
@@ -161,9 +165,9 @@ class ModelConfig:
         p, v, d = self.projector, self.vision, self.decoder
         require(any((p, v, d)), "model has neither vision nor projector nor decoder")
         if p and v:
-            require(p.grid == v.grid, f"projector.grid={p.grid}, but the vision tower makes a {v.grid}x{v.grid} grid")
+            require(p.grid == v.grid, f"projector.grid={p.grid}, but the tower's grid is {v.grid}x{v.grid}")
             require(p.in_width == v.width, f"projector.in_width={p.in_width}, but vision.width={v.width}")
-            p.check_tower(v.layers)
+            p.validate_tower(v.layers)
         if d and self.fastv:
             require(self.fastv.layer < d.layers, f"fastv.layer={self.fastv.layer}; the decoder has {d.layers} layers")
         if p and d:
@@ -171,12 +175,12 @@ class ModelConfig:
 
     @property
     def system(self) -> str:
-        """The name of the system that makes or selects the visual tokens."""
+        """The name of the system that computes or selects the visual tokens."""
         return "fastv" if self.fastv else self.projector.name
 
     @property
     def missing(self) -> list[str]:
-        """Names of the parts that are not there."""
+        """Names of the parts that are absent."""
         return [part for part in ("vision", "projector", "decoder") if getattr(self, part) is None]
 
     @property
@@ -184,5 +188,5 @@ class ModelConfig:
         return not self.missing
 
     def require_whole(self, what: str) -> None:
-        """ConfigError naming the missing parts, unless tower, projector and decoder are all there."""
+        """Raises ConfigError, naming the missing parts, unless tower, projector and decoder are present."""
         require(not self.missing, f"{what} needs a whole model; this one has no {', no '.join(self.missing)}")

@@ -42,6 +42,6 @@ def preset(kind: type, name: str, **changes):
 
 
 def compose(vision: VisionConfig, decoder: DecoderConfig, projector: dict | None = None, **changes) -> ModelConfig:
-    """A ModelConfig whose projector's grid and widths follow from the tower and the decoder."""
+    """A ModelConfig whose projector's grid and widths are those of the tower and the decoder."""
     fitted = dict(grid=vision.grid, in_width=vision.width, out_width=decoder.width)
     return ModelConfig(vision, system_config(**{**fitted, **(projector or {})}), decoder, **changes)

@@ -1,8 +1,6 @@
-"""Every setting of a configuration for the screen: its type, its value, its default where that is another, and what it
-is for.
+"""Prints every setting of a configuration: its type, value, default if that differs, and description.
 
-What a setting is for is the comment at the end of its line in its dataclass, read from the source: one text for who
-reads the code and for who runs it."""
+The description is the comment at the end of the setting's line in its dataclass, read from the source."""
 
 from __future__ import annotations
 
@@ -19,11 +17,11 @@ from pathlib import Path
 from deltallava_jax.config.run import Config
 from deltallava_jax.config.values import dataclass_in, load_config, override, type_name
 
-INTRODUCTION = "Settings of {}; --config.KEY=VALUE sets another value. Marked with *: not the default."
+INTRODUCTION = "Settings of {}; override with --config.KEY=VALUE. Values marked with * are not the default."
 
 
 def show(path: str | Path, changes: dict[str, str] | None = None) -> str:
-    """The settings of a configuration file with some overridden, as wide as the terminal. Raises ConfigError."""
+    """The settings of a configuration file with overrides, as wide as the terminal. Raises ConfigError."""
     width = max(40, shutil.get_terminal_size().columns)
     config = override(load_config(path), changes or {})
     lines = textwrap.wrap(INTRODUCTION.format(path), width)
@@ -31,12 +29,12 @@ def show(path: str | Path, changes: dict[str, str] | None = None) -> str:
 
 
 def settings(config: Config, width: int) -> list[str]:
-    """The lines, none of them wider than ``width``: a section's own settings, then the sections within it."""
+    """The lines, at most ``width`` wide: a section's settings first, then its subsections."""
     return _section("", type(config), config, width)
 
 
 def _section(path: str, kind: type, values, width: int) -> list[str]:
-    """values: the dataclass, or None where a part is off; then the settings are those that it would have."""
+    """values: the dataclass, or None if the section is off; then its defaults are listed."""
     hints = typing.get_type_hints(kind)
     about = comments(kind)
     lines, sections = [], []
@@ -68,14 +66,14 @@ def _setting(key: str, kind: str, value, default, purpose: str, width: int) -> l
 
 
 def _default(field: dataclasses.Field):
-    """MISSING where there is none."""
+    """The default of a field, MISSING if there is none."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def comments(kind: type) -> dict[str, str]:
-    """{field: the comment at the end of its line} of a dataclass and those that it extends.
+    """{field: the comment at the end of its line} of a dataclass and its base classes.
 
-    Of a class without source, as in a configuration file of the user's, there are those that it extends alone."""
+    Classes without source, e.g. in a user's configuration file, are skipped."""
     found = {}
     for owner in reversed(kind.__mro__):
         if dataclasses.is_dataclass(owner):

@@ -1,7 +1,7 @@
 """The systems by name: everything that can stand between the tower and the decoder.
 
-A system is one class in one file of models/systems, with its settings, and a line here. The line is text and the file
-is imported when the system is first asked for: configurations stay below the models that they describe.
+A system is one class in one file of models/systems, with its settings, and a line here. The line is a string, and the
+file is imported on first use, as config must not import models.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from deltallava_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """What every system between tower and decoder has. Each adds its own settings in a subclass beside it
-    (models/systems), whose defaults are the published ones; ``system_config`` makes it by the system's name."""
+    """The settings that all systems between tower and decoder share. Each system adds its own in a subclass
+    (models/systems), whose defaults are the published ones; ``system_config`` builds it by the system's name."""
 
-    name: str = ""  # of the system; with another name alone its settings are as published with it
-    grid: int = 24  # patches a side of the tower's output
+    name: str = ""  # of the system; setting only another name takes that system's published settings
+    grid: int = 24  # patches per side of the tower's output
     in_width: int = 1024  # the tower's width
     out_width: int = 4096  # the decoder's width
-    select_layer: int = -2  # the tower's hidden state, from the end: -1 is the last
+    select_layer: int = -2  # the hidden state of the tower that is used, from the end: -1 is the last
 
     def __post_init__(self):
         own = type(self).name
         require(
             self.name == own,
-            f"projector.name is {self.name!r} in the settings of {own or 'no system'}; system_config makes a system's",
+            f"projector.name is {self.name!r} in the settings of {own or 'no system'}; build them with system_config",
         )
         require_at_least(1, "projector", self, "grid", "in_width", "out_width")
         require(self.select_layer < 0, f"projector.select_layer={self.select_layer}; expected -1, the last, or below")
 
     @classmethod
     def published(cls, grid: int) -> dict:
-        """{setting: value} as published with the system, for a grid of that many patches a side."""
+        """{setting: value} as published with the system, for a grid of that many patches per side."""
         return {setting.name: setting.default for setting in dataclasses.fields(cls)}
 
-    def check_tower(self, layers: int) -> None:
-        """ConfigError where a tower of that many layers has not what is read of it."""
+    def validate_tower(self, layers: int) -> None:
+        """Raises ConfigError if a tower of that many layers lacks a layer that the system reads."""
         require(
             -layers <= self.select_layer <= -1,
             f"projector.select_layer={self.select_layer}; expected -{layers} to -1 for {layers} layers",
@@ -70,10 +70,8 @@ SYSTEMS: dict[str, str | type] = {
 
 
 def register(name: str, system: type) -> None:
-    """Adds a system from outside of the package, e.g. from a configuration file.
-
-    Raises ConfigError for a taken name."""
-    require(SYSTEMS.get(name, system) is system, f"there is a system {name!r} already")
+    """Adds a system from outside the package, e.g. from a configuration file. Raises ConfigError for a taken name."""
+    require(SYSTEMS.get(name, system) is system, f"the system {name!r} already exists; use another name")
     SYSTEMS[name] = system
 
 
@@ -89,17 +87,17 @@ def system(name: str) -> type:
 
 
 def settings_of(name: str, settings: dict) -> dict:
-    """Those of the settings that a system has."""
+    """The settings that a system has, of those given."""
     return {key: value for key, value in settings.items() if key in system(name).Config.__dataclass_fields__}
 
 
 def owners(key: str) -> list[str]:
-    """The systems that have a setting, by name."""
+    """The names of the systems that have a setting."""
     return [name for name in SYSTEMS if settings_of(name, {key: None})]
 
 
-def check_settings(name: str, settings: dict, where: str = "projector.") -> None:
-    """ConfigError for a setting that the system does not have: who has it, or the nearest that it has."""
+def validate_settings(name: str, settings: dict, where: str = "projector.") -> None:
+    """Raises ConfigError for a setting that the system lacks, with the systems that have it or the nearest name."""
     known = system(name).Config.__dataclass_fields__
     for key in settings:
         if key not in known:
@@ -109,8 +107,8 @@ def check_settings(name: str, settings: dict, where: str = "projector.") -> None
 
 
 def system_config(name: str = DEFAULT, **settings) -> ProjectorConfig:
-    """The settings of a system: those that are not given are as published with it.
+    """The settings of a system, by default the published ones.
 
-    Raises ConfigError for an unknown system, a setting that it does not have, and a value that cannot be."""
-    check_settings(name, settings)
+    Raises ConfigError for an unknown system, a setting that it lacks, or an invalid value."""
+    validate_settings(name, settings)
     return system(name).Config(**settings)

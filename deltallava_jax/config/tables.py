@@ -1,4 +1,4 @@
-"""What FILE:SYSTEM and FILE:SYSTEM-STAGE name: an entry of a configuration file's table of systems."""
+"""Resolves FILE:SYSTEM and FILE:SYSTEM-STAGE to an entry of a configuration file's table of systems."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ STAGES = ("pretrain", "finetune")
 
 
 def entry(system: str, systems: dict[str, dict]) -> dict:
-    """A system's entry. Raises ConfigError with the nearest name and all there are."""
+    """A system's entry. Raises ConfigError with the nearest name and all known names."""
     _require_known("system", system, systems)
     return systems[system]
 
 
 def system_and_stage(which: str, systems: dict[str, dict]) -> tuple[str, str]:
-    """The two of "SYSTEM-STAGE"; of "SYSTEM" alone with finetune, of "STAGE" alone with the table's first system.
+    """(system, stage) of "SYSTEM-STAGE", of "SYSTEM" (finetune), or of "STAGE" (the table's first system).
 
-    Raises ConfigError with the nearest name and all there are."""
+    Raises ConfigError with the nearest name and all known names."""
     if which in STAGES:
         return next(iter(systems)), which
     system, dash, stage = which.partition("-")
@@ -33,6 +33,6 @@ def system_and_stage(which: str, systems: dict[str, dict]) -> tuple[str, str]:
 
 def _require_known(kind: str, name: str, known: Collection[str]) -> None:
     if name not in known:
-        everything = f"; known: {', '.join(known)}"
-        hint = nearest(name, known).removesuffix(everything)
-        raise ConfigError(f"no {kind} {name!r}{hint}{everything}")
+        all_known = f"; known: {', '.join(known)}"
+        hint = nearest(name, known).removesuffix(all_known)
+        raise ConfigError(f"no {kind} {name!r}{hint}{all_known}")

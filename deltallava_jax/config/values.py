@@ -20,7 +20,7 @@ from pathlib import Path
 from deltallava_jax.config.checks import nearest, require
 from deltallava_jax.config.presets import preset
 from deltallava_jax.config.run import Config
-from deltallava_jax.config.systems import DEFAULT, ProjectorConfig, check_settings, owners, settings_of, system
+from deltallava_jax.config.systems import DEFAULT, ProjectorConfig, owners, settings_of, system, validate_settings
 from deltallava_jax.errors import ConfigError, UserError
 
 
@@ -30,16 +30,16 @@ def to_dict(config) -> dict:
 
 
 def from_dict(kind: type, values: dict | str, where: str = ""):
-    """Builds dataclass ``kind`` from a nested dict (or a preset's name), checking every key and type.
+    """Builds dataclass ``kind`` from a nested dict (or a preset's name), validating every key and type.
 
-    Raises ConfigError for an unknown key (with the nearest known one) or a value of another type. A projector's dict is
-    of its system's settings; None stands for the published value."""
+    Raises ConfigError for an unknown key (with the nearest known one) or a value of another type. A projector's dict
+    holds its system's settings; None stands for the published value."""
     if isinstance(values, str):
         return preset(kind, values)
     if kind is ProjectorConfig:
         name = values.get("name", DEFAULT)
         require(isinstance(name, str), f"config key '{where}name' expects str, got {_shown(name)}")
-        check_settings(name, values, where)
+        validate_settings(name, values, where)
         kind = system(name).Config
         values = {key: value for key, value in values.items() if value is not None}
     hints = typing.get_type_hints(kind)
@@ -58,12 +58,13 @@ def from_dict(kind: type, values: dict | str, where: str = ""):
 def override(config, assignments: dict[str, str]):
     """Copy of ``config`` with dotted paths set from command-line text, all at once, then validated.
 
-    A projector with another name alone has the settings published with that name, where it had those of the old one."""
+    With another projector name, settings with the old system's published values take the new system's."""
     values = to_dict(config)
-    first = sorted(assignments, key=lambda path: not path.endswith("projector.name"))  # that one first
-    for path in first:
+    for path in sorted(assignments, key=lambda path: not path.endswith("projector.name")):  # projector.name first
         text = assignments[path]
-        node, kind, done = values, type(config), ""
+        node = values
+        kind = type(config)
+        done = ""
         *parents, leaf = path.split(".")
         for key in parents:
             hints = typing.get_type_hints(kind)
@@ -84,7 +85,7 @@ def override(config, assignments: dict[str, str]):
                 node.update(values_of_new)
                 continue
             name = node.get("name", DEFAULT)
-            check_settings(name, {leaf: None}, done)
+            validate_settings(name, {leaf: None}, done)
             kind = system(name).Config
         hints = typing.get_type_hints(kind)
         if leaf not in hints:
@@ -94,7 +95,7 @@ def override(config, assignments: dict[str, str]):
 
 
 def renamed(config: ProjectorConfig, settings: dict) -> ProjectorConfig:
-    """The projector with other settings, by field; with another name as ``override`` makes it. Raises ConfigError."""
+    """The projector with other settings; another name acts as in ``override``. Raises ConfigError."""
     values = to_dict(config)
     if "name" in settings:
         values = _carried(values, settings["name"])
@@ -102,7 +103,8 @@ def renamed(config: ProjectorConfig, settings: dict) -> ProjectorConfig:
 
 
 def _carried(values: dict, name: str) -> dict:
-    """A projector's dict under another system's name: what both have, unless it is published with the old."""
+    """A projector's dict under another system's name: shared settings that differ from the old system's published
+    values are kept."""
     old = system(values.get("name", DEFAULT)).Config
     plain = lambda value: tuple(value) if isinstance(value, list) else value
     published = old.published(values.get("grid", 0))
@@ -112,30 +114,30 @@ def _carried(values: dict, name: str) -> dict:
 
 
 def drop_foreign(values: dict, where: str) -> dict:
-    """A projector's dict as earlier versions wrote it, with the settings of every system, without those of the others.
+    """A projector's dict of an earlier version, which has the settings of every system, reduced to its own system's.
 
-    What of them was set to something else than those systems' default is said once. where: the file, for that line."""
+    Warns once of dropped settings that are not those systems' defaults. where: the file, for the warning."""
     name = values.get("name", DEFAULT)
     own = settings_of(name, values)
     foreign = {key: owners(key) for key in values if key not in own}
     lost = [key for key, systems in foreign.items() if systems and not _is_default(key, values[key], systems)]
     if lost:
         listed = ", ".join(f"{key}={_shown(values[key])} ({', '.join(foreign[key])})" for key in lost)
-        warnings.warn(f"{where}: {name} does not have these settings of other systems: {listed}", stacklevel=2)
+        warnings.warn(f"{where}: settings of other systems than {name} are ignored: {listed}", stacklevel=2)
     return {key: value for key, value in values.items() if not foreign.get(key)}
 
 
 def _is_default(key: str, value, systems: list[str]) -> bool:
-    """Whether one of the systems has the value by default, or it stands for that."""
+    """Whether the value is None, or one of the systems' defaults."""
     plain = tuple(value) if isinstance(value, list) else value
     return value is None or any(plain == system(name).Config.__dataclass_fields__[key].default for name in systems)
 
 
 def workdir_config(workdir: Path) -> Config:
-    """The config that a workdir of train.py or of a conversion was made with."""
+    """The config of a workdir of train.py or convert."""
     path = workdir / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{workdir} holds no config.json; expected a --workdir of train.py")
+        raise ConfigError(f"{workdir} holds no config.json; expected a workdir of train.py or convert")
     values = read_json(path)
     model = values.get("model")
     if isinstance(model, dict) and isinstance(model.get("projector"), dict):
@@ -153,20 +155,22 @@ def read_json(path: Path) -> dict:
     return value
 
 
-# The configurations of the repository: inside the package where it is installed, beside it in a copy of the repository.
+# The repository's configurations: inside an installed package, beside the package in a checkout.
 _PACKAGE = Path(__file__).parents[1]
 CONFIGS = folder if (folder := _PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 
 def load_config(path: str | Path) -> Config:
-    """The Config that get_config() of a Python file returns; of "FILE:ARGUMENT" what get_config(ARGUMENT) returns.
+    """The Config that get_config() of a Python file returns, or get_config(ARGUMENT) for "FILE:ARGUMENT".
 
-    Where there is no such file, one of the repository's by its name: "easy_vqa", "llava:mqt-pretrain"."""
-    path, arguments = Path(path), []
+    If the file does not exist, the repository's configuration of that name: "easy_vqa", "llava:mqt-pretrain"."""
+    path = Path(path)
+    arguments = []
     if not path.is_file() and ":" in path.name:
         name, argument = path.name.rsplit(":", 1)
         require(argument, f"config {str(path)!r} has nothing after its colon; expected FILE or FILE:SYSTEM-STAGE")
-        path, arguments = path.with_name(name), [argument]
+        path = path.with_name(name)
+        arguments = [argument]
     if not path.is_file():
         path = _shipped(path, arguments)
     _find_bases(path)
@@ -193,7 +197,7 @@ _LARGEST = 2**63 - 1
 
 @contextlib.contextmanager
 def _in_file(path: Path):
-    """ConfigError, with the line, for whatever the user's own code raises."""
+    """Turns any exception of the user's code into ConfigError with the line."""
     try:
         yield
     except UserError:
@@ -204,15 +208,15 @@ def _in_file(path: Path):
         raise ConfigError(f"config file {str(path)!r}{where}: {type(error).__name__}: {error}") from error
 
 
-# Folders of version 0.1.0, which had a file a system -> the file whose table has them.
+# Folders of version 0.1.0, with one file per system -> the file whose table replaces them.
 _TABLES = {"systems": "configs/easy_vqa.py", "llava_systems": "configs/llava.py"}
 
 
 def _shipped(path: Path, arguments: list[str]) -> Path:
-    """The repository's configuration of that name. Raises ConfigError with the nearest."""
+    """The repository's configuration of that name. Raises ConfigError with the nearest name."""
     if path.parent.name in _TABLES:
         new = f"{_TABLES[path.parent.name]}:{'-'.join([path.stem, *arguments])}"
-        raise ConfigError(f"config file {str(path)!r} does not exist; it is {new} now")
+        raise ConfigError(f"config file {str(path)!r} does not exist; use {new}")
     name = path.with_suffix("").as_posix().removeprefix("configs/")
     known = {file.relative_to(CONFIGS).with_suffix("").as_posix(): file for file in sorted(CONFIGS.rglob("*.py"))}
     if name not in known or path.suffix not in ("", ".py"):
@@ -222,7 +226,7 @@ def _shipped(path: Path, arguments: list[str]) -> Path:
 
 
 def _find_bases(path: Path) -> None:
-    """Lets a configuration import its bases as ``configs.NAME``: from the folder ``configs`` that it lies in, else the
+    """Lets a configuration import its bases as ``configs.NAME``: from a parent folder named ``configs``, else from the
     repository's."""
     own = [str(folder) for folder in path.resolve().parents if folder.name == "configs"]
     configs = sys.modules.setdefault("configs", types.ModuleType("configs"))
@@ -230,12 +234,12 @@ def _find_bases(path: Path) -> None:
 
 
 def dataclass_in(hint) -> type | None:
-    """The dataclass that a hint is, alone or as ``X | None``."""
+    """The dataclass in a type hint ``X`` or ``X | None``."""
     return next((option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)), None)
 
 
 def parse_value(text: str):
-    """A number, tuple, truth value or None where the text is one, else the text itself."""
+    """The Python literal that the text is (true and false too), else the text itself."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
@@ -250,7 +254,7 @@ def _typed(hint, value, path: str):
         if isinstance(value, (dict, str)):
             return from_dict(hint, value, f"{path}.")
     elif isinstance(hint, types.UnionType):
-        if value is not None and dataclass_in(hint):  # X | None: what is wrong with the X is said
+        if value is not None and dataclass_in(hint):  # X | None: raise the error of X
             return _typed(dataclass_in(hint), value, path)
         for option in typing.get_args(hint):
             try:
@@ -272,12 +276,12 @@ def _typed(hint, value, path: str):
 
 
 def type_name(hint) -> str:
-    """A type as it is written."""
+    """The name of a type, as in source code."""
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
 def _shown(value) -> str:
-    """A value in an error line: never a page of digits."""
+    """A value for an error message, abbreviated if long."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:40]}...{text[-40:]}"
 

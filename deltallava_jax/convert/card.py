@@ -32,8 +32,7 @@ print(model.generate("picture.png", "What is this?"))"""
 
 
 def write_card(model: Pretrained, folder: Path, name: str, source: Path | None) -> None:
-    """README.md: what the model is, how it is asked, how it was trained, its results; the last two from ``source``
-    where that is a workdir."""
+    """README.md: the model, how to prompt it, its training and results; the last two if ``source`` is a workdir."""
     cfg = model.cfg
     parts = [f"| {part} | {describe(getattr(cfg, part))} |" for part in ("vision", "projector", "decoder")]
     task = "image-text-to-text" if cfg.whole else "text-generation" if cfg.decoder else "image-feature-extraction"
@@ -45,22 +44,25 @@ def write_card(model: Pretrained, folder: Path, name: str, source: Path | None) 
     if cfg.whole:
         lines += ["```python", _code(model, folder, name), "```", "", _prompts(model.template), ""]
     results = Workdir(source).reports() if source else []
-    shown = lambda r: r.get("images") or ("noise" if r["blind"] else "real")  # "blind": of earlier versions
     if results:
         lines += ["## Results", "", "| Task | Tokens an image | Images | Accuracy | n |", "|---|---|---|---|---|"]
         lines += [
-            f"| {r['task']} | {r['budget']} | {shown(r)} | {r['accuracy']:.4f} | {r['n']} |"
+            f"| {r['task']} | {r['budget']} | {_images(r)} | {r['accuracy']:.4f} | {r['n']} |"
             for r in results if "accuracy" in r
         ] + [""]  # fmt: skip
     if source is not None and Workdir(source).exists:
         config = read_json(source / "config.json")
-        config["init_from"] = Path(config.get("init_from", "")).name  # cards are published, where folders lie is not
+        config["init_from"] = Path(config.get("init_from", "")).name  # cards are published; local paths should not be
         lines += ["## Training configuration", "", "```json", json.dumps(config, indent=2), "```", ""]
     (folder / "README.md").write_text("\n".join(lines))
 
 
+def _images(report: dict) -> str:
+    return report.get("images") or ("noise" if report["blind"] else "real")  # earlier versions wrote "blind"
+
+
 def _code(model: Pretrained, folder: Path, name: str) -> str:
-    """Python that asks the model in the folder ``name`` about picture.png."""
+    """Python code that asks the model in the folder ``name`` about picture.png."""
     if "mm_vision_tower" in read_json(folder / "config.json"):
         return FOR_US.format(name=json.dumps(name))
     if not (folder / "modeling_deltallava.py").is_file():
@@ -76,12 +78,12 @@ def _code(model: Pretrained, folder: Path, name: str) -> str:
 
 def _prompts(name: str) -> str:
     template = TEMPLATES[name]
-    said = f"System text: {json.dumps(template.system_text)}" if template.system_text else "It has no system text."
-    return f"Prompts follow the template {name} (chat_template.jinja). {said}"
+    system = f"System text: {json.dumps(template.system_text)}" if template.system_text else "It has no system text."
+    return f"Prompts follow the template {name} (chat_template.jinja). {system}"
 
 
 def describe(part) -> str:
-    """The settings of a config section that are not its defaults, in one line."""
+    """The settings of a config section that differ from its defaults, in one line."""
     if part is None:
         return "none"
     changed = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if getattr(part, f.name) != f.default}

@@ -1,6 +1,6 @@
-"""Chat templates in Jinja, as Hugging Face folders hold them: ours written, those of checkpoints recognised.
+"""Chat templates in Jinja, as in Hugging Face folders: writes ours, recognises those of checkpoints.
 
-A foreign one is recognised by what it makes of a small conversation, never by its wording."""
+A foreign template is recognised by the text that it renders of a small conversation, not by its source."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ FILE = "chat_template.jinja"
 FALLBACK = "vicuna_v1"
 QUESTION = "What is in the picture?"
 
-# A message's content is a text, or a list of parts, of which the images stand before the texts, each on a line of its
-# own. Whatever stands between two blocks of the source would be text, so there is nothing.
+# A message's content is a text, or a list of parts, of which the images go before the texts, each on a separate line.
+# No characters between the blocks of the source: they would be rendered.
 HELPERS = (
     "{% macro words(content) %}{% if content is string %}{{ content }}{% else %}"
     "{% for part in content if part['type'] == 'text' %}{{ '' if loop.first else '\\n' }}{{ part['text'] }}{% endfor %}"
@@ -32,8 +32,8 @@ HELPERS = (
 )
 
 
-def written(template: Template) -> str:
-    """The template in Jinja: for messages of the roles system, user and assistant; BOS first where there is one."""
+def to_jinja(template: Template) -> str:
+    """The template in Jinja, for messages of the roles system, user and assistant; BOS first if there is one."""
     quoted = json.dumps
     before, _, behind = template.user.partition("{}")
     opening, _, closing = template.system_format.partition("{}")
@@ -60,8 +60,8 @@ def written(template: Template) -> str:
     )  # fmt: skip
 
 
-def found_in(folder: Path) -> str | None:
-    """The Jinja of a folder's chat template, from whichever file holds one. Raises ConversionError for a broken one."""
+def read_jinja(folder: Path) -> str | None:
+    """The Jinja of a folder's chat template, whichever file holds it. Raises ConversionError for a broken file."""
     if (folder / FILE).is_file():
         return (folder / FILE).read_text()
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
@@ -77,9 +77,8 @@ def found_in(folder: Path) -> str | None:
     return None
 
 
-def recognised(jinja: str) -> str | None:
-    """The name of our template that makes the same prompt of a question, None for one that none does. The system text
-    may be another, or none."""
+def recognise(jinja: str) -> str | None:
+    """The name of our template that renders a question the same way, apart from the system text; None if none does."""
     for content, question in (
         ([{"type": "image"}, {"type": "text", "text": QUESTION}], f"{IMAGE}\n{QUESTION}"),
         (f"{IMAGE}\n{QUESTION}", f"{IMAGE}\n{QUESTION}"),
@@ -87,22 +86,22 @@ def recognised(jinja: str) -> str | None:
     ):
         prompt = _render(jinja, [{"role": "user", "content": content}])
         for name, template in TEMPLATES.items() if prompt else ():
-            asked = template.user.replace("{}", IMAGE * question.count(IMAGE) if template.caption else question)
-            asked += template.assistant
-            if prompt == asked or (template.assistant and prompt.endswith(asked)):
+            expected = template.user.replace("{}", IMAGE * question.count(IMAGE) if template.caption else question)
+            expected += template.assistant
+            if prompt == expected or (template.assistant and prompt.endswith(expected)):
                 return name
     return None
 
 
 def _render(jinja: str, messages: list[dict]) -> str | None:
-    """The text, None where the template does not take such messages."""
+    """The rendered text, None if the template rejects the messages."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: str):
         raise jinja2.TemplateError(message)
 
-    # As transformers renders them. Its mark of what an assistant said is no Jinja and changes no text.
+    # As transformers renders them. Its {% generation %} blocks are not Jinja and do not change the text.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -117,17 +116,18 @@ def _render(jinja: str, messages: list[dict]) -> str | None:
 
 
 def template_of(folder: Path) -> str:
-    """The name of the template that a checkpoint is prompted with: of ours that which its chat template is. Without a
-    chat template ``FALLBACK``, as the first LLaVA models have none; with a warning where that cannot be meant."""
-    jinja, tokenizer = found_in(folder), folder / "tokenizer.json"
-    name = recognised(jinja) if jinja is not None else None
+    """The name of our template that matches a checkpoint's chat template, else ``FALLBACK``: the first LLaVA models
+    have no chat template. Warns if the fallback does not fit the checkpoint."""
+    jinja = read_jinja(folder)
+    tokenizer = folder / "tokenizer.json"
+    name = recognise(jinja) if jinja is not None else None
     if name is not None:
         return name
     problem = None
     if jinja is not None:
-        problem = "its chat template makes other prompts than any of ours"
+        problem = "its chat template matches none of the known ones"
     elif tokenizer.is_file() and json.dumps(TEMPLATES[FALLBACK].end) not in tokenizer.read_text():
-        problem = f"it has no chat template, and its tokenizer no {TEMPLATES[FALLBACK].end}"
+        problem = f"it has no chat template, and its tokenizer has no {TEMPLATES[FALLBACK].end}"
     if problem:
         known = ", ".join(TEMPLATES)
         warnings.warn(f"{folder} is prompted as {FALLBACK}, but {problem}; known: {known}", stacklevel=2)

@@ -1,10 +1,10 @@
 """Converts checkpoints. The source's format is detected.
 
-    python -m deltallava_jax convert llava-1.5-7b-hf runs/llava            # to a workdir: evaluate, train from it
+    python -m deltallava_jax convert llava-1.5-7b-hf runs/llava            # to a workdir, to evaluate or to train
     python -m deltallava_jax convert runs/delta delta-hf --to hf           # for transformers
     python -m deltallava_jax convert runs/delta delta-llava --to llava     # the original LLaVA layout
     python -m deltallava_jax convert --vision clip-vit-large-patch14-336 --decoder vicuna-7b-v1.5 \\
-        --projector delta --scale-factor 2 runs/start                      # a new model: where stage 1 starts
+        --projector delta --scale-factor 2 runs/start                      # a new model, to pretrain
     python -m deltallava_jax convert --vision clip-vit-large-patch14-336 --decoder vicuna-7b-v1.5 \\
         --config configs/llava.py:mqt-pretrain runs/mqt_start              # with a configuration's projector
 """
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 FORMATS = ("orbax", "hf", "llava")
-FITTED = ("grid", "in_width", "out_width")  # settings of a projector that follow from tower and decoder
+FITTED = ("grid", "in_width", "out_width")  # projector settings that are determined by tower and decoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,11 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths", nargs="+", metavar="[SRC] DST", help="source and destination; no source when composing"
     )
     parser.add_argument("--to", choices=FORMATS, default="orbax", help="format of DST (default: orbax, a workdir)")
-    parser.add_argument("--dtype", help="of all parameters: float32, bfloat16 or float16; default: kept")
+    parser.add_argument("--dtype", help="dtype of all parameters: float32, bfloat16 or float16 (default: unchanged)")
     parser.add_argument("--vision", type=Path, help="folder of the tower: to compose, or that a LLaVA checkpoint names")
     parser.add_argument("--decoder", type=Path, help="to compose: folder of the decoder")
     parser.add_argument(
-        "--projector", help="to compose: a system with fresh parameters, or trained ones' file or folder"
+        "--projector", help="to compose: a system's name (initialized randomly), or a file or folder (trained)"
     )
     parser.add_argument("--config", help="to compose: the projector of a configuration, FILE or FILE:STAGE")
     parser.add_argument("--scale-factor", metavar="S", help="of the projector; several (2,4,8) make it elastic")
@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any other setting of the projector",
+        help="another setting of the projector",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of a fresh projector")
+    parser.add_argument("--seed", type=int, default=0, help="for a randomly initialized projector")
 
 
 def _settings(options: argparse.Namespace) -> dict:
@@ -73,11 +73,11 @@ def main(options: argparse.Namespace) -> None:
     if options.decoder or options.projector:
         if sources or not (options.vision and options.decoder and options.projector):
             raise ConfigError(
-                "composing takes --vision, --decoder and --projector or --config, and one path, where the model goes"
+                "composing takes --vision, --decoder, --projector or --config, and one path, the destination"
             )
     elif len(sources) != 1:
         raise ConfigError(f"convert takes a source and a destination, got {len(options.paths)} paths")
-    with new_folder(target) as folder:  # before anything is read: a target that is taken shows at once
+    with new_folder(target) as folder:  # before reading anything, to refuse an existing target at once
         if sources:
             model = open_model(sources[0], dtype=options.dtype, vision=options.vision)
             if settings:

@@ -1,4 +1,4 @@
-"""Our models as folders that PyTorch loads: Hugging Face's layout and the original LLaVA layout."""
+"""Exports our models for PyTorch: in Hugging Face's layout and in the original LLaVA layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deltallava_jax.convert.processor import (
     write_processor,
     write_prompting,
 )
-from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, Layout, Pretrained, read_json
+from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, CheckpointLayout, Pretrained, read_json
 from deltallava_jax.convert.shards import SHARD_BYTES, write_weights
 from deltallava_jax.errors import ConversionError
 from deltallava_jax.models import systems
@@ -28,19 +28,20 @@ from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.models.systems.base import ScaleConfig
 from deltallava_jax.models.vision import check_needs
 
-HF = Layout("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.", True)
-HF_DECODER = Layout(decoder="model.", head="")
-HF_TOWER = Layout(vision="vision_model.")
-LLAVA = Layout("model.vision_tower.vision_tower.vision_model.", "model.mm_projector.", "model.", "", False)
+HF = CheckpointLayout(
+    "vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.", True
+)
+HF_DECODER = CheckpointLayout(decoder="model.", head="")
+HF_TOWER = CheckpointLayout(vision="vision_model.")
+LLAVA = CheckpointLayout("model.vision_tower.vision_tower.vision_model.", "model.mm_projector.", "model.", "", False)
 TORCH_MODULES = Path(__file__).parent / "torch_modules"
 
 
 def write_hf(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """A folder for transformers. An MLP model becomes a LlavaForConditionalGeneration, a decoder or a tower alone the
-    model of its family, any other projector brings its PyTorch code (trust_remote_code).
+    """A folder for transformers. A model with the MLP projector becomes a LlavaForConditionalGeneration, a decoder or a
+    tower alone the model of its family; other projectors come with their PyTorch code (trust_remote_code).
 
-    Raises ConversionError for a model with only some of its parts, one that prunes in its decoder, or a projector
-    without PyTorch code."""
+    Raises ConversionError for other subsets of the parts, for FastV, or for a projector without PyTorch code."""
     cfg = model.cfg
     _refuse_fastv(cfg, "hf")
     if cfg.whole:
@@ -52,7 +53,7 @@ def write_hf(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES) ->
     elif cfg.vision and not (cfg.decoder or cfg.projector):
         layout = model.layout if _hf_kind(model.hf) == "part" else HF_TOWER
         config = model.hf or tower_family(cfg.vision).to_hf(cfg.vision)
-        if "vision_config" in config:  # of a CLIPModel the tower remains
+        if "vision_config" in config:  # the tower of a CLIPModel
             family = tower_family(cfg.vision)
             config = {
                 "architectures": [family.architecture],
@@ -66,12 +67,13 @@ def write_hf(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES) ->
 
 
 def _write_whole_hf(model: Pretrained, folder: Path, shard_bytes: int) -> None:
-    cfg, plain = model.cfg, systems.system(model.cfg.projector).is_llava
+    cfg = model.cfg
+    plain = systems.system(cfg.projector).is_llava
     if _hf_kind(model.hf) == "llava" and unchanged(model):
         _write(model, folder, model.layout, model.hf, shard_bytes)
     else:
         token, tokenizer = with_image_token(model)
-        params, decoder = _with_room(model.params, cfg.decoder, token)
+        params, decoder = _with_image_row(model.params, cfg.decoder, token)
         model = dataclasses.replace(
             model, cfg=dataclasses.replace(cfg, decoder=decoder), params=params, extra={}, layout=None
         )
@@ -90,7 +92,7 @@ def _write_whole_hf(model: Pretrained, folder: Path, shard_bytes: int) -> None:
 
 
 def projector_code(cfg: ProjectorConfig) -> Path:
-    """The PyTorch code of a system. Raises ConversionError if there is none."""
+    """The file with a system's PyTorch code. Raises ConversionError if there is none."""
     file = TORCH_MODULES / systems.system(cfg).torch_code
     if not file.is_file():
         raise ConversionError(f"--to hf: there is no PyTorch code for the {cfg.name} projector")
@@ -98,22 +100,22 @@ def projector_code(cfg: ProjectorConfig) -> Path:
 
 
 def _refuse_fastv(cfg: ModelConfig, to: str) -> None:
-    """ConversionError for a model that prunes visual tokens inside its decoder: PyTorch's decoders do not."""
+    """Raises ConversionError for FastV, which transformers' decoders do not implement."""
     if cfg.fastv:
         raise ConversionError(
-            f"--to {to} cannot express model.fastv, which drops visual tokens inside the decoder; the weights are the "
-            "plain model's: to export that one, set model.fastv to null in the workdir's config.json"
+            f"--to {to} does not support model.fastv, which drops visual tokens inside the decoder; to export the "
+            "model without it, which has the same weights, set model.fastv to null in the workdir's config.json"
         )
 
 
 def write_llava(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """A folder in the original LLaVA layout: names, shapes and config.json as haotian-liu/LLaVA's code reads them.
 
-    Raises ConversionError for a model that lacks projector or decoder, or that prunes in its decoder."""
+    Raises ConversionError for a model that lacks one of its parts, or for FastV."""
     cfg = model.cfg
     _refuse_fastv(cfg, "llava")
     if not (cfg.projector and cfg.decoder and cfg.vision):
-        raise ConversionError("--to llava needs tower, projector and decoder; this model lacks some of them")
+        raise ConversionError(f"--to llava needs a whole model; this one has no {', no '.join(cfg.missing)}")
     if "mm_vision_tower" in model.hf and unchanged(model):
         _write(model, folder, model.layout, model.hf, shard_bytes)
         name = model.hf["mm_vision_tower"]
@@ -163,8 +165,11 @@ def _hf_kind(hf: dict) -> str | None:
 
 
 def unchanged(model: Pretrained) -> bool:
-    """Whether the kept config.json and its companions still describe the model."""
-    parts = lambda cfg: (cfg.vision, cfg.projector, cfg.decoder)
+    """Whether the source's config.json and the files beside it still describe the model."""
+
+    def parts(cfg: ModelConfig) -> tuple:
+        return cfg.vision, cfg.projector, cfg.decoder
+
     return model.origin is not None and (parts(model.origin), model.origin_aspect) == (parts(model.cfg), model.aspect)
 
 
@@ -208,14 +213,14 @@ def _llava_config(model: Pretrained, image_token: int, plain: bool) -> dict:
 
 
 def _kept_keys(hf: dict) -> dict:
-    """What of the decoder's config in a source's config.json we do not hold ourselves and generation needs."""
+    """The keys of the decoder's config in a source's config.json that generation needs and DecoderConfig lacks."""
     text = hf.get("text_config", hf)
     return {key: text[key] for key in ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
             if key in text}  # fmt: skip
 
 
 def _untied(config: dict) -> dict:
-    """config.json without a true tie_word_embeddings, also in its text_config."""
+    """The config.json with tie_word_embeddings false, also in its text_config."""
     config = config | {"tie_word_embeddings": False} if config.get("tie_word_embeddings") else config
     return config | {"text_config": _untied(config["text_config"])} if "text_config" in config else config
 
@@ -227,8 +232,8 @@ def _main_dtype(params: Params) -> str:
     return max(sizes, key=sizes.get)
 
 
-def _with_room(params: Params, cfg: DecoderConfig, token: int) -> tuple[Params, DecoderConfig]:
-    """Embedding and head with a row for the image token; new rows are the mean of the others, so never the answer."""
+def _with_image_row(params: Params, cfg: DecoderConfig, token: int) -> tuple[Params, DecoderConfig]:
+    """Embedding and head with a row for the image token; new rows are the mean of the others, so never the argmax."""
     if token < cfg.vocab_size:
         return params, cfg
     size = -(-(token + 1) // 64) * 64
@@ -241,13 +246,13 @@ def _with_room(params: Params, cfg: DecoderConfig, token: int) -> tuple[Params, 
     return unflatten(flat), dataclasses.replace(cfg, vocab_size=size)
 
 
-def _write(model: Pretrained, folder: Path, layout: Layout, config: dict, shard_bytes: int) -> None:
+def _write(model: Pretrained, folder: Path, layout: CheckpointLayout, config: dict, shard_bytes: int) -> None:
     """Kept files, config.json and the weights, in shards of at most ``shard_bytes``."""
-    if model.cfg.decoder and not model.cfg.decoder.tied_head:  # a source may say tied and hold another matrix
+    if model.cfg.decoder and not model.cfg.decoder.tied_head:  # a source may claim a tied head and hold another matrix
         config = _untied(config)
-    held = {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)}
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)}
     for key in ("dtype", "torch_dtype"):
-        if key in config and config[key] not in held:  # the parameters were cast
+        if key in config and config[key] not in dtypes:  # the parameters were cast
             config = config | {key: _main_dtype(model.params)}
     for file in model.kept:
         shutil.copy(file, folder / file.name)

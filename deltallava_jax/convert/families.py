@@ -1,8 +1,8 @@
-"""The model families: what their config.json says in our terms and back, and which tensor is which.
+"""The model families: conversion of their config.json to our config and back, and their name tables.
 
-One class a family, with ``to_ours(hf)``, ``to_hf(cfg)`` and ``table(cfg)``; names are relative to the family's prefix
-in a checkpoint. Missing keys of a config.json have the defaults of the family's configuration class in transformers,
-as published checkpoints rely on them. An option that would change the numbers and is not here is refused by name.
+One class per family, with ``to_ours(hf)``, ``to_hf(cfg)`` and ``name_table(cfg)``; names are relative to the family's
+prefix in a checkpoint. Missing keys of a config.json default to those of the family's configuration class in
+transformers, as published checkpoints rely on them. Unsupported options that change the outputs are refused by name.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from deltallava_jax.models.names import Entry, linear, norm
 
 
 def refuse(hf: dict, kind: str, **allowed: Any) -> None:
-    """ConversionError naming the first key of a config.json whose value is neither absent nor the allowed one."""
+    """Raises ConversionError for the first key of a config.json whose value is neither absent nor the allowed one."""
     for key, value in allowed.items():
         if hf.get(key, value) not in (value, None):
             raise ConversionError(f"{kind} option {key}={hf[key]!r} is not supported; expected {value!r}")
 
 
 class Values:
-    """The numbers of a config.json, with defaults; ConversionError naming the key of one that is none."""
+    """The numbers of a config.json, with defaults; ConversionError, naming the key, for a value of another type."""
 
     def __init__(self, hf: dict, kind: str, defaults: dict | None = None):
-        self.hf, self.kind, self.defaults = hf, kind, defaults or {}
+        self.hf = hf
+        self.kind = kind
+        self.defaults = defaults or {}
 
     def whole(self, key: str, default: int | None = None) -> int:
         """A whole number."""
@@ -53,7 +55,8 @@ class Llama:
     def to_ours(cls, hf: dict) -> DecoderConfig:
         refuse(hf, cls.model_type, **cls.fixed)
         get = Values(hf, cls.model_type, cls.defaults)
-        heads, width = get.whole("num_attention_heads", 32), get.whole("hidden_size")
+        heads = get.whole("num_attention_heads", 32)
+        width = get.whole("hidden_size")
         refuse(hf, cls.model_type, head_dim=width // max(heads, 1), quantization_config=None)
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         return DecoderConfig(
@@ -99,9 +102,10 @@ class Llama:
         }
 
     @staticmethod
-    def table(cfg: DecoderConfig) -> list[Entry]:
-        """Names below the decoder's prefix ("model." of a LlamaForCausalLM); see head_table for the rest."""
-        layer, attention = "layers.{}", "layers.{}.self_attn"
+    def name_table(cfg: DecoderConfig) -> list[Entry]:
+        """Names below the decoder's prefix ("model." of a LlamaForCausalLM); see head_name_table for the rest."""
+        layer = "layers.{}"
+        attention = f"{layer}.self_attn"
         table = [Entry("embed_tokens.weight", "embed/embedding")]
         table += norm(f"{layer}.input_layernorm", "layers/attention_norm", bias=False)
         for name in "qkvo":
@@ -113,8 +117,8 @@ class Llama:
         return table + norm("norm", "head/norm", bias=False)
 
     @staticmethod
-    def head_table(cfg: DecoderConfig) -> list[Entry]:
-        """The output matrix, unless the embedding serves as one."""
+    def head_name_table(cfg: DecoderConfig) -> list[Entry]:
+        """The output matrix, unless it is the embedding."""
         return [] if cfg.tied_head else linear("lm_head", "head/out", bias=False)
 
 
@@ -152,7 +156,8 @@ class Clip:
     def to_ours(cls, hf: dict, preprocessor: dict | None = None) -> VisionConfig:
         """preprocessor: preprocessor_config.json, for the pixels' mean and standard deviation."""
         refuse(hf, cls.model_type, hidden_act=cls.activation, num_channels=3, quantization_config=None)
-        get, pixels = Values(hf, cls.model_type, cls.defaults), preprocessor or {}
+        get = Values(hf, cls.model_type, cls.defaults)
+        pixels = preprocessor or {}
         return VisionConfig(
             family=cls.family,
             image_size=get.whole("image_size", 224),
@@ -183,9 +188,10 @@ class Clip:
         }
 
     @classmethod
-    def table(cls, cfg: VisionConfig) -> list[Entry]:
+    def name_table(cls, cfg: VisionConfig) -> list[Entry]:
         """Names below the tower's prefix ("" or "vision_model." of a CLIPVisionModel)."""
-        clip, layer = cfg.family == "clip", "encoder.layers.{}"
+        clip = cfg.family == "clip"
+        layer = "encoder.layers.{}"
         table = linear("embeddings.patch_embedding", "embeddings/patch", bias=not clip, kind="patch")
         table += [Entry("embeddings.position_embedding.weight", "embeddings/position")]
         if clip:
@@ -209,7 +215,7 @@ class Siglip(Clip):
 
 DECODERS = {family.model_type: family for family in (Llama, Qwen2)}
 TOWERS = {family.model_type: family for family in (Clip, Siglip)}
-# Models that hold a tower in their vision_config.
+# Models with a tower in their vision_config.
 PAIRS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
 

@@ -1,6 +1,6 @@
 """The folder that a conversion writes, and the JSON in it.
 
-Everything is written beside its place under another name and moved there whole: what is cut short never looks done."""
+Written under a temporary name and then renamed, so that an interrupted conversion never looks complete."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from deltallava_jax.errors import ConversionError
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes ``path`` when the block ends well and is removed otherwise.
+    """A folder to fill, which becomes ``path`` when the block succeeds and is removed otherwise.
 
     Raises ConversionError if ``path`` exists and is not an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConversionError(f"{path} exists already; give a new folder, or remove it first")
+        raise ConversionError(f"{path} already exists; use a new folder, or remove it first")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConversionError(f"{path} cannot be made: {error}") from error
+        raise ConversionError(f"{path} cannot be created: {error}") from error
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}-unfinished-", dir=path.parent))
     try:
         yield work

@@ -1,4 +1,4 @@
-"""What stands beside an export's weights: tokenizer, image processor, processor, chat template, generation's ends."""
+"""The files beside an export's weights: tokenizer, image processor, processor, chat template, generation config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deltallava_jax.models import systems
 
 
 def with_image_token(model: Pretrained):
-    """(id of the image token, the tokenizer to save, None where the model has none)."""
+    """(id of the image token, the tokenizer to save or None if the model has none)."""
     file = next((file for file in model.kept if file.name in tokens.FILES), None)
     if file is None:
         return model.hf.get("image_token_index", model.cfg.decoder.vocab_size), None
@@ -61,33 +61,34 @@ def write_processor(model: Pretrained, folder: Path, plain: bool) -> None:
 
 
 def write_prompting(model: Pretrained, folder: Path) -> None:
-    """Of a whole model's folder: the chat template and the tokens that end an answer. What says the same stays."""
-    jinja = chat_template.found_in(folder)
-    if jinja is None or (chat_template.recognised(jinja) or chat_template.FALLBACK) != model.template:
+    """The chat template and the tokens that end an answer, in a whole model's folder. An equivalent template stays."""
+    jinja = chat_template.read_jinja(folder)
+    if jinja is None or (chat_template.recognise(jinja) or chat_template.FALLBACK) != model.template:
         write_chat_template(model, folder)
     if any((folder / name).is_file() for name in tokens.FILES):
         _write_ends(folder, end_id(TEMPLATES[model.template], tokens.load(folder)))
 
 
 def write_padding_side(folder: Path) -> None:
-    """Left, so that each row of a batch is answered as it is alone."""
+    """Left, so that a row's answer does not depend on the rest of the batch."""
     file = folder / "tokenizer_config.json"
     if file.is_file() and (config := read_json(file)).get("padding_side") != "left":
         write_json(file, config | {"padding_side": "left"})
 
 
 def write_chat_template(model: Pretrained, folder: Path) -> None:
-    """chat_template.jinja; what the decoder came with, for texts alone, goes."""
+    """chat_template.jinja, in place of the decoder's own, which is for text only."""
     (folder / "chat_template.json").unlink(missing_ok=True)
     for name in ("processor_config.json", "tokenizer_config.json"):
         if (folder / name).is_file() and "chat_template" in (config := read_json(folder / name)):
             write_json(folder / name, {key: value for key, value in config.items() if key != "chat_template"})
-    (folder / chat_template.FILE).write_text(chat_template.written(TEMPLATES[model.template]))
+    (folder / chat_template.FILE).write_text(chat_template.to_jinja(TEMPLATES[model.template]))
 
 
 def _write_ends(folder: Path, end: int | None) -> None:
-    """The token among those that end an answer, in generation_config.json and in the decoder's config."""
-    config, file = read_json(folder / "config.json"), folder / "generation_config.json"
+    """Adds ``end`` to the tokens that end an answer, in generation_config.json and in the decoder's config."""
+    config = read_json(folder / "config.json")
+    file = folder / "generation_config.json"
     text = config.get("text_config", config)
     special = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in text}
     generation = read_json(file) if file.is_file() else special

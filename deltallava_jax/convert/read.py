@@ -1,4 +1,4 @@
-"""Checkpoints as our models: Hugging Face folders, the original LLaVA layout, projector files, our own workdirs."""
+"""Reads checkpoints as our models: Hugging Face folders, the original LLaVA layout, projector files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from deltallava_jax.models.names import Entry, flatten, linear, prefixed, requir
 from deltallava_jax.models.vision import check_needs
 from deltallava_jax.progress import progress_bar
 
-# Names of towers in the original layout's config.json whose shapes we know without a folder.
+# Towers that the original layout's config.json names, and the presets of their sizes.
 KNOWN_TOWERS = {
     "clip-vit-large-patch14-336": "clip_l_14_336",
     "clip-vit-large-patch14": "clip_l_14_224",
@@ -48,8 +48,8 @@ PROJECTOR_KEY = "deltallava_projector"  # the whole ProjectorConfig, in the conf
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where a checkpoint's tensors stand: the prefix of each part, None where the checkpoint lacks the part.
+class CheckpointLayout:
+    """The prefix of each part's tensors in a checkpoint, None for a part that the checkpoint lacks.
 
     hf_projector: the MLP's layers are linear_1 and linear_2, as in Hugging Face models, not 0 and 2."""
 
@@ -59,11 +59,11 @@ class Layout:
     head: str | None = None
     hf_projector: bool = False
 
-    def table(self, cfg: ModelConfig) -> list[Entry]:
+    def name_table(self, cfg: ModelConfig) -> list[Entry]:
         """The name table of the whole checkpoint."""
         table = []
         if cfg.vision:
-            table += prefixed(tower_family(cfg.vision).table(cfg.vision), self.vision, "vision/")
+            table += prefixed(tower_family(cfg.vision).name_table(cfg.vision), self.vision, "vision/")
         if cfg.projector:
             if systems.system(cfg.projector).is_llava and self.hf_projector:
                 names = linear("linear_1", "up") + linear("linear_2", "down")
@@ -72,8 +72,8 @@ class Layout:
             table += prefixed(names, self.projector, "projector/")
         if cfg.decoder:
             family = decoder_family(cfg.decoder)
-            table += prefixed(family.table(cfg.decoder), self.decoder, "decoder/")
-            table += prefixed(family.head_table(cfg.decoder), self.head, "decoder/")
+            table += prefixed(family.name_table(cfg.decoder), self.decoder, "decoder/")
+            table += prefixed(family.head_name_table(cfg.decoder), self.head, "decoder/")
         return table
 
 
@@ -81,13 +81,13 @@ class Layout:
 class Pretrained:
     """A model from a checkpoint: ``cfg`` and ``params`` hold the parts that it has.
 
-    layout, hf (its config.json), origin and origin_aspect (what it says in our terms) tell how it was written; kept:
-    the files beside the weights; extra: tensors that the model has no use for, such as SigLIP's pooling head, kept for
-    exports in the same layout; template, aspect: of the data it was trained on, as in DataConfig."""
+    layout, hf (config.json), origin and origin_aspect (config.json in our terms): as the checkpoint was written. kept:
+    the files beside the weights. extra: tensors that the model does not use, such as SigLIP's pooling head, kept for
+    exports in the same layout. template, aspect: of the training data, as in DataConfig."""
 
     cfg: ModelConfig
     params: Params
-    layout: Layout | None = None
+    layout: CheckpointLayout | None = None
     origin: ModelConfig | None = None
     hf: dict = field(default_factory=dict)
     kept: list[Path] = field(default_factory=list)
@@ -104,23 +104,26 @@ class Pretrained:
     def with_projector(self, settings: dict) -> Pretrained:
         """The same weights with other settings of the projector, such as scale_factor. Raises ConfigError."""
         if self.cfg.projector is None:
-            raise ConfigError(f"the model has no projector to give {', '.join(settings)}")
+            raise ConfigError(f"the model has no projector, so {', '.join(settings)} cannot be set")
         projector = renamed(self.cfg.projector, settings)
-        fits(projector, self.params["projector"])
+        validate_projector(projector, self.params["projector"])
         cfg = dataclasses.replace(self.cfg, projector=projector)
-        check_tower(cfg)
+        validate_tower(cfg)
         return dataclasses.replace(self, cfg=cfg)
 
 
-def fits(cfg: ProjectorConfig, params: Params) -> None:
-    """Raises WeightMismatch with both sides where parameters are not those of a projector's config."""
-    table = lambda tree: {f"projector/{path}": tuple(leaf.shape) for path, leaf in flatten(tree).items()}
-    ours, theirs = table(jax.eval_shape(lambda: systems.init_params(cfg, jax.random.key(0)))), table(params)
-    require_match([Entry(path, path) for path in ours], theirs, ours)
+def validate_projector(cfg: ProjectorConfig, params: Params) -> None:
+    """Raises WeightMismatch with both sides if the parameters' names or shapes are not those of the config."""
+    ours = _shapes({"projector": jax.eval_shape(lambda: systems.init_params(cfg, jax.random.key(0)))})
+    require_match([Entry(path, path) for path in ours], _shapes({"projector": params}), ours)
 
 
-def check_tower(cfg: ModelConfig) -> None:
-    """ConfigError where a model's tower has not what its projector reads: a layer, the CLS token's attention."""
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in flatten(params).items()}
+
+
+def validate_tower(cfg: ModelConfig) -> None:
+    """Raises ConfigError if the tower lacks what the projector reads: a layer, the CLS token's attention."""
     if cfg.vision and cfg.projector:
         check_needs(cfg.vision, systems.needs(cfg.projector, cfg.vision.layers))
 
@@ -136,13 +139,10 @@ def read(
 ) -> Pretrained:
     """The model in a folder in Hugging Face's or the original LLaVA layout, or in a projector's weights file.
 
-    vision: a folder of the tower, for checkpoints that only name theirs. dtype: of the parameters; by default as they
-    are saved. shard(path, shape) gives each parameter's place; by default the first device. unstacked: the decoder in
-    the form of ``decoder.unstacked``, its matrices in the dtype of computing unless ``dtype`` is given. Raises
-    ConversionError for what is damaged or unknown, WeightMismatch with both sides where the weights are not those of
-    config.json."""
-    if not path.exists():
-        raise ConversionError(f"{path} does not exist")
+    vision: the tower's folder, for checkpoints that only name it. dtype: of the parameters; by default as saved.
+    shard(path, shape): each parameter's sharding; by default the first device. unstacked: the decoder in the form of
+    ``decoder.unstacked``, its matrices in the compute dtype unless ``dtype`` is given. Raises ConversionError for a
+    damaged or unknown checkpoint, WeightMismatch with both sides if the weights do not match config.json."""
     tensors = find(path)
     folder = path if path.is_dir() else path.parent
     hf = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -150,14 +150,14 @@ def read(
     if vision is not None and not vision.is_dir():
         raise ConversionError(f"--vision {vision} does not exist")
     if vision is not None and "mm_vision_tower" not in hf:
-        raise ConversionError(f"--vision is for checkpoints that name their tower and lack it; {path} names none")
+        raise ConversionError(f"--vision is for checkpoints that name a tower they lack; {path} names none")
     if not hf and layout.projector != "":
-        raise ConversionError(f"{path} has no config.json, which says what model it is")
+        raise ConversionError(f"{path} has no config.json, which describes the model")
     try:
         cfg = _config(path, hf, layout, tensors, vision)
         aspect = _aspect(path, hf, cfg.vision, vision)
     except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise ConversionError(f"{folder / 'config.json'} holds a value that cannot be: {error!r}") from error
+        raise ConversionError(f"{folder / 'config.json'} holds an invalid value: {error!r}") from error
     cfg = _with_own_head(cfg, layout, tensors)
     tower = None
     if "mm_vision_tower" in hf and layout.vision is None and cfg.vision:
@@ -172,26 +172,24 @@ def read(
 
 
 def read_projector(path: Path, dtype: str | None = None) -> Pretrained:
-    """The projector alone of any checkpoint that holds one, whatever else is in it. Raises as ``read`` does."""
-    if not path.exists():
-        raise ConversionError(f"{path} does not exist")
+    """Only the projector of a checkpoint, whatever else it holds. Raises as ``read`` does."""
     tensors = find(path)
     file = (path if path.is_dir() else path.parent) / "config.json"
     found = _layout(tensors)
     if found.projector is None:
         raise ConversionError(f"{path} holds no projector; known systems: {', '.join(systems.SYSTEMS)}")
-    layout = Layout(projector=found.projector, hf_projector=found.hf_projector)
+    layout = CheckpointLayout(projector=found.projector, hf_projector=found.hf_projector)
     cfg = ModelConfig(
         None, _projector_config(read_json(file) if file.is_file() else {}, layout, tensors, None, 0), None
     )
-    names = {entry.torch for entry in layout.table(cfg)}
+    names = {entry.torch for entry in layout.name_table(cfg)}
     own = {name: tensor for name, tensor in tensors.items() if name in names}
     params, _ = _load(cfg, layout, own, dtype, None, False)
     return Pretrained(cfg, params, layout, cfg)
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object; ConversionError if the file is missing or is none."""
+    """The object in a JSON file. Raises ConversionError if the file is missing or holds something else."""
     try:
         return config.read_json(path)
     except ConfigError as error:
@@ -199,15 +197,15 @@ def read_json(path: Path) -> dict:
 
 
 def _is_kept(file: Path) -> bool:
-    """Files beside the weights that belong to the model: configs, tokenizer, processor, templates, code is not."""
+    """Whether a file beside the weights belongs to the model: config, tokenizer, processor, template, but not code."""
     return file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and ".index." not in file.name
 
 
-# ------------------------------------------------------------------ what the checkpoint is
+# ------------------------------------------------------------------ layout and config
 
 
-def _layout(tensors: dict[str, Tensor]) -> Layout:
-    """The prefixes, found by the names that every family has."""
+def _layout(tensors: dict[str, Tensor]) -> CheckpointLayout:
+    """The prefixes, found by tensor names that every family has."""
 
     def before(*endings: str) -> str | None:
         return next((name.removesuffix(end) for end in endings for name in tensors if name.endswith(end)), None)
@@ -223,7 +221,7 @@ def _layout(tensors: dict[str, Tensor]) -> Layout:
     vision = before("embeddings.patch_embedding.weight", "post_layernorm.weight")
     if projector is None and decoder is None and vision is None:
         projector = ""  # a projector's state dict alone
-    return Layout(
+    return CheckpointLayout(
         vision=vision,
         projector=projector,
         decoder=decoder,
@@ -232,9 +230,12 @@ def _layout(tensors: dict[str, Tensor]) -> Layout:
     )
 
 
-def _config(path: Path, hf: dict, layout: Layout, tensors: dict[str, Tensor], vision: Path | None) -> ModelConfig:
-    """The model's config: every value from config.json, the projector's also from its tensors' shapes."""
-    kind, preprocessor = hf.get("model_type") or "", _preprocessor(path)
+def _config(
+    path: Path, hf: dict, layout: CheckpointLayout, tensors: dict[str, Tensor], vision: Path | None
+) -> ModelConfig:
+    """The model's config, from config.json and, for the projector, from its tensors' shapes."""
+    kind = hf.get("model_type") or ""
+    preprocessor = _preprocessor(path)
     dtype = "float32" if all(t.dtype == np.float32 for t in tensors.values()) else "bfloat16"
     model = functools.partial(ModelConfig, dtype=dtype)
     if kind in DECODERS and layout.projector is None:
@@ -256,7 +257,8 @@ def _config(path: Path, hf: dict, layout: Layout, tensors: dict[str, Tensor], vi
         vision_cfg = TOWERS[tower_kind].to_ours(tower, preprocessor)
         refuse(hf, kind, vision_feature_select_strategy="default" if vision_cfg.family == "clip" else "full",
                projector_hidden_act="gelu", multimodal_projector_bias=True, quantization_config=None)  # fmt: skip
-        decoder_cfg, layer = DECODERS[text_kind].to_ours(text), hf.get("vision_feature_layer", -2)
+        decoder_cfg = DECODERS[text_kind].to_ours(text)
+        layer = hf.get("vision_feature_layer", -2)
         if not isinstance(layer, int):
             raise ConversionError(f"{kind} option vision_feature_layer={layer!r} is not supported; expected a number")
     elif "mm_vision_tower" in hf:
@@ -264,12 +266,13 @@ def _config(path: Path, hf: dict, layout: Layout, tensors: dict[str, Tensor], vi
         if kind not in ("llava", "llava_llama", "llava_qwen", "llava_qwen2", *DECODERS):
             raise _unknown(path, kind)
         refuse(hf, kind, mm_vision_select_feature="patch", mm_use_im_start_end=False, quantization_config=None)
-        decoder_cfg, layer = DECODERS[text_kind].to_ours(hf), hf.get("mm_vision_select_layer", -2)
+        decoder_cfg = DECODERS[text_kind].to_ours(hf)
+        layer = hf.get("mm_vision_select_layer", -2)
         vision_cfg = _named_tower(path, hf["mm_vision_tower"], layout, vision)
     else:
         raise _unknown(path, kind)
     if layout.projector is None:
-        raise ConversionError(f"{path} holds no projector's weights (multi_modal_projector.* or mm_projector.*)")
+        raise ConversionError(f"{path} holds no projector weights (multi_modal_projector.* or mm_projector.*)")
     layer = layer if layer < 0 else layer - (vision_cfg.layers + 1)
     return model(vision_cfg, _projector_config(hf, layout, tensors, vision_cfg, layer), decoder_cfg)
 
@@ -280,21 +283,22 @@ def _unknown(path: Path, kind: str | None) -> ConversionError:
 
 
 def _preprocessor(path: Path) -> dict:
-    """Settings of the image processor; transformers 5 saves them inside the whole processor's."""
-    whole, alone = path / "processor_config.json", path / "preprocessor_config.json"
+    """Settings of the image processor; transformers 5 saves them in processor_config.json."""
+    whole = path / "processor_config.json"
     settings = read_json(whole).get("image_processor") if whole.is_file() else None
+    alone = path / "preprocessor_config.json"
     return settings or (read_json(alone) if alone.is_file() else {})
 
 
 def _aspect(path: Path, hf: dict, cfg: VisionConfig | None, vision: Path | None) -> str:
-    """How images become square, by config.json, else by the image processor, else by the tower's family."""
-    told = hf.get("image_aspect_ratio")
-    if told == "square" and PROJECTOR_KEY not in hf:  # to the original code: whatever the tower's processor does
-        told = None
-    if told is not None and told not in ASPECTS:
-        raise ConversionError(f"option image_aspect_ratio={told!r} is not supported; known: {', '.join(ASPECTS)}")
-    if told is not None or cfg is None:
-        return told or "square"
+    """How images become square: by config.json, else by the image processor, else by the tower's family."""
+    aspect = hf.get("image_aspect_ratio")
+    if aspect == "square" and PROJECTOR_KEY not in hf:  # in the original code: whatever the tower's processor does
+        aspect = None
+    if aspect is not None and aspect not in ASPECTS:
+        raise ConversionError(f"option image_aspect_ratio={aspect!r} is not supported; known: {', '.join(ASPECTS)}")
+    if aspect is not None or cfg is None:
+        return aspect or "square"
     folder = _tower_folder(path, hf["mm_vision_tower"], vision) if "mm_vision_tower" in hf else path
     pixels = _preprocessor(folder or path)
     if pixels.get("do_pad"):
@@ -305,15 +309,15 @@ def _aspect(path: Path, hf: dict, cfg: VisionConfig | None, vision: Path | None)
 
 
 def _tower_folder(path: Path, name: str, vision: Path | None) -> Path | None:
-    """The folder of the tower that the original layout names in mm_vision_tower, ``vision`` before any other."""
+    """The folder of the tower that the original layout names in mm_vision_tower; ``vision`` if that is given."""
     if not isinstance(name, str):
         raise ConversionError(f"{path}: mm_vision_tower={name!r} in config.json; expected the tower's name")
     folders = [vision] if vision else [path / name, Path(name)]
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
-def _named_tower(path: Path, name: str, layout: Layout, vision: Path | None) -> VisionConfig:
-    """The config of that tower: its folder's, or a published one's."""
+def _named_tower(path: Path, name: str, layout: CheckpointLayout, vision: Path | None) -> VisionConfig:
+    """The config of that tower, from its folder or from a preset."""
     folder = _tower_folder(path, name, vision)
     if folder is not None:
         hf = read_json(folder / "config.json")
@@ -322,14 +326,14 @@ def _named_tower(path: Path, name: str, layout: Layout, vision: Path | None) -> 
             raise _unknown(folder, hf.get("model_type"))
         return TOWERS[kind].to_ours(hf.get("vision_config", hf), _preprocessor(folder))
     if layout.vision is None or name.split("/")[-1] not in KNOWN_TOWERS:
-        raise ConversionError(f"{path} names the tower {name!r} but does not hold it; give its folder with --vision")
+        raise ConversionError(f"{path} names the tower {name!r} but lacks it; give its folder with --vision")
     return preset(VisionConfig, KNOWN_TOWERS[name.split("/")[-1]])
 
 
 def _projector_config(
-    hf: dict, layout: Layout, tensors: dict[str, Tensor], vision: VisionConfig | None, select_layer: int
+    hf: dict, layout: CheckpointLayout, tensors: dict[str, Tensor], vision: VisionConfig | None, select_layer: int
 ) -> ProjectorConfig:
-    """The projector's config, from config.json where we wrote it, else from the shapes of its tensors."""
+    """The projector's config, from config.json in our exports, else from the shapes of its tensors."""
     prefix = layout.projector or ""
     shapes = {name.removeprefix(prefix): t.shape for name, t in tensors.items() if name.startswith(prefix)}
     if layout.hf_projector:
@@ -340,7 +344,7 @@ def _projector_config(
     settings = systems.infer(shapes)
     if settings is None:
         listed = ", ".join(list(shapes)[:4]) or "none"
-        raise ConversionError(f"the projector is of no known system; its tensors: {listed}, ...")
+        raise ConversionError(f"the projector is not of a known system; its tensors: {listed}, ...")
     if vision is not None:
         settings |= {"grid": vision.grid, "select_layer": select_layer}
     if "scale_factor" in hf:
@@ -351,8 +355,8 @@ def _projector_config(
 # ------------------------------------------------------------------ loading
 
 
-def _with_own_head(cfg: ModelConfig, layout: Layout, tensors: dict[str, Tensor]) -> ModelConfig:
-    """A tied head is untied where the file holds an output matrix that is not the embedding, as transformers does."""
+def _with_own_head(cfg: ModelConfig, layout: CheckpointLayout, tensors: dict[str, Tensor]) -> ModelConfig:
+    """Unties a tied head if the file holds an output matrix other than the embedding, as transformers does."""
     head = tensors.get(f"{layout.head}lm_head.weight")
     if not (cfg.decoder and cfg.decoder.tied_head and head):
         return cfg
@@ -363,9 +367,9 @@ def _with_own_head(cfg: ModelConfig, layout: Layout, tensors: dict[str, Tensor])
 
 
 def _load(cfg, layout, tensors, dtype, shard, progress, unstacked=False) -> tuple[Params, dict[str, Tensor]]:
-    """(parameters, tensors the model has no use for)."""
-    table = dataclasses.replace(layout, **{part: "" for part in PARTS if getattr(layout, part) is None}).table(cfg)
-    shapes = {path: leaf.shape for path, leaf in flatten(jax.eval_shape(lambda: _init(cfg))).items()}
+    """(parameters, tensors that the model does not use)."""
+    table = dataclasses.replace(layout, **{part: "" for part in PARTS if getattr(layout, part) is None}).name_table(cfg)
+    shapes = _shapes(jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0))))
     used = {name for entry in table for name in entry.torch_names(shapes[entry.path])}
     extra = {name: tensor for name, tensor in tensors.items() if is_extra(name) and name not in used}
     if cfg.decoder and cfg.decoder.tied_head:
@@ -374,11 +378,11 @@ def _load(cfg, layout, tensors, dtype, shard, progress, unstacked=False) -> tupl
     flat = {}
     for entry in progress_bar(table, "reading", unit="arrays", shown=progress):
         parts = [tensors[name] for name in entry.torch_names(shapes[entry.path])]
-        place = shard(entry.path, shapes[entry.path]) if shard else SingleDeviceSharding(jax.local_devices()[0])
+        sharding = shard(entry.path, shapes[entry.path]) if shard else SingleDeviceSharding(jax.local_devices()[0])
         if unstacked and entry.path.startswith("decoder/"):
-            flat.update(unstacked_arrays(entry, parts, place, dtype, cfg.dtype))
+            flat.update(unstacked_arrays(entry, parts, sharding, dtype, cfg.dtype))
         else:
-            flat[entry.path] = load_array(entry, parts, place, dtype)
+            flat[entry.path] = load_array(entry, parts, sharding, dtype)
     params = unflatten(flat)
     if unstacked and cfg.decoder:
         layers = params["decoder"]["layers"]
@@ -386,12 +390,8 @@ def _load(cfg, layout, tensors, dtype, shard, progress, unstacked=False) -> tupl
     return params, {name: t for name, t in extra.items() if not _is_text_tower(name)}
 
 
-def _init(cfg: ModelConfig) -> Params:
-    return vlm.init_params(cfg, jax.random.key(0))
-
-
 def is_extra(name: str) -> bool:
-    """Tensors of published checkpoints that the model has no use for: buffers, pooling heads, CLIP's text side."""
+    """Whether the model does not use a tensor of published checkpoints: buffers, pooling heads, CLIP's text tower."""
     ending = ("position_ids", "rotary_emb.inv_freq")
     return name.endswith(ending) or name.startswith("head.") or ".head." in name or _is_text_tower(name)
 

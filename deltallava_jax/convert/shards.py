@@ -1,4 +1,4 @@
-"""A model's weights as safetensors files, a tensor at a time."""
+"""Writes a model's weights as safetensors files, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from deltallava_jax.convert.folder import write_json
-from deltallava_jax.convert.read import Layout, Pretrained
+from deltallava_jax.convert.read import CheckpointLayout, Pretrained
 from deltallava_jax.convert.tensors import DTYPES, Tensor
 from deltallava_jax.models.names import TRANSFORMS, Entry, flatten
 from deltallava_jax.progress import progress_bar
@@ -20,7 +20,7 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class _Out:
-    """One tensor to write: its name, shape and dtype, and which part of which parameter it is."""
+    """One tensor to write, and the parameter (and layer) that it is taken from."""
 
     name: str
     shape: tuple[int, ...]
@@ -33,10 +33,11 @@ class _Out:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
-def write_weights(model: Pretrained, folder: Path, layout: Layout, shard_bytes: int = SHARD_BYTES) -> None:
+def write_weights(model: Pretrained, folder: Path, layout: CheckpointLayout, shard_bytes: int = SHARD_BYTES) -> None:
     """The tensors by their names in ``layout``, in model.safetensors or in shards of at most ``shard_bytes``."""
-    flat, outs = flatten(model.params), []
-    table = layout.table(model.cfg if layout.vision is not None else dataclasses.replace(model.cfg, vision=None))
+    flat = flatten(model.params)
+    outs = []
+    table = layout.name_table(model.cfg if layout.vision is not None else dataclasses.replace(model.cfg, vision=None))
     for entry in table:
         leaf = flat[entry.path]
         for layer, name in enumerate(entry.torch_names(leaf.shape)):
@@ -55,7 +56,7 @@ def write_weights(model: Pretrained, folder: Path, layout: Layout, shard_bytes: 
         where = {out.name: name for name, shard in zip(names, shards, strict=True) for out in shard}
         total = {"total_size": sum(out.bytes for out in outs)}
         write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": where})
-    on_host: dict[str, np.ndarray] = {}  # the parameter that is being written, on the host
+    on_host: dict[str, np.ndarray] = {}  # the parameter that is being written
 
     def value(out: _Out) -> np.ndarray:
         if out.entry is None:
@@ -74,9 +75,10 @@ def write_weights(model: Pretrained, folder: Path, layout: Layout, shard_bytes: 
 
 
 def _write_safetensors(path: Path, outs: list[_Out], value, bar) -> None:
-    """One safetensors file, a tensor at a time: the library's own writer wants all of them in memory at once."""
+    """One safetensors file, one tensor at a time; the library's writer needs all of them in memory at once."""
     kinds = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for out in outs:
         header[out.name] = {"dtype": kinds[out.dtype], "shape": out.shape, "data_offsets": [offset, offset + out.bytes]}
         offset += out.bytes
@@ -90,7 +92,7 @@ def _write_safetensors(path: Path, outs: list[_Out], value, bar) -> None:
 
 
 def write_extra(path: Path, extra: dict[str, Tensor]) -> None:
-    """Tensors as they are, in one safetensors file."""
+    """Tensors, unchanged, in one safetensors file."""
     outs = [_Out(name, tensor.shape, tensor.dtype) for name, tensor in extra.items()]
     with progress_bar(unit="B", shown=False) as bar:
         _write_safetensors(path, outs, lambda out: extra[out.name].read(), bar)

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint on disk, by name: safetensors or torch .bin files, whole or in shards, read one at a time."""
+"""A checkpoint's tensors on disk, by name: safetensors or torch .bin files, in shards or not, read one at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes  # also teaches numpy the name bfloat16, which safetensors asks it for
+import ml_dtypes  # also registers numpy's bfloat16, which safetensors needs
 import numpy as np
 
 from deltallava_jax.errors import ConversionError
@@ -18,9 +18,9 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_mo
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies; offset: its first byte in a safetensors file.
+    """The location of a tensor; offset: its first byte in a safetensors file.
 
-    Each read opens the file anew, so nothing but what is asked for stays in memory."""
+    Each read opens the file again, so that memory holds only the tensors in use."""
 
     file: Path
     name: str
@@ -40,8 +40,8 @@ class Tensor:
         return out
 
     def read_into(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
-        """The tensor, or the part of it at ``index``, into an array of that shape. Whole rows of a safetensors file
-        go straight from the file to the array."""
+        """Reads the tensor, or the part of it at ``index``, into an array of that shape, whole rows of a safetensors
+        file without a copy."""
         rows = out.shape[1:] == self.shape[1:] and out.dtype == self.dtype and out.flags.c_contiguous
         if self.offset is None:
             out[...] = _numpy(_load_bin(self.file)[self.name])[index]
@@ -52,20 +52,23 @@ class Tensor:
             with self.file.open("rb", buffering=0) as file:
                 first = index[0].indices(self.shape[0])[0] if index else 0
                 file.seek(self.offset + first * (self.bytes // max(self.shape[0], 1) if self.shape else 0))
-                view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
+                view = memoryview(out.reshape(-1).view(np.uint8))
+                done = 0
                 while done < len(view):
                     count = file.readinto(view[done:])
                     if not count:
-                        raise ConversionError(f"{self.file} is cut short: {self.name} ends beyond it")
+                        raise ConversionError(f"{self.file} is truncated: {self.name} ends beyond it")
                     done += count
 
 
 def find(path: Path) -> dict[str, Tensor]:
     """Every tensor of a folder's checkpoint, or of one .safetensors or .bin file.
 
-    Of a folder: model.safetensors or pytorch_model.bin, whole or sharded with an index, or LLaVA's mm_projector.bin.
-    Raises ConversionError for a missing shard, a file cut short, a pickle that holds anything but tensors, shards of
+    A folder holds model.safetensors or pytorch_model.bin, whole or sharded with an index, or LLaVA's mm_projector.bin.
+    Raises ConversionError for a missing shard, a truncated file, a pickle that holds anything but tensors, shards of
     ZeRO-3, a LoRA adapter."""
+    if not path.exists():
+        raise ConversionError(f"{path} does not exist")
     tensors: dict[str, Tensor] = {}
     for file in _files(path):
         tensors.update((tensor.name, tensor) for tensor in _tensors(file))
@@ -73,8 +76,8 @@ def find(path: Path) -> dict[str, Tensor]:
     if empty is not None:
         name = f"{empty.file}: {empty.name}"
         raise ConversionError(
-            f"{name} is of shape {list(empty.shape)}: saved under DeepSpeed ZeRO-3 without gathering "
-            "its shards; gather them with DeepSpeed's zero_to_fp32.py in the run's folder, or train again with "
+            f"{name} has shape {list(empty.shape)}: it was saved under DeepSpeed ZeRO-3 without gathering its shards; "
+            "gather them with DeepSpeed's zero_to_fp32.py in the run's folder, or train again with "
             "stage3_gather_16bit_weights_on_model_save"
         )
     if any(".lora_A." in name for name in tensors):
@@ -83,7 +86,7 @@ def find(path: Path) -> dict[str, Tensor]:
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers; some rows of them are in memory at a time."""
+    """Whether two tensors hold the same numbers, compared some rows at a time."""
     if one.shape != other.shape:
         return False
     rows = max(1, 2**24 // max(one.bytes // max(one.shape[0], 1), 1))
@@ -98,8 +101,8 @@ def _adapter(path: Path) -> ConversionError:
     except (OSError, ValueError, KeyError, TypeError):
         base = None
     return ConversionError(
-        f"{path} is a LoRA adapter of {base or 'a base that it does not name'}, not a whole model: merge it into its "
-        "base with peft's merge_and_unload() or LLaVA's scripts/merge_lora_weights.py, and give the merged folder"
+        f"{path} is a LoRA adapter of {base or 'an unnamed base model'}, not a whole model: merge it into its base "
+        "model with peft's merge_and_unload() or LLaVA's scripts/merge_lora_weights.py, and convert the merged folder"
     )
 
 
@@ -112,13 +115,13 @@ def _files(path: Path) -> list[Path]:
             try:
                 names = sorted({str(Path(name)) for name in json.loads(index.read_text())["weight_map"].values()})
                 if not names:
-                    raise ValueError("it names none")
+                    raise ValueError("it lists no shards")
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ConversionError(f"{index} is not an index of shards: {error!r}") from error
             missing = [name for name in names if not (path / name).is_file()]
             if missing:
                 raise ConversionError(
-                    f"{path} lacks {', '.join(missing)} ({len(missing)} of {len(names)} shards that {index.name} names)"
+                    f"{path} lacks {', '.join(missing)} ({len(missing)} of the {len(names)} shards in {index.name})"
                 )
             return [path / name for name in names]
         if (path / name).is_file():
@@ -136,10 +139,10 @@ def _tensors(file: Path) -> Iterator[Tensor]:
     if file.suffix != ".safetensors":
         for name, value in _load_bin(file).items():
             if str(value.dtype).removeprefix("torch.") not in DTYPES.values():
-                raise ConversionError(f"{file}: {name} is of type {value.dtype}; known: {', '.join(DTYPES.values())}")
+                raise ConversionError(f"{file}: {name} has dtype {value.dtype}; known: {', '.join(DTYPES.values())}")
             yield Tensor(file, name, tuple(value.shape), _numpy(value[..., :0] if value.ndim else value).dtype)
         return
-    with _safetensors(file):  # the library checks that the header is sound and the file complete
+    with _safetensors(file):  # the library validates the header and the file's length
         pass
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -147,9 +150,9 @@ def _tensors(file: Path) -> Iterator[Tensor]:
     header.pop("__metadata__", None)
     for name, about in header.items():
         if about["dtype"] not in DTYPES:
-            raise ConversionError(f"{file}: {name} is of type {about['dtype']}; known: {', '.join(DTYPES)}")
-        dtype, offset = np.dtype(DTYPES[about["dtype"]]), 8 + length + about["data_offsets"][0]
-        yield Tensor(file, name, tuple(about["shape"]), dtype, offset)
+            raise ConversionError(f"{file}: {name} has dtype {about['dtype']}; known: {', '.join(DTYPES)}")
+        offset = 8 + length + about["data_offsets"][0]
+        yield Tensor(file, name, tuple(about["shape"]), np.dtype(DTYPES[about["dtype"]]), offset)
 
 
 def _safetensors(file: Path):
@@ -158,11 +161,11 @@ def _safetensors(file: Path):
     try:
         return safe_open(file, "numpy")
     except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{file} is cut short or no safetensors file: {error}") from error
+        raise ConversionError(f"{file} is truncated or not a safetensors file: {error}") from error
 
 
 def _load_bin(file: Path) -> dict:
-    """A torch file's state dict, mapped into memory; only tensors are unpickled, never code."""
+    """A torch file's state dict, memory-mapped; only tensors are unpickled, never code."""
     try:
         import torch
     except ImportError as error:
@@ -174,15 +177,15 @@ def _load_bin(file: Path) -> dict:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         if any(words in str(error) for words in ("invalid load key", "truncated", "magic number", "ran out of")):
-            raise ConversionError(f"{file} cannot be read: it is cut short or no torch file") from error
-        raise ConversionError(f"{file} holds more than tensors and is refused: code may hide in it") from error
-    except Exception as error:  # any kind: the bytes of another file are taken for instructions
-        reason = (str(error).splitlines() or ["it is cut short"])[0]
+            raise ConversionError(f"{file} cannot be read: it is truncated or not a torch file") from error
+        raise ConversionError(f"{file} is refused: it holds more than tensors, which may be code") from error
+    except Exception as error:  # of any type: the bytes of another file are interpreted as opcodes
+        reason = (str(error).splitlines() or ["it is truncated"])[0]
         raise ConversionError(f"{file} cannot be read: {reason}") from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
-        raise ConversionError(f"{file} is no state dict of names and tensors")
+        raise ConversionError(f"{file} is not a state dict of names and tensors")
     return state
 
 

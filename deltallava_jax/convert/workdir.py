@@ -1,7 +1,7 @@
-"""Workdirs, ours: what conversion writes for training and evaluation, and reads back for exports.
+"""Converted workdirs: written for training and evaluation, read back for exports.
 
-Beside config.json, tokenizer.json and checkpoints/ a converted workdir has source/: the files that stood beside the
-original weights, origin.json (how they were laid out), extra.safetensors (tensors that the model has no use for)."""
+Beside config.json, tokenizer.json and checkpoints/, a converted workdir has source/: the files beside the original
+weights, origin.json (their layout), extra.safetensors (tensors that the model does not use)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ import jax
 
 from deltallava_jax import cli
 from deltallava_jax.config import Config, DataConfig, ModelConfig, ProjectorConfig, dtype_name, from_dict, to_dict
-from deltallava_jax.convert.read import Layout, Pretrained, check_tower, fits, read, read_json, read_projector
+from deltallava_jax.convert.read import (
+    CheckpointLayout,
+    Pretrained,
+    read,
+    read_json,
+    read_projector,
+    validate_projector,
+    validate_tower,
+)
 from deltallava_jax.convert.shards import write_extra
 from deltallava_jax.convert.tensors import find
 from deltallava_jax.data import tokens
@@ -25,12 +33,12 @@ from deltallava_jax.workdir import Workdir
 
 
 def open_model(path: Path, *, dtype: str | None = None, vision: Path | None = None) -> Pretrained:
-    """The model of a workdir, or of anything that ``read`` knows."""
+    """The model of a workdir, or of any checkpoint that ``read`` supports."""
     dtype = dtype_name(dtype)
     if not Workdir(path).exists:
         return read(path, dtype=dtype, vision=vision)
     if vision is not None:
-        raise ConversionError(f"--vision is for checkpoints that name their tower and lack it; {path} is a workdir")
+        raise ConversionError(f"--vision is for checkpoints that name a tower they lack; {path} is a workdir")
     model = read_workdir(path)
     if dtype is None:
         return model
@@ -38,18 +46,24 @@ def open_model(path: Path, *, dtype: str | None = None, vision: Path | None = No
 
 
 def read_workdir(path: Path) -> Pretrained:
-    """The newest model of a workdir, and how the weights that it began with were written. Raises CheckpointError,
-    ConfigError, ConversionError for what is missing or cannot be read."""
+    """The newest model of a workdir, and the layout of the weights that it was initialized with. Raises
+    CheckpointError, ConfigError or ConversionError for files that are missing or broken."""
     home = Workdir(path)
-    cfg, params, source = home.config, home.params(), home.source
+    cfg = home.config
+    params = home.params()
+    source = home.source
     layout = origin = None
-    hf, extra, origin_aspect = {}, {}, "square"
+    hf = {}
+    extra = {}
+    origin_aspect = "square"
     kept = [path / name for name in ("tokenizer.json", "tokenizer_config.json") if (path / name).is_file()]
-    if source is None and home.lost:
-        cli.say(f"note: {home.lost}, with which {path} began, is not there any more, nor the files it was made of")
+    if source is None and home.missing_init:
+        cli.say(
+            f"note: {home.missing_init}, which {path} was initialized from, is missing, and so are its source files"
+        )
     if source is not None:
         about = read_json(source / "origin.json")
-        layout = Layout(**about["layout"]) if about["layout"] else None
+        layout = CheckpointLayout(**about["layout"]) if about["layout"] else None
         origin = from_dict(ModelConfig, about["model"])
         origin_aspect = about.get("aspect", "square")
         kept = sorted(file for file in source.iterdir() if file.name not in ("origin.json", "extra.safetensors"))
@@ -61,7 +75,7 @@ def read_workdir(path: Path) -> Pretrained:
 
 
 def write_workdir(model: Pretrained, folder: Path, name: str) -> None:
-    """A workdir with the model as step 0: to evaluate, to export, or to train from (--config.init_from)."""
+    """A workdir with the model as step 0, to evaluate, export or train (--config.init_from)."""
     config = Config(name=name, model=model.cfg, data=DataConfig(template=model.template, aspect=model.aspect))
     tokenizer = next((file for file in model.kept if file.name in tokens.FILES), None) if model.cfg.decoder else None
     Workdir(folder).write(config, tokens.load(tokenizer.parent) if tokenizer else None)
@@ -89,21 +103,25 @@ def compose(
 ) -> Pretrained:
     """A new model: the tower of one checkpoint, the decoder of another, and a projector.
 
-    projector: the name of a system, for fresh parameters, or a file or folder with trained ones. settings: fields of
-    ProjectorConfig, e.g. scale_factor. Raises ConversionError, ConfigError, WeightMismatch."""
-    dtype, trained = dtype_name(dtype), None
+    projector: the name of a system, to initialize randomly, or a file or folder with trained parameters. settings:
+    fields of ProjectorConfig, e.g. scale_factor. Raises ConversionError, ConfigError, WeightMismatch."""
+    dtype = dtype_name(dtype)
+    trained = None
     if projector not in systems.SYSTEMS:
-        path, known = Path(projector), ", ".join(systems.SYSTEMS)
+        path = Path(projector)
+        known = ", ".join(systems.SYSTEMS)
         if not path.exists():
             raise ConversionError(f"--projector {projector} is neither a file nor a folder; known systems: {known}")
         trained = open_model(path, dtype=dtype) if Workdir(path).exists else read_projector(path, dtype)
         if trained.cfg.projector is None:
             raise ConversionError(f"--projector {projector} holds no projector; known systems: {known}")
-    tower, text = open_model(vision, dtype=dtype), open_model(decoder, dtype=dtype)
+    tower = open_model(vision, dtype=dtype)
+    text = open_model(decoder, dtype=dtype)
     for part, model, path in (("vision", tower, vision), ("decoder", text, decoder)):
         if getattr(model.cfg, part) is None:
             raise ConversionError(f"--{part} {path} holds no {'tower' if part == 'vision' else part}")
-    v, d = tower.cfg.vision, text.cfg.decoder
+    v = tower.cfg.vision
+    d = text.cfg.decoder
     fitted = dict(grid=v.grid, in_width=v.width, out_width=d.width)
     if trained is None:
         projector_cfg = from_dict(ProjectorConfig, {"name": projector} | fitted | settings, "projector.")
@@ -117,11 +135,12 @@ def compose(
                     f"--projector {projector} has {key}={getattr(own, key)}, but the model needs {value}"
                 )
         values = to_dict(own) | {"grid": v.grid} | settings
-        projector_cfg, weights = from_dict(ProjectorConfig, values, "projector."), trained.params["projector"]
-        fits(projector_cfg, weights)
+        projector_cfg = from_dict(ProjectorConfig, values, "projector.")
+        weights = trained.params["projector"]
+        validate_projector(projector_cfg, weights)
     params = {"vision": tower.params["vision"], "projector": weights, "decoder": text.params["decoder"]}
     cfg = ModelConfig(v, projector_cfg, d, dtype=text.cfg.dtype)
-    check_tower(cfg)
+    validate_tower(cfg)
     kept = [file for file in text.kept if file.name not in ("config.json", "preprocessor_config.json")]
     kept += [file for file in tower.kept if file.name == "preprocessor_config.json"]
     return Pretrained(cfg, params, None, None, text.hf, kept, aspect=tower.aspect)

@@ -1,6 +1,6 @@
 """LLaVA records as a TensorFlow Datasets folder of ArrayRecord files, images as their original bytes; no TensorFlow.
 
-A shard is finished or not there, so a build that was cut short goes on where it stopped."""
+A shard is either complete or absent, so an interrupted build resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from deltallava_jax.data.records import Mixture, Record, texts
 from deltallava_jax.errors import BadSample, ConfigError, TooManyFaults, count_faults
 from deltallava_jax.progress import progress_bar
 
-SHARD = 2000  # records of a shard
+SHARD = 2000  # records per shard
 NAME = "llava-train.array_record-{:05d}-of-{:05d}"
 
 
 def _features():
     import tensorflow_datasets as tfds
 
-    image = tfds.features.Image(shape=(None, None, None))  # any encoding, kept as it is
+    image = tfds.features.Image(shape=(None, None, None))  # any encoding, kept unchanged
     text = tfds.features.Text
     return tfds.features.FeaturesDict({"id": text(), "conversations": text(), "images": tfds.features.Sequence(image)})
 
@@ -32,18 +32,19 @@ def _features():
 def build(source: LlavaJson | Mixture, folder: Path, workers: int) -> dict:
     """Writes the folder, without the records that ``check.examine`` finds broken.
 
-    Returns {"records", "bytes", "faults": [(kind, why), ...]}. Raises ConfigError if the folder was begun from other
-    records, TooManyFaults if none is left."""
+    Returns {"records", "bytes", "faults": [(kind, message), ...]}. Raises ConfigError if the folder holds a build of
+    other records, TooManyFaults if no record is usable."""
     shards = max(1, -(-len(source) // SHARD))
     folder.mkdir(parents=True, exist_ok=True)
-    begun = folder / "source.json"
-    about = json.dumps({"fingerprint": source.fingerprint, "records": len(source)})
-    if not begun.exists():
-        with cache.writing(begun) as written:
-            written.write_text(about)
-    elif begun.read_text() != about:
-        why = "was begun from other records, or its source.json is damaged"
-        raise ConfigError(f"{folder} {why}; give a new folder, or remove it first")
+    description = folder / "source.json"
+    expected = json.dumps({"fingerprint": source.fingerprint, "records": len(source)})
+    if not description.exists():
+        with cache.writing(description) as part:
+            part.write_text(expected)
+    elif description.read_text() != expected:
+        raise ConfigError(
+            f"{folder} was built from other records, or its source.json is damaged; use a new folder, or remove it"
+        )
     missing = [number for number in range(shards) if not _report(folder, number, shards).exists()]
     tasks = [(source, folder, number, shards) for number in missing]
     with (
@@ -56,8 +57,8 @@ def build(source: LlavaJson | Mixture, folder: Path, workers: int) -> dict:
     reports = [json.loads(_report(folder, number, shards).read_text()) for number in range(shards)]
     faults = [tuple(fault) for report in reports for fault in report["faults"]]
     if not any(report["records"] for report in reports):
-        told = count_faults(kind for kind, _ in faults)
-        raise TooManyFaults(f"none of the {len(source):,} records can be used: {told}")
+        counts = count_faults(kind for kind, _ in faults)
+        raise TooManyFaults(f"none of the {len(source):,} records is usable: {counts}")
     _write_metadata(folder, reports)
     return {
         "records": sum(report["records"] for report in reports),
@@ -67,7 +68,7 @@ def build(source: LlavaJson | Mixture, folder: Path, workers: int) -> dict:
 
 
 def _range(source: LlavaJson | Mixture, number: int, shards: int) -> tuple[int, int, int]:
-    """(first record, end, how many) of a shard."""
+    """(first record, end, number of records) of a shard."""
     start = len(source) * number // shards
     stop = len(source) * (number + 1) // shards
     return start, stop, stop - start
@@ -95,7 +96,7 @@ def _write_shard(task: tuple[LlavaJson | Mixture, Path, int, int]) -> int:
         except BadSample as error:
             faults.append((error.kind, str(error)))
             continue
-        images = [io.BytesIO(path.read_bytes()) for path in record.images]  # TFDS takes no bytes, but files
+        images = [io.BytesIO(path.read_bytes()) for path in record.images]  # TFDS takes files, not bytes
         value = {"id": record.id, "conversations": json.dumps(record.conversation), "images": images}
         example = features.serialize_example(features.encode_example(value))
         writer.write(example)
@@ -103,8 +104,8 @@ def _write_shard(task: tuple[LlavaJson | Mixture, Path, int, int]) -> int:
         count += 1
     writer.close()
     part.rename(path)
-    with cache.writing(report) as written:
-        written.write_text(json.dumps({"records": count, "bytes": size, "faults": faults}))
+    with cache.writing(report) as unfinished:
+        unfinished.write_text(json.dumps({"records": count, "bytes": size, "faults": faults}))
     return records
 
 
@@ -125,27 +126,28 @@ def _write_metadata(folder: Path, reports: list[dict]) -> None:
 
 
 class ArrayRecords:
-    """The records of a folder that ``build`` wrote; images as bytes. Raises ConfigError if it is no such folder."""
+    """The records of a folder that ``build`` wrote; images as bytes. Raises ConfigError for any other folder."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / "dataset_info.json").is_file():
             raise ConfigError(
-                f"data.array_record: {folder} holds no finished data set; python -m deltallava_jax data build makes one"
+                f"data.array_record: {folder} holds no complete data set; make one with "
+                "python -m deltallava_jax data build"
             )
-        # What was left out when it was built decides as well.
+        # dataset_info.json too, as it depends on which records the build left out.
         self.fingerprint = "".join((self.folder / name).read_text() for name in ("source.json", "dataset_info.json"))
         self._open()
 
     def _open(self) -> None:
         import tensorflow_datasets as tfds
 
-        class AsTheyAre(tfds.decode.SkipDecoding):
+        class KeepEncoded(tfds.decode.SkipDecoding):
             def decode_batch_example_np(self, example):
                 return example
 
         builder = tfds.builder_from_directory(self.folder)
-        self._records = builder.as_data_source(split="train", decoders={"images": AsTheyAre()})
+        self._records = builder.as_data_source(split="train", decoders={"images": KeepEncoded()})
 
     def __getstate__(self):
         return {key: value for key, value in self.__dict__.items() if key != "_records"}

@@ -1,4 +1,4 @@
-"""Where what is counted once of a data set is kept, and by which code it was counted."""
+"""The cache folder: what is computed once for a data set, under a key that includes the version of the code."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def folder() -> Path:
 
 @contextlib.contextmanager
 def writing(file: Path) -> Iterator[Path]:
-    """A path beside ``file`` to write, which takes its place when the block ends well: whole, whichever processes of
-    whichever hosts write the same file meanwhile."""
+    """A temporary path beside ``file`` that replaces it when the block succeeds: atomic, even where several processes
+    or hosts write the same file at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{secrets.token_hex(8)}.{file.name}")
     try:
@@ -32,7 +32,7 @@ def writing(file: Path) -> Iterator[Path]:
 
 @functools.cache
 def version(code: Path = Path(__file__).parent) -> str:
-    """Of the code in a folder, this one, and of the tokenizers library: what other code counted is counted again."""
+    """A digest of the code in a folder (this one) and of the version of the tokenizers library."""
     digest = hashlib.sha256(metadata.version("tokenizers").encode())
     for file in sorted(code.glob("*.py")):
         digest.update(file.read_bytes())

@@ -1,12 +1,12 @@
-"""LLaVA data sets: what is in them, and as ArrayRecord.
+"""Checks LLaVA data sets and converts them to ArrayRecord.
 
     python -m deltallava_jax data check --json llava_v1_5_mix665k.json --images LLaVA-Tuning --tokenizer vicuna-7b-v1.5
     python -m deltallava_jax data build --json llava_v1_5_mix665k.json --images LLaVA-Tuning --out mix665k
     python -m deltallava_jax data check --array-record mix665k --tokenizer vicuna-7b-v1.5
 
-check exits with 1 if more of the records than --max-bad-fraction cannot be used. Without --tokenizer it counts with
-the one that training from scratch makes of the records. build leaves out what check finds broken whatever the length
-of rows, and goes on where it stopped; train on the result with --config.data.array_record=mix665k.
+check exits with 1 if more than --max-bad-fraction of the records are unusable. Without --tokenizer it counts with the
+tokenizer that training from scratch would train on the records. build leaves out the records that are broken whatever
+the length of the rows, and resumes where it stopped; train on its folder with --config.data.array_record=mix665k.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for name, line in (("check", "counts, lengths and faults"), ("build", "write ArrayRecord files")):
+    for name, line in (("check", "report counts, lengths and faults"), ("build", "write ArrayRecord files")):
         action = actions.add_parser(name, help=line)
         checks = name == "check"
         action.add_argument("--json", required=not checks, nargs="+", metavar="FILE", help="JSON or JSONL of records")
-        action.add_argument("--images", required=not checks, help="folder that the records' image paths begin from")
-        action.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+        action.add_argument("--images", required=not checks, help="root folder of the records' image paths")
+        action.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
         if not checks:
             action.add_argument("--out", required=True, type=Path, help="folder of the data set")
             continue
-        action.add_argument("--array-record", metavar="DIR", help="instead of these: a folder that build made")
+        action.add_argument(
+            "--array-record", metavar="DIR", help="a folder written by build, instead of --json and --images"
+        )
         action.add_argument("--tokenizer", help="Hugging Face folder, or a tokenizer.json")
-        action.add_argument("--template", default="vicuna_v1", help="of the conversations (default: vicuna_v1)")
+        action.add_argument("--template", default="vicuna_v1", help="conversation template (default: vicuna_v1)")
         action.add_argument("--row-length", type=int, default=2048, help="length limit, visual tokens included")
-        action.add_argument("--tokens", type=int, default=144, help="visual tokens an image")
-        action.add_argument("--no-decode", action="store_true", help="only look whether images are there")
+        action.add_argument("--tokens", type=int, default=144, help="visual tokens per image")
+        action.add_argument("--no-decode", action="store_true", help="only check that image files exist")
         action.add_argument("--max-bad-fraction", type=float, default=0.01)
         action.add_argument("--report", type=Path, help="also write the report as JSON")
 
@@ -46,7 +48,7 @@ def main(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     from deltallava_jax.config import DataConfig, DecoderConfig, VisionConfig, preset
     from deltallava_jax.data import tokens
-    from deltallava_jax.data.check import check, table
+    from deltallava_jax.data.check import check, format_report
     from deltallava_jax.data.conversation import known_template
     from deltallava_jax.data.pipeline import Rows
     from deltallava_jax.data.sources import training_source
@@ -70,19 +72,19 @@ def _check(options: argparse.Namespace) -> None:
         size = preset(DecoderConfig, "tiny").vocab_size
         tokenizer = tokens.train(source.texts(), size)
         print(
-            f"counted with a tokenizer of {size} tokens made of these records, as training from scratch makes it; "
-            "--tokenizer DIR counts with another",
+            f"counted with a tokenizer of {size} tokens trained on these records, as in training from scratch; "
+            "use --tokenizer DIR for another",
             file=sys.stderr,
         )
     plan = Rows(source, tokenizer, cfg, VisionConfig()).plan((options.tokens,), 0)
     report = check(source, plan, options.workers, decode=not options.no_decode)
-    print(table(report))
+    print(format_report(report))
     if options.report:
         options.report.write_text(json.dumps(report, indent=2) + "\n")
     bad = 1 - report["usable"] / report["records"]
     if bad > options.max_bad_fraction:
         sys.exit(
-            f"not fit to train on: {bad:.1%} of the records cannot be used, more than {options.max_bad_fraction:.1%}"
+            f"not fit to train on: {bad:.1%} of the records are unusable, more than {options.max_bad_fraction:.1%}"
         )
 
 
@@ -93,10 +95,10 @@ def _build(options: argparse.Namespace) -> None:
     from deltallava_jax.errors import count_faults
 
     source = training_source(DataConfig(dataset="llava", json=tuple(options.json), images=options.images))
-    made = build(source, options.out, options.workers)
-    print(f"{options.out}: {made['records']:,} records, {made['bytes']:,} bytes", file=sys.stderr)
-    if made["faults"]:
-        listed = options.out / "faults.txt"
-        listed.write_text("".join(f"{why}\n" for _, why in made["faults"]))
-        kinds = count_faults(kind for kind, _ in made["faults"])
-        print(f"{len(made['faults']):,} records were left out, listed in {listed}: {kinds}", file=sys.stderr)
+    built = build(source, options.out, options.workers)
+    print(f"{options.out}: {built['records']:,} records, {built['bytes']:,} bytes", file=sys.stderr)
+    if built["faults"]:
+        file = options.out / "faults.txt"
+        file.write_text("".join(f"{message}\n" for _, message in built["faults"]))
+        kinds = count_faults(kind for kind, _ in built["faults"])
+        print(f"{len(built['faults']):,} records were left out, listed in {file}: {kinds}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """Conversations -> token ids with exact supervised spans.
 
-``Conversation`` is the one form that training, checking and asking share: its questions are parted where an image
-stands, so that places and pictures agree by construction and a text that happens to hold ``<image>`` stays text. Spans
-come from the tokenizer's character offsets, never from counting re-tokenized substrings.
+Training, ``data check`` and inference share one form, ``Conversation``: its questions are split at their images, so
+that placeholders and images agree by construction and a text that happens to hold ``<image>`` stays text. Spans come
+from the tokenizer's character offsets, never from counting re-tokenized substrings.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from deltallava_jax.errors import BadSample, ConfigError
 
 IMAGE, VIDEO = "<image>", "<video>"
 
-# What was done to a record so that it can be used: kind -> how reports name it.
+# Repairs that make a record usable: kind -> its description in reports.
 NOTES = {
-    "greeting": "answers before any question, left out",
-    "silent": "rounds in which a turn is empty, left out; their images go to the next question",
-    "literal": "records without an image whose questions hold <image>, which is text",
-    "unmarked": "records that mark no place for their images, which go before the first question",
+    "greeting": "answers before the first question, left out",
+    "silent": "rounds with an empty turn, left out; their images move to the next question",
+    "literal": "records without images whose questions contain <image>, kept as text",
+    "unmarked": "records without image markers; their images go before the first question",
 }
 
 
 @dataclass(frozen=True)
 class Round:
-    """A question and its answer. parts: the question's text; an image stands between each two of them.
+    """A question and its answer. parts: the question's text, split at its images.
 
-    answer: None where it is yet to come."""
+    answer: None if it is to be generated."""
 
     parts: tuple[str, ...]
     answer: str | None
@@ -42,9 +42,9 @@ class Round:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Rounds, of which only the last may be open. system: in place of the template's own system text, None for that.
+    """Rounds, of which only the last may lack its answer. system: replaces the template's system text, unless None.
 
-    notes: kinds of ``NOTES``, one for each time that it was done."""
+    notes: kinds of ``NOTES``, one for each repair."""
 
     rounds: tuple[Round, ...]
     system: str | None = None
@@ -52,7 +52,7 @@ class Conversation:
 
     @property
     def images(self) -> int:
-        """How many images it has places for."""
+        """Number of images."""
         return sum(len(round.parts) - 1 for round in self.rounds)
 
 
@@ -60,17 +60,17 @@ class Conversation:
 
 
 def read_turns(turns: list[dict], images: int) -> Conversation:
-    """The conversation of a record with so many images, from turns {"from": "human" | "gpt", "value": text}.
+    """The conversation of a record with ``images`` images, from turns {"from": "human" | "gpt", "value": text}.
 
-    ``<image>`` in a human turn is a place for an image where the record has any, text where it has none. As LLaVA's
-    training does: an answer before any question is dropped; the one image of a turn goes before its text, on a line of
-    its own; images without any marker go before the first question. Several images of a turn stay where they are. The
-    turns may begin with a system text. A round in which a turn says nothing is left out.
+    ``<image>`` in a human turn marks an image if the record has images, and is text if it has none. As in LLaVA's
+    training, an answer before the first question is dropped; a turn's only image goes before its text, on a separate
+    line; images without any marker go before the first question. Several images of a turn stay in place. The first
+    turn may be a system text. Rounds with an empty turn are left out.
 
-    Raises BadSample unless human and gpt turns alternate, some round says something, and the human turns hold as many
-    markers as there are images, the others none; and for a place of a video."""
+    Raises BadSample unless human and gpt turns alternate, some round has no empty turn, and the human turns hold as
+    many markers as there are images, the others none; and for a video."""
     system = None
-    first = 0  # the first question
+    first = 0  # index of the first question
     notes = []
     if _speaker(turns, 0) == "system":
         system = _value(turns, 0)
@@ -83,12 +83,13 @@ def read_turns(turns: list[dict], images: int) -> Conversation:
         if _speaker(turns, index) != expected:
             raise BadSample(f"turn {index} is from {_speaker(turns, index)!r}, expected {expected!r}")
     values = [_value(turns, index) for index in range(len(turns))]
-    questions, answers = values[first::2], values[first + 1 :: 2]
+    questions = values[first::2]
+    answers = values[first + 1 :: 2]
     if not questions:
         raise BadSample("the conversation is empty")
     for index in range(first, len(turns), 2):
         if values[index].strip().startswith(VIDEO) or values[index].strip().endswith(VIDEO):
-            raise BadSample(f"turn {index} is about a video, which is not read", "video")
+            raise BadSample(f"turn {index} refers to a video; videos are not supported", "video")
     if images:
         for index in set(range(len(turns))) - set(range(first, len(turns), 2)):
             if IMAGE in values[index]:
@@ -104,12 +105,12 @@ def read_turns(turns: list[dict], images: int) -> Conversation:
     rounds, silent = _rounds(questions, answers, bool(images))
     if not rounds:
         empty = next(index for index in range(first, len(turns)) if not values[index].strip())
-        raise BadSample(f"turn {empty} is empty, and no round is without such a turn")
+        raise BadSample(f"turn {empty} is empty, as is a turn of every other round")
     return Conversation(tuple(rounds), system or None, (*notes, *["silent"] * silent))
 
 
 def _speaker(turns: list[dict], index: int) -> str | None:
-    """Who says a turn, None behind the last one."""
+    """The speaker of a turn, None past the last turn."""
     if not isinstance(turns, list):
         raise BadSample(f"the conversation is of type {type(turns).__name__}, expected a list of turns")
     if index >= len(turns):
@@ -127,12 +128,12 @@ def _value(turns: list[dict], index: int) -> str:
 
 
 def _rounds(questions: list[str], answers: list[str], marked: bool) -> tuple[list[Round], int]:
-    """(the rounds in which every turn says something, how many others there were). marked: markers are places."""
+    """(the rounds without an empty turn, the number of others). marked: ``<image>`` marks an image."""
     rounds = []
     silent = 0
-    held = 0
+    held = 0  # images of rounds that were left out
     for question, answer in itertools.zip_longest(questions, answers):
-        question = f"{IMAGE}\n" * held + question  # the images of rounds that were left out
+        question = f"{IMAGE}\n" * held + question
         if question.strip() and (answer is None or answer.strip()):
             rounds.append(Round(_parts(question) if marked else (question,), answer))
             held = 0
@@ -151,19 +152,23 @@ def _parts(question: str) -> tuple[str, ...]:
     return "", f"\n{rest}" if rest else ""
 
 
-def asked(pairs: Sequence[tuple[str, str | None]], images: int, system: str | None = None) -> Conversation:
-    """The conversation of (question, answer) pairs about so many images, as a prompt gives them.
+def prompt_conversation(
+    pairs: Sequence[tuple[str, str | None]], images: int, system: str | None = None
+) -> Conversation:
+    """The conversation of a prompt: (question, answer) pairs about ``images`` images.
 
-    ``<image>`` in a question is a place for an image, a lone one before the question's text, as in training; without
-    any the images go before the last question, each on a line of its own. An answer is text, whatever it holds. Raises
-    ConfigError for more or fewer places than images."""
+    ``<image>`` in a question marks an image; a question's only image goes before its text, as in training. Without
+    markers the images go before the last question, each on a separate line. Answers are always text. Raises
+    ConfigError for more or fewer markers than images."""
     markers = sum(question.count(IMAGE) for question, _ in pairs)
     if markers not in (0, images):
-        raise ConfigError(f"the prompt holds {markers} {IMAGE} markers, but {images} images are given")
+        raise ConfigError(
+            f"the prompt has {markers} {IMAGE} markers for {images} images; expected one per image, or none"
+        )
     *earlier, (last, answer) = pairs
     if not markers:
         last = f"{IMAGE}\n" * images + last
-    rounds = [Round(_parts(question), said) for question, said in (*earlier, (last, answer))]
+    rounds = [Round(_parts(question), reply) for question, reply in (*earlier, (last, answer))]
     return Conversation(tuple(rounds), system or None)
 
 
@@ -174,9 +179,9 @@ def asked(pairs: Sequence[tuple[str, str | None]], images: int, system: str | No
 class Template:
     """How turns become text: the system text, then for each round user, assistant, lead, answer, end, after.
 
-    user: the question at "{}". system_format: the system text at "{}"; "" where there is no place for one, and a
-    conversation's own goes before its first question, on a line of its own. Supervised: lead, answer and end. caption:
-    of the question only the images remain."""
+    user: the question at "{}". system_format: the system text at "{}"; if "", a conversation's system text goes before
+    its first question, on a separate line. Supervised: lead, answer and end. caption: the question is reduced to its
+    images."""
 
     user: str
     assistant: str
@@ -188,12 +193,12 @@ class Template:
     caption: bool = False
 
     def opening(self, system: str | None = None) -> str:
-        """The text before the first round; system: in place of the template's own."""
+        """The text before the first round; system: replaces the template's system text, unless None."""
         return self.system_format.replace("{}", self.system_text if system is None else system)
 
     @property
     def system(self) -> str:
-        """The text before the first round of a conversation without a system text of its own."""
+        """The text before the first round of a conversation without a system text."""
         return self.opening()
 
     @property
@@ -243,23 +248,23 @@ TEMPLATES = {
 
 
 def known_template(name: str, tokenizer: Tokenizer | None = None, *, setting: str = "template") -> Template:
-    """The template of a name. Raises ConfigError, which names the setting, for one that is not known, or whose end of
-    an answer is no token of the tokenizer."""
+    """The template of a name. Raises ConfigError, naming the setting, for an unknown name, or if the template ends
+    answers with a special token that the tokenizer lacks."""
     if name not in TEMPLATES:
         raise ConfigError(f"{setting} is {name!r}{nearest(name, TEMPLATES)}")
     end = TEMPLATES[name].end
     if tokenizer is not None and end.startswith("<") and len(end_ids(TEMPLATES[name], tokenizer)) != 1:
-        raise ConfigError(f"{setting} {name} closes answers with {end}, which is no token of this tokenizer")
+        raise ConfigError(f"{setting} {name} ends answers with {end}, which is not a token of this tokenizer")
     return TEMPLATES[name]
 
 
 def end_ids(template: Template, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that stand behind an answer."""
+    """The tokens that follow an answer."""
     return tokenizer.encode(tokenizer.named(template.end))[0]
 
 
 def end_id(template: Template, tokenizer: Tokenizer) -> int:
-    """The token that closes an answer: the template's, the tokenizer's EOS where the template closes with text."""
+    """The token that ends an answer: the template's, or the tokenizer's EOS if the template ends answers with text."""
     ids = end_ids(template, tokenizer)
     return ids[0] if len(ids) == 1 else tokenizer.eos
 
@@ -271,8 +276,8 @@ def end_id(template: Template, tokenizer: Tokenizer) -> int:
 class Tokenized:
     """ids [T] with id 0 at each image's placeholder; loss_mask [T]; image_positions [images]; rounds [T]; questions.
 
-    questions: [images, Q], the ids of the question of each image's round as ``question_ids`` makes them.
-    rounds: 0 for the system text and the images at the front, then 1, 2, ... for the question and answer pairs."""
+    questions: [images, Q], the ``question_ids`` of each image's round. rounds: 0 for the system text and the images at
+    the front, then 1, 2, ... for the question and answer pairs."""
 
     ids: np.ndarray
     loss_mask: np.ndarray
@@ -283,22 +288,22 @@ class Tokenized:
 
 @dataclass
 class _Text:
-    """pieces: the whole text, parted at its images. The rest is in characters, an image counting as one: spans of the
-    answers, where each round starts. asked: the question that belongs to each image."""
+    """pieces: the whole text, split at its images. answers: their spans; starts: of each round, both in characters, an
+    image counting as one. questions: the question of each image's round."""
 
     pieces: list[str]
     answers: list[tuple[int, int]]
     starts: list[int]
-    asked: list[str]
+    questions: list[str]
 
 
 def text_pieces(conversation: Conversation, template: Template, tokenizer: Tokenizer) -> list[str]:
-    """The text of a whole conversation as the tokenizer is given it, parted at its images."""
+    """The text of a whole conversation as passed to the tokenizer, split at its images."""
     return _assemble(conversation, template.named(tokenizer), False).pieces
 
 
 def _assemble(conversation: Conversation, template: Template, continues: bool) -> _Text:
-    """The text, from a template whose special tokens are named."""
+    """template: with its special tokens ``named``."""
     system = None if continues else conversation.system
     opening = template.after if continues else template.opening(system)
     front = f"{system}\n" if system and not template.system_format else ""
@@ -308,7 +313,7 @@ def _assemble(conversation: Conversation, template: Template, continues: bool) -
     for round in conversation.rounds:
         parts = (front + round.parts[0], *round.parts[1:])
         images = len(parts) - 1
-        own = len(before) + len(front)  # where the question's own words begin
+        own = len(before) + len(front)  # where the question's text begins
         if images:
             own = len(before) + sum(len(part) + 1 for part in parts[:-1]) + parts[-1].startswith("\n")
         if template.caption:
@@ -316,31 +321,30 @@ def _assemble(conversation: Conversation, template: Template, continues: bool) -
         shared = own if (front or images) and not text.starts and not template.caption else 0
         text.starts.append(length + shared)
         end = len(before) + sum(map(len, parts)) + images
-        text.asked += ["" if template.caption else parts[-1]] * images
+        text.questions += ["" if template.caption else parts[-1]] * images
         text.pieces[-1] += before + parts[0]
         text.pieces += parts[1:]
         text.pieces[-1] += behind + template.assistant
         length += end + len(behind) + len(template.assistant)
         if round.answer is None:
             break
-        said = f"{template.lead}{round.answer}{template.end}"
-        text.answers.append((length, length + len(said)))
-        text.pieces[-1] += said + template.after
-        length += len(said) + len(template.after)
+        answer = f"{template.lead}{round.answer}{template.end}"
+        text.answers.append((length, length + len(answer)))
+        text.pieces[-1] += answer + template.after
+        length += len(answer) + len(template.after)
         front = ""
     return text
 
 
 def question_ids(question: str, tokenizer: Tokenizer, length: int) -> np.ndarray:
-    """int32 [length]: the ids of a question's text by itself, BOS first, -1 behind them; all -1 where it says nothing.
+    """int32 [length]: the ids of a question's text alone, BOS first, padded with -1; all -1 for an empty question.
 
-    Of a longer one the first ``length`` are taken, which is warned of."""
+    A longer question is truncated, with a warning."""
     ids = tokenizer.encode(question.strip())[0]
     ids = ids if not ids or tokenizer.bos is None else [tokenizer.bos, *ids]
     if len(ids) > length:
         warnings.warn(
-            f"a question is longer than the {length} tokens that the projector reads of it "
-            "(projector.question_length); the rest is cut off",
+            f"a question is truncated to the {length} tokens that the projector reads (projector.question_length)",
             stacklevel=2,
         )
     return np.array([*ids[:length], *[-1] * (length - len(ids))], np.int32)
@@ -356,32 +360,32 @@ def tokenize(
 ) -> Tokenized:
     """Token ids of a whole conversation, BOS first; each answer and its ``end`` are supervised.
 
-    Only the template's own special tokens are such tokens; their names in a turn are text. An open last round leaves
-    the prompt open for generation. continues: the rounds follow the end of an answer, so what stands between rounds
-    takes the place of BOS and the system text. question_length: Q of ``Tokenized.questions``, for systems that read the
+    Special tokens come from the template alone; their names in a turn are text. If the last round has no answer, the
+    ids end where generation starts. continues: the rounds follow the end of an answer, so the template's ``after``
+    replaces BOS and the system text. question_length: Q of ``Tokenized.questions``, for systems that read the
     question."""
     text = _assemble(conversation, template.named(tokenizer), continues)
     ids = [] if tokenizer.bos is None or continues else [tokenizer.bos]
-    places = [(-1, -1)] * len(ids)  # characters of each id
+    spans = [(-1, -1)] * len(ids)  # characters of each id
     positions = []
     start = 0
     for index, piece in enumerate(text.pieces):
         if index:
             positions.append(len(ids))
             ids.append(0)
-            places.append((start, start))
+            spans.append((start, start))
             start += 1
         piece_ids, offsets = tokenizer.encode(piece)
         ids += piece_ids
-        places += [(start + begin, start + end) for begin, end in offsets]
+        spans += [(start + begin, start + end) for begin, end in offsets]
         start += len(piece)
-    begins, ends = np.array(places, np.int64).reshape(-1, 2).T
+    begins, ends = np.array(spans, np.int64).reshape(-1, 2).T
     mask = np.zeros(len(ids), bool)
     for begin, end in text.answers:
         mask |= (begins < end) & (ends > begin)
     of_round = np.searchsorted(text.starts, begins, side="right").astype(np.int32)
-    questions = np.full((len(text.asked), question_length), -1, np.int32)
+    questions = np.full((len(text.questions), question_length), -1, np.int32)
     if question_length:
-        for image, question in enumerate(text.asked):
+        for image, question in enumerate(text.questions):
             questions[image] = question_ids(question, tokenizer, question_length)
     return Tokenized(np.array(ids, np.int32), mask, np.array(positions, np.int32), of_round, questions)

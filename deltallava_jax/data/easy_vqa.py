@@ -34,7 +34,7 @@ class Question:
 def _folder(split: str) -> Path:
     spec = util.find_spec("easy_vqa")
     if spec is None:
-        raise ConfigError("the easy-VQA data set is not installed; run: pip install easy-vqa")
+        raise ConfigError("the easy-VQA data set is not installed; install it with: pip install easy-vqa")
     return Path(spec.origin).parent / "data" / split
 
 
@@ -48,7 +48,7 @@ def image_path(split: str, image: int) -> Path:
 
 
 class EasyVqa:
-    """A split as conversations, like LLaVA's VQA mixtures: one image, then ``turns`` questions a record (0: all)."""
+    """A split as conversations, like LLaVA's VQA mixtures: one image and ``turns`` questions per record (0: all)."""
 
     def __init__(self, split: str, turns: int = 0):
         self.split = split
@@ -56,21 +56,21 @@ class EasyVqa:
         for question in questions(split):
             by_image.setdefault(question.image, []).append(question)
         self.records: list[tuple[int, list[Question]]] = []
-        for image, asked in by_image.items():
-            step = turns or len(asked)
-            self.records += [(image, asked[start : start + step]) for start in range(0, len(asked), step)]
+        for image, items in by_image.items():
+            step = turns or len(items)
+            self.records += [(image, items[start : start + step]) for start in range(0, len(items), step)]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Record:
-        image, asked = self.records[index]
+        image, items = self.records[index]
         conversation = []
-        for turn, item in enumerate(asked):
+        for turn, item in enumerate(items):
             marker = f"{IMAGE}\n" if turn == 0 else ""
             conversation += [{"from": "human", "value": f"{marker}{item.question}"}]
             conversation += [{"from": "gpt", "value": item.answer}]
         return Record(f"{self.split}/{image}#{index}", (image_path(self.split, image),), conversation)
 
     def texts(self) -> list[str]:
-        return [f"{IMAGE}\n{item.question} {item.answer}" for _, asked in self.records for item in asked]
+        return [f"{IMAGE}\n{item.question} {item.answer}" for _, items in self.records for item in items]

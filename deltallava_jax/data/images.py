@@ -1,8 +1,8 @@
-"""Image files -> uint8 pixels of the tower's size, to the bit as the towers' own processors make them (Pillow's).
+"""Image files -> uint8 pixels of the tower's size, bit-identical to the towers' own image processors (Pillow's).
 
-``square``: shortest side to ``size``, the long side truncated, centre crop: CLIP's processor. ``pad``: onto a square
-canvas of the tower's mean colour first, as LLaVA-1.5's second stage and evaluation. ``squash``: both sides to ``size``:
-SigLIP's processor."""
+``square``: the shortest side resized to ``size``, then a centre crop, as CLIP's processor does. ``pad``: padded to a
+square with the tower's mean colour first, as in LLaVA-1.5's finetuning and evaluation. ``squash``: both sides resized
+to ``size``, as SigLIP's processor does."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from deltallava_jax.config import ASPECTS, VisionConfig
 from deltallava_jax.errors import BadSample, ConfigError
 
-# Of a file: together they bound the memory and time that one image can take. Pillow warns of a decompression bomb above
-# the first, and refuses twice as many pixels itself.
+# Limits of an image, which together bound the memory and time that it takes. Pillow warns of a decompression bomb above
+# MAX_PIXELS, and refuses twice as many.
 MAX_PIXELS = 89_478_485
 MAX_SIDE = 2**15
 MAX_RATIO = 100
-# Bytes of a PNG's text and colour profile, one and all. Pillow refuses an image whose are larger than 1 MB unpacked,
-# which editors and generators of pictures write.
+# Bytes of a PNG's text and colour profile: of one chunk, and of all. Pillow's own limit, 1 MB unpacked, refuses images
+# that some editors and image generators write.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 PngImagePlugin.MAX_TEXT_MEMORY = 2**27
-# Pillow reads many more, some through other programs (EPS starts Ghostscript): not for files from anywhere.
+# Pillow reads more formats, some through other programs (EPS starts Ghostscript), which is unsafe for untrusted files.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-STRIP = 2**22  # pixels of the padded canvas that exist at a time
+STRIP = 2**22  # pixels of the padded canvas in memory at a time
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,12 +51,12 @@ def load_image(
     """RGB uint8 [size, size, 3] of a file (local, or gs://...), a file's bytes, pixels (uint8 [H, W, 3]) or an
     opened image.
 
-    aspect: square, pad or squash. fill: the padding's colour, by default CLIP's. An animation gives its first frame.
-    Alpha is dropped, not blended, so that the colours below it show, as in LLaVA's code. Unlike there, an EXIF
-    orientation is applied (people asked about upright images) and 16-bit grey is scaled to 8 bits, not clipped.
+    aspect: square, pad or squash. fill: the padding's colour, by default CLIP's. Of an animation the first frame is
+    taken. Alpha is dropped, not blended, as in LLaVA's code. Unlike there, an EXIF orientation is applied (questions
+    are about upright images) and 16-bit grey is scaled to 8 bits, not clipped.
 
     Raises ConfigError for an unknown aspect, and BadSample, naming the file in one line, for a source that is missing
-    (kind "missing"), no image, damaged or cut short, or beyond MAX_PIXELS, MAX_SIDE or MAX_RATIO ("unreadable")."""
+    (kind "missing"), not an image, damaged, truncated, or beyond MAX_PIXELS, MAX_SIDE or MAX_RATIO ("unreadable")."""
     if aspect not in ASPECTS:
         raise ConfigError(f"aspect is {aspect!r}; known: {', '.join(ASPECTS)}")
     image = _read(source)
@@ -70,7 +70,7 @@ def load_image(
 
 
 def size_of(source: str | Path | bytes | np.ndarray | Image.Image) -> tuple[int, int]:
-    """(width, height) of an image that ``load_image`` can read, upright. Raises BadSample as it does."""
+    """(width, height) of an upright image. Raises BadSample as ``load_image`` does."""
     return _read(source).size
 
 
@@ -99,28 +99,28 @@ def _open(source):
     if "://" in os.fspath(source):
         return Image.open(BytesIO(epath.Path(source).read_bytes()), formats=FORMATS)
     if not stat.S_ISREG(os.stat(source).st_mode):
-        raise BadSample("not a file")  # a pipe would be waited for
+        raise BadSample("not a file")  # reading a pipe could block
     return Image.open(source, formats=FORMATS)
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """The (first) frame in RGB, turned as its EXIF orientation says."""
+    """The (first) frame in RGB, rotated by its EXIF orientation."""
     long, short = max(image.size), min(image.size)
     if short < 1 or long * short > MAX_PIXELS or long > MAX_SIDE or long > MAX_RATIO * short:
         raise BadSample(
-            f"{image.width} x {image.height} pixels; expected at most {MAX_PIXELS:,} in all, {MAX_SIDE:,} a side "
-            f"and {MAX_RATIO} times as many on one side as on the other"
+            f"{image.width} x {image.height} pixels; expected at most {MAX_PIXELS:,} in all, {MAX_SIDE:,} per side "
+            f"and an aspect ratio of {MAX_RATIO}"
         )
     image.load()
     transpose = _transpose(image)
     if image.mode.startswith("I"):
         image = _to_8_bits(image)
     elif image.mode == "F":
-        raise BadSample("pixels are floating point numbers, whose range is unknown")
-    elif "transparency" in image.info:  # of no use to RGB, and some values are refused or warned of
+        raise BadSample("pixels are floating-point numbers of unknown range; expected integers")
+    elif "transparency" in image.info:  # unused in RGB, and Pillow refuses or warns of some values
         image = image.copy()
         del image.info["transparency"]
-    if image.mode != "RGB":  # else convert would copy
+    if image.mode != "RGB":  # convert would copy
         image = image.convert("RGB")
     return image if transpose is None else image.transpose(transpose)
 
@@ -128,12 +128,12 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 def _transpose(image: Image.Image) -> Image.Transpose | None:
     try:
         return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # broken EXIF says nothing about the pixels
+    except Exception:  # the pixels may be intact where the EXIF data is broken
         return None
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey by its high bytes, as Pillow reads 16-bit colour; its convert would clip at 255."""
+    """The high bytes of 16-bit grey, as Pillow reads 16-bit colour; its convert would clip at 255."""
     grey = np.asarray(image.convert("I"))
     if grey.min() < 0 or grey.max() >= 2**16:
         raise BadSample(f"grey values from {grey.min()} to {grey.max()}; expected 16 bits")
@@ -153,7 +153,7 @@ def _name(source) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"no image of a known format ({', '.join(FORMATS)})"
+        return f"not an image of a known format ({', '.join(FORMATS)})"
     text = str(error) if isinstance(error, BadSample) else f"{type(error).__name__}: {error}"
     return " ".join(text.split())
 
@@ -170,8 +170,8 @@ def _cropped(image: Image.Image, size: int) -> Image.Image:
 
 
 def _padded(image: Image.Image, size: int, fill: tuple[int, int, int]) -> Image.Image:
-    """As if resized from the whole canvas: Pillow resizes the width before the height and each row alone, so that the
-    canvas is only needed in strips. A long image's would take gigabytes."""
+    """Identical to resizing the whole padded canvas. Pillow resizes the width before the height, each row separately,
+    so the canvas is built in strips: that of a long image would take gigabytes."""
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
     narrow = Image.new("RGB", (size, side), fill)

@@ -1,4 +1,4 @@
-"""Token lengths and image counts of all records, which the pack plan needs: measured once, kept by content."""
+"""Token lengths and image counts of all records, which the pack plan needs: measured once and cached by content."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ BATCH = 2000  # records whose texts are tokenized together, on all cores
 
 @dataclass(frozen=True)
 class Lengths:
-    """tokens [records]: text tokens with one placeholder an image; images [records]; both 0 for a broken record.
+    """tokens [records]: text tokens, with one placeholder per image; images [records]; both 0 for a broken record.
 
-    notes: how often each of ``NOTES`` was done."""
+    notes: the number of repairs of each kind of ``NOTES``."""
 
     tokens: np.ndarray
     images: np.ndarray
@@ -30,7 +30,7 @@ class Lengths:
 
 
 def read(source: Source, index: int) -> tuple[Record, Conversation]:
-    """A record and its conversation. Raises BadSample, naming the record, for one that no training can use."""
+    """A record and its conversation. Raises BadSample, naming the record, if training cannot use it."""
     name = f"record {index}"
     try:
         record = source[index]
@@ -44,8 +44,8 @@ def read(source: Source, index: int) -> tuple[Record, Conversation]:
 
 
 def measure(source: Source, template: Template, tokenizer: Tokenizer) -> Lengths:
-    """The lengths of all records, kept in the cache folder for a source with a ``fingerprint``: by it, the template,
-    the tokenizer and the code that counts."""
+    """The lengths of all records. Those of a source with a ``fingerprint`` are cached by it, the template, the
+    tokenizer and the version of this code."""
     file = None
     if hasattr(source, "fingerprint"):
         key = "\n".join([source.fingerprint, repr(template), tokenizer.fingerprint, cache.version()])
@@ -53,9 +53,10 @@ def measure(source: Source, template: Template, tokenizer: Tokenizer) -> Lengths
         if file.is_file():
             with np.load(file) as found:
                 notes = Counter(dict(zip(NOTES, found["notes"].tolist(), strict=True)))
-                kept = Lengths(found["tokens"], found["images"], notes)
-            if all(_is_broken(source, index) for index in np.flatnonzero(kept.tokens == 0)):  # below another root?
-                return kept
+                cached = Lengths(found["tokens"], found["images"], notes)
+            # With another image root, a record that was broken may be usable.
+            if all(_is_broken(source, index) for index in np.flatnonzero(cached.tokens == 0)):
+                return cached
     counts = np.zeros((len(source), 2), np.int32)
     notes = Counter()
     bar = progress_bar(what="measuring", total=len(source), unit="records")
@@ -82,7 +83,8 @@ def _measure(
     source: Source, start: int, stop: int, template: Template, tokenizer: Tokenizer, notes: Counter
 ) -> np.ndarray:
     """[stop - start, 2]"""
-    pieces, owners = [], []
+    pieces = []
+    owners = []  # the row of ``counts`` that each piece belongs to
     counts = np.zeros((stop - start, 2), np.int32)
     for index in range(start, stop):
         try:

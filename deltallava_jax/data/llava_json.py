@@ -1,7 +1,6 @@
-"""LLaVA's conversation files, JSON or JSONL, of any size: random access by the place of each record in the file.
+"""LLaVA's conversation files, JSON or JSONL, of any size: random access by the byte offsets of each record.
 
-The file is mapped into memory and shared by all workers; an array with the first and last byte of every record is all
-that is held beside it. The array is made once and kept in the cache folder."""
+The file is memory-mapped and shared by all workers; the offsets are computed once and kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -25,13 +24,13 @@ CHUNK = 2**25
 QUOTE, OPEN, CLOSE, BACKSLASH = b'"{}\\'
 
 
-def record_spans(data: np.ndarray, tell: Callable[[int], object] = lambda _: None) -> np.ndarray:
+def record_spans(data: np.ndarray, progress: Callable[[int], object] = lambda _: None) -> np.ndarray:
     """[n, 2] first byte and end of each object at the top level of a JSON list, or of JSONL; data: the bytes.
 
-    tell is called with each number of bytes that was read. Raises ValueError if the last object has no end."""
+    progress is called with the size of each chunk that was read. Raises ValueError if the last object is truncated."""
     spans = []
-    depth = 0  # of the braces that are open
-    inside = 0  # 1 in a string
+    depth = 0  # number of open braces
+    inside = 0  # 1 inside a string
     for offset in range(0, len(data), CHUNK):
         chunk = data[offset : offset + CHUNK]
         where = np.flatnonzero((chunk == QUOTE) | (chunk == OPEN) | (chunk == CLOSE)) + offset
@@ -48,41 +47,41 @@ def record_spans(data: np.ndarray, tell: Callable[[int], object] = lambda _: Non
         level = np.cumsum(steps) + depth
         depth = int(level[-1]) if len(level) else depth
         spans.append(where[((steps == 1) & (level == 1)) | ((steps == -1) & (level == 0))])
-        tell(len(chunk))
+        progress(len(chunk))
     if depth or inside:
-        raise ValueError("the last record has no end")
+        raise ValueError("the last record is incomplete")
     found = np.concatenate([np.zeros(0, np.int64), *spans]).reshape(-1, 2)
     found[:, 1] += 1
     return found
 
 
-def _backslashes(data: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """How many backslashes stand right before each place."""
-    count = np.zeros(len(places), np.int64)
-    active = np.arange(len(places))
+def _backslashes(data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The number of backslashes right before each offset."""
+    count = np.zeros(len(offsets), np.int64)
+    active = np.arange(len(offsets))
     while len(active):
-        before = places[active] - count[active] - 1
+        before = offsets[active] - count[active] - 1
         active = active[(before >= 0) & (data[np.maximum(before, 0)] == BACKSLASH)]
         count[active] += 1
     return count
 
 
 class LlavaJson:
-    """Records {"id", "image"?, "conversations"} of a file; images below ``images``.
+    """Records {"id", "image"?, "conversations"} of a file; images below the folder ``images``.
 
-    fingerprint: of the file's content. Raises ConfigError for a file that is missing or no list of records."""
+    fingerprint: of the file's content. Raises ConfigError for a file that is missing or not a list of records."""
 
     def __init__(self, file: str | Path, images: str | Path):
         self.file = str(file)
         self.images = str(images)
         local = self._local()
         if local.is_dir():
-            raise ConfigError(f"data.json: {file} is a folder; one that data build made is given as data.array_record")
+            raise ConfigError(f"data.json: {file} is a folder; expected a file (data.array_record takes a folder)")
         if not local.is_file():
             raise ConfigError(f"data.json: {file} does not exist")
         stat = local.stat()
-        about = f"{local.resolve()} {stat.st_size} {stat.st_mtime_ns} {cache.version()}"
-        self.index = cache.folder() / "records" / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.npz"
+        key = f"{local.resolve()} {stat.st_size} {stat.st_mtime_ns} {cache.version()}"
+        self.index = cache.folder() / "records" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
         if not self.index.is_file():
             self._make_index()
         with np.load(self.index) as index:
@@ -90,7 +89,7 @@ class LlavaJson:
         self._open()
 
     def _local(self) -> Path:
-        """The file itself, or a copy in the cache folder of one that is elsewhere (gs://...)."""
+        """The file, or the copy of a remote one (gs://...) in the cache folder."""
         if "://" not in self.file:
             return Path(self.file)
         source = epath.Path(self.file)
@@ -106,13 +105,13 @@ class LlavaJson:
         begins = bytes(data[:1024]).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
         ends = bytes(data[-1024:]).rstrip()[-1:]
         if (begins, ends) not in ((b"[", b"]"), (b"{", b"}")):
-            what = "is cut off" if begins in (b"[", b"{") else "does not begin like one"
-            raise ConfigError(f"data.json: {self.file} is no JSON list of records and no JSONL: it {what}")
+            problem = "it is truncated" if begins in (b"[", b"{") else "it begins with neither [ nor {"
+            raise ConfigError(f"data.json: {self.file} is neither a JSON list of records nor JSONL: {problem}")
         with progress_bar(what=f"indexing {Path(self.file).name}", total=len(data), unit="B") as bar:
             try:
                 spans = record_spans(data, bar.update)
             except ValueError as error:
-                raise ConfigError(f"data.json: {self.file} is cut off: {error}") from error
+                raise ConfigError(f"data.json: {self.file} is truncated: {error}") from error
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
         with cache.writing(self.index) as part:
             np.savez(part, spans=spans, fingerprint=digest)
@@ -134,8 +133,7 @@ class LlavaJson:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Record:
-        """Raises BadSample for a record that is no such object, that is about a video, or whose image lies outside the
-        root."""
+        """Raises BadSample for a malformed record, one with a video, or an image outside the root."""
         start, end = self._spans[index]
         name = f"{Path(self.file).name}#{index}"
         try:
@@ -145,7 +143,7 @@ class LlavaJson:
         key = None if record.get("id") is None else str(record["id"])
         name = f"{name} (id {key!r})"
         if record.get("video") or record.get("videos"):
-            raise BadSample(f"{name} is about a video, which is not read", "video")
+            raise BadSample(f"{name} has a video; videos are not supported", "video")
         if record.get("images") and not record.get("image"):
             raise BadSample(f'{name} has "images"; expected "image", a path or a list of paths')
         images = record.get("image") or []
@@ -156,12 +154,12 @@ class LlavaJson:
         return Record(name, images, record.get("conversations"), key)
 
     def _below(self, image: str, name: str):
-        """The file of a path that is relative to the root, or whole and below it. What a link in the root leads to is
-        the user's choice, and no matter."""
+        """The file of a path that is relative to the root, or absolute and below it. Symbolic links inside the root
+        may lead anywhere."""
         path = image.replace("\\", "/")
         try:
             within = None if "\0" in path else _within(path, self.images)
-        except ValueError:  # no name that a file can have
+        except ValueError:  # not a valid path
             within = None
         if within is None:
             raise BadSample(f"{name}: the image {image!r} lies outside the image root", "outside")
@@ -173,12 +171,12 @@ class LlavaJson:
 
 
 def _within(path: str, root: str) -> list[str] | None:
-    """The parts of a path from the root on, None for one that lies outside."""
+    """The parts of a path relative to the root, None for a path outside it."""
     parts = _parts(path)
     if not path.startswith("/") and "://" not in path:
         return None if parts[0] == ".." else parts
     roots = [(parts, _parts(root if "://" in root else os.path.abspath(root)))]
-    if path.startswith("/") and "://" not in root:  # one of the two may be written by way of a link
+    if path.startswith("/") and "://" not in root:  # one of the two may contain a symbolic link
         real = _parts(os.path.realpath(root))
         roots += [(parts, real), (_parts(os.path.realpath(path)), real)]
     return next((own[len(front) :] for own, front in roots if own[: len(front)] == front), None)

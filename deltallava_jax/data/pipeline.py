@@ -1,7 +1,7 @@
-"""From the pack plan to batches: tokenize, decode and place in worker processes (grain), one step an element.
+"""From the pack plan to batches: worker processes (grain) tokenize text and decode images, one step per element.
 
-The iterator's whole state is the step number. A record that cannot be read becomes a hole in its row; its reason
-travels with the batch, so that the parent can count it.
+The iterator's whole state is the step number. A record that cannot be read leaves padding in its row; its error is
+sent with the batch, so that the parent process can count it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deltallava_jax.config import DataConfig, VisionConfig
 from deltallava_jax.data.conversation import TEMPLATES, Tokenized, known_template, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.lengths import Lengths, measure, read
-from deltallava_jax.data.packing import Plan, plan_for, require_room
+from deltallava_jax.data.packing import Plan, plan_for, require_text_capacity
 from deltallava_jax.data.records import Record, Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import BadSample, ConfigError
@@ -32,8 +32,8 @@ from deltallava_jax.sequence import Batch
 class Element:
     """One step's rows in this process (numpy), its budget, and "record: reason" for each record left out.
 
-    A worker sends it whole through a pipe: to grain it is no tree of arrays, which would travel in shared memory. That
-    is freed by a thread that the end of the program cuts short, and containers have little of it."""
+    Not a pytree of arrays, so that grain sends it through a pipe and not through shared memory: containers have little
+    of that, and grain may not free it when the program ends."""
 
     batch: Batch
     budget: int
@@ -46,26 +46,28 @@ class Rows:
     def __init__(
         self, source: Source, tokenizer: Tokenizer, cfg: DataConfig, vision: VisionConfig, question_length: int = 0
     ):
-        """question_length: tokens of a question that the projector reads; 0: it reads none."""
+        """question_length: tokens of a question that the projector reads; 0: it does not read the question."""
         template = known_template(cfg.template, tokenizer, setting="data.template")
         if cfg.independent_rounds and not template.user.startswith("{}"):
-            raise ConfigError(f"data.independent_rounds needs a template without a question prefix, not {cfg.template}")
+            raise ConfigError(
+                f"data.independent_rounds needs a template without a question prefix, e.g. brief, not {cfg.template}"
+            )
         self.source = source
         self.tokenizer = tokenizer
         self.cfg = cfg
         self.vision = vision
         self.question_length = question_length
 
-    def read(self, index: int, room: int) -> tuple[Record, Tokenized]:
-        """A record and its tokens. Raises BadSample, naming the record, if it cannot be trained on in a row with room
-        for so many text tokens."""
+    def read(self, index: int, capacity: int) -> tuple[Record, Tokenized]:
+        """A record and its tokens. Raises BadSample, naming the record, if its first ``capacity`` text tokens cannot be
+        trained on."""
         record, conversation = read(self.source, index)
         template = TEMPLATES[self.cfg.template]
         tokenized = tokenize(conversation, template, self.tokenizer, question_length=self.question_length)
-        if (tokenized.image_positions >= room).any():
-            raise BadSample(f"{record.id}: an image lies beyond the row's {room} text tokens", "beyond")
-        if not tokenized.loss_mask[:room].any():
-            raise BadSample(f"{record.id}: no supervised token in its first {room} tokens", "unsupervised")
+        if (tokenized.image_positions >= capacity).any():
+            raise BadSample(f"{record.id}: an image lies beyond the row's {capacity} text tokens", "beyond")
+        if not tokenized.loss_mask[:capacity].any():
+            raise BadSample(f"{record.id}: no supervised token in its first {capacity} tokens", "unsupervised")
         return record, tokenized
 
     def lengths(self) -> Lengths:
@@ -73,50 +75,51 @@ class Rows:
         return measure(self.source, TEMPLATES[self.cfg.template], self.tokenizer)
 
     def plan(self, budgets: tuple[int, ...], seed: int) -> Plan:
-        """The plan that the configuration asks for, without the records whose text can already be told to be of no
-        use: ``Plan.faults``. What else breaks does so when images are read.
+        """The plan of the configuration, without the records whose text is unusable (``Plan.faults``). Broken images
+        are only found when they are read.
 
-        Raises ConfigError for rows too short for any image, TooManyFaults if no record can be used."""
+        Raises ConfigError for rows too short for any image, TooManyFaults if no record is usable."""
         lengths = self.lengths()
         cfg = self.cfg
         budget = max(budgets)
-        tokens, images = lengths.tokens, lengths.images
+        tokens = lengths.tokens
+        images = lengths.images
         if images.any():
-            require_room(cfg.row_length, cfg.images_per_row or 1, budget)
+            require_text_capacity(cfg.row_length, cfg.images_per_row or 1, budget)
         faults = self._faults(np.flatnonzero(tokens == 0), np.full(len(tokens), cfg.row_length))
-        alone = cfg.row_length - images.astype(int) * (budget - 1)  # room of a record that has a row to itself
+        alone = cfg.row_length - images.astype(int) * (budget - 1)  # text tokens that a record has in a row alone
         most = cfg.images_per_row or (cfg.row_length - 2) // max(budget - 1, 1)
         for index in np.flatnonzero(images > most).tolist():
-            why = f"{images[index]} images, more than the {most} of {budget} tokens that a row holds"
-            faults[index] = BadSample(f"{self.name(index)}: {why}", "beyond")
+            reason = f"{images[index]} images, more than the {most} of {budget} tokens that a row holds"
+            faults[index] = BadSample(f"{self.name(index)}: {reason}", "beyond")
         faults |= self._faults(np.setdiff1d(np.flatnonzero(tokens > alone), list(faults)), alone)
         plan = plan_for(cfg, tokens, images, budgets, seed, faults)
-        plan.leave_out(self._faults(plan.records[(tokens > plan.room)[plan.records]], plan.room))
+        plan.leave_out(self._faults(plan.records[(tokens > plan.text_capacity)[plan.records]], plan.text_capacity))
         plan.notes = lengths.notes
         return plan
 
-    def _faults(self, records: np.ndarray, room: np.ndarray) -> dict[int, BadSample]:
-        """What is wrong with those of the records that their room is too little for, or that cannot be used at all."""
+    def _faults(self, records: np.ndarray, capacity: np.ndarray) -> dict[int, BadSample]:
+        """{index: error} of those of the records that are unusable, given the text tokens that a row holds of each."""
         found = {}
-        for index in progress_bar(records.tolist(), "judging", unit="records"):
+        for index in progress_bar(records.tolist(), "validating", unit="records"):
             try:
-                self.read(index, room[index])
+                self.read(index, capacity[index])
             except BadSample as error:
-                found[index] = BadSample(str(error), error.kind)  # without the frames that it was raised in
+                found[index] = BadSample(str(error), error.kind)  # a copy, without the traceback's frames
         return found
 
     def name(self, index: int) -> str:
-        """What messages call a record, whatever is wrong with it."""
+        """The name of a record in messages, even of a broken one."""
         try:
             return self.source[index].id
-        except Exception:  # the name is wanted in a message about something else, which must not be lost
+        except Exception:  # must not hide the message that the name is for
             return f"record {index}"
 
     def build(
         self, rows: list[list[int]], text: int, images: int, silent: Collection[int] = ()
     ) -> tuple[Batch, tuple[str, ...]]:
-        """A batch of ``rows`` with T = text and I = images, and the faults met; those of the rows ``silent`` are not
-        told: another process, which holds the same rows, tells them."""
+        """A batch of ``rows`` with T = text and I = images, and its faults, but for those of the rows ``silent``, which
+        another process with the same rows reports."""
         size = self.vision.image_size
         more = dict(question=self.question_length, branches=self.cfg.independent_rounds)
         batch = Batch.empty(len(rows), text, images, size, **more)
@@ -159,7 +162,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class _BuildStep:
-    """One step number -> its Element, with the rows that this process holds. Runs in the workers."""
+    """Step number -> Element, with the rows that this process holds. Called in the workers."""
 
     rows: Rows
     plan: Plan
@@ -168,7 +171,7 @@ class _BuildStep:
     def __call__(self, number: int) -> Element:
         step = self.plan.step(int(number))
         held = dict.fromkeys(range(len(step.rows)), True) if self.held is None else self.held
-        silent = {place for place, first in enumerate(held.values()) if not first}
+        silent = {row for row, first in enumerate(held.values()) if not first}
         batch, faults = self.rows.build([step.rows[row] for row in held], step.text, step.images, silent)
         return Element(batch, step.budget, faults)
 
@@ -176,9 +179,9 @@ class _BuildStep:
 def elements(
     rows: Rows, plan: Plan, start: int, stop: int, *, workers: int, held: Mapping[int, bool] | None = None
 ) -> Iterator[Element]:
-    """Elements of steps start to stop - 1, in order, built ahead in ``workers`` processes (0: in this one).
+    """Elements of steps start to stop - 1, in order, prefetched in ``workers`` processes (0: in this one).
 
-    held: the rows that this process needs, and of each whether its faults are told here; by default all of them."""
+    held: {row that this process needs: whether this process reports its faults}; by default all rows."""
     numbers = grain.MapDataset.range(start, stop)
     dataset = numbers.map(_BuildStep(rows, plan, held)).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
@@ -186,7 +189,7 @@ def elements(
     if workers:
         from absl import flags
 
-        if not flags.FLAGS.is_parsed():  # grain asks for absl's flags in the parent of its workers
+        if not flags.FLAGS.is_parsed():  # grain reads absl's flags in the parent of its workers
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_begin_worker)
@@ -194,8 +197,8 @@ def elements(
 
 
 def _begin_worker(*_) -> None:
-    """A worker lives as long as the training, which still needs it to reach the step that is saved when a cluster sends
-    SIGTERM to all processes at once; and no longer, should the training be killed."""
+    """Ignores signals, as a cluster may send SIGTERM to all processes and the training then still needs batches up to
+    the step that it saves; ends with the parent, even if that is killed."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""What every reader of a data set gives: records, one conversation and its images each."""
+"""The records that every reader of a data set returns: one conversation and its images each."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from deltallava_jax.errors import BadSample
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation: turns {"from", "value"} with ``<image>`` markers (``conversation.read_turns`` reads them), and
-    the files (or their bytes) they stand for, in order.
+    """One conversation: turns {"from", "value"} with ``<image>`` markers (``conversation.read_turns`` parses them), and
+    the images' files (or their bytes), in order.
 
-    id: says where the record is; key: its own id in the data set. Raises BadSample without a list of turns."""
+    id: where the record is, for messages; key: its id in the data set. Raises BadSample without a list of turns."""
 
     id: str
     images: tuple[Path | bytes, ...]
@@ -29,7 +29,7 @@ class Record:
             raise BadSample(f'{self.id} has no list of "conversations"')
 
     def texts(self) -> list[str]:
-        """The turns that are text, whatever the others are."""
+        """The text of all turns that have any."""
         values = [turn.get("value") for turn in self.conversation if isinstance(turn, dict)]
         return [value for value in values if isinstance(value, str)]
 
@@ -47,7 +47,7 @@ class Source(Protocol):
 
 
 def texts(source: Source) -> Iterator[str]:
-    """The turns of all records that can be read, one after the other."""
+    """The text of all records that can be read."""
     for index in range(len(source)):
         try:
             yield from source[index].texts()
@@ -56,20 +56,23 @@ def texts(source: Source) -> Iterator[str]:
 
 
 class Mixture:
-    """Several sources as one: each as often as its weight says, a part of it drawn where the weight is no whole number.
+    """Several sources as one, each repeated as often as its weight; for the fraction of a weight a part is sampled.
 
-    fingerprint: of the parts and weights, where every part has one."""
+    fingerprint: of the sources and weights, if every source has one."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
         self.sources = list(sources)
-        of_source, of_record = [], []
+        of_source = []
+        of_record = []
         for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
-            whole, rest = int(weight), weight - int(weight)
+            whole = int(weight)
+            rest = weight - whole
             part = np.random.default_rng(number).permutation(len(source))[: round(rest * len(source))]
             chosen = np.concatenate([np.tile(np.arange(len(source)), whole), np.sort(part)])
             of_source.append(np.full(len(chosen), number, np.int32))
             of_record.append(chosen.astype(np.int32))
-        self.of_source, self.of_record = np.concatenate(of_source), np.concatenate(of_record)
+        self.of_source = np.concatenate(of_source)
+        self.of_record = np.concatenate(of_record)
         if all(hasattr(source, "fingerprint") for source in sources):
             self.fingerprint = " ".join(
                 f"{source.fingerprint}*{w:g}" for source, w in zip(sources, weights, strict=True)

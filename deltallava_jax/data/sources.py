@@ -1,4 +1,4 @@
-"""Which records a run trains on."""
+"""The training records of a configuration."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from deltallava_jax.errors import ConfigError
 
 
 def training_source(cfg: DataConfig) -> Source:
-    """The training records that the configuration names; ConfigError for an unknown data set."""
+    """The training records. Raises ConfigError for an unknown data set or a missing folder."""
     if cfg.dataset == "easy_vqa":
         return EasyVqa("train", turns=cfg.turns)
     if cfg.dataset == "llava":
         if cfg.array_record:
             return ArrayRecords(cfg.array_record)
         if "://" not in cfg.images and not Path(cfg.images).is_dir():
-            raise ConfigError(f"data.images={cfg.images!r} is no folder")
+            raise ConfigError(f"data.images={cfg.images!r} is not a folder")
         sources = [LlavaJson(file, cfg.images) for file in cfg.json]
         weights = cfg.weights or (1.0,) * len(sources)
         return sources[0] if weights == (1.0,) else Mixture(sources, weights)

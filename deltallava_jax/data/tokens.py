@@ -1,4 +1,4 @@
-"""Tokenizers, on the ``tokenizers`` library: load one, or train a small byte-level BPE."""
+"""Tokenizers, on top of the ``tokenizers`` library: load one, or train a small byte-level BPE."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
 class Tokenizer:
-    """ids for text and back. Id 0 is the padding and the image placeholder; ``bos`` is None where there is none.
+    """Text to ids and back. Id 0 is the padding and the image placeholder; ``bos`` is None if there is none.
 
-    A text that holds the name of a special token is text: the token itself is written by ``named``."""
+    The name of a special token in a text is text; ``named`` turns names into the tokens."""
 
     def __init__(self, backend, bos: str | None = BOS, eos: str = EOS):
         self._backend = backend
@@ -43,28 +43,28 @@ class Tokenizer:
 
     @functools.cached_property
     def _private(self):
-        """(the tokenizer with its special tokens renamed, {name: new name}): made anew in each process, so that no text
-        can hold the new names, and only when a text is encoded."""
+        """(the tokenizer with its special tokens renamed, {name: new name}): random names in each process, which no
+        text can contain; made when the first text is encoded."""
         return _renamed(self._backend.to_str(), self._names)
 
     def named(self, text: str) -> str:
-        """The text for ``encode`` and ``lengths`` in which each name of a special token stands for that token."""
+        """The text, for ``encode`` and ``lengths``, with each name of a special token replaced by that token."""
         names = self._private[1]
         return re.sub("|".join(map(re.escape, names)), lambda found: names[found[0]], text) if names else text
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """(ids, character span of each id); no special token is added."""
+        """(ids, character span of each id); adds no special tokens."""
         encoding = self._private[0].encode(_whole(text), add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def lengths(self, texts: list[str]) -> list[int]:
-        """Number of ids of each text, on all cores."""
+        """Number of ids of each text, computed on all cores."""
         texts = [_whole(text) for text in texts]
         return [len(found) for found in self._private[0].encode_batch_fast(texts, add_special_tokens=False)]
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that decides the ids."""
+        """A digest of everything that determines the ids."""
         return hashlib.sha256(f"{self._backend.to_str()} {self._names}".encode()).hexdigest()
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -79,21 +79,21 @@ class Tokenizer:
             names["pad_token"] = PAD
         Path(path).with_name("tokenizer_config.json").write_text(json.dumps(names, indent=2))
 
-    def __reduce__(self):  # worker processes get the tokenizer's text
-        return _received, (self._backend.to_str(), *self._names)
+    def __reduce__(self):  # the backend is pickled as JSON
+        return _unpickled, (self._backend.to_str(), *self._names)
 
 
 def _whole(text: str) -> str:
-    """The text with "?" for half a surrogate pair, which JSON may hold."""
+    """The text with "?" for lone surrogates, which JSON may contain."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _renamed(text: str, names: tuple[str | None, ...]):
     """(the ``tokenizers`` tokenizer of a JSON with its special tokens renamed, the new names).
 
-    Special are those that say so, those of ``names``, and what is written <|...|>, which some files do not mark. The
-    ids stay. The old names leave the model's vocabulary too, or a Unigram model, or BPE merges that end in one,
-    would still make the token of a text that holds its name."""
+    Special tokens are those marked so, those of ``names``, and those named <|...|>, which some files do not mark. Ids
+    are kept. The old names are removed from the model's vocabulary too: otherwise a Unigram model, or BPE merges that
+    end in one, would still turn such a name in a text into the token."""
     from tokenizers import Tokenizer as Backend
 
     content = json.loads(text)
@@ -122,8 +122,8 @@ def _renamed(text: str, names: tuple[str | None, ...]):
     return Backend.from_str(json.dumps(content)), new
 
 
-@functools.lru_cache(maxsize=2)  # a worker process gets the same one with every task
-def _received(text: str, bos: str | None, eos: str) -> Tokenizer:
+@functools.lru_cache(maxsize=2)  # a worker process receives the same tokenizer with every task
+def _unpickled(text: str, bos: str | None, eos: str) -> Tokenizer:
     return _from_text(text, bos, eos)
 
 
@@ -139,15 +139,16 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def load(path: str | Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json, or of a Hugging Face folder.
 
-    tokenizer_config.json beside it names the special tokens, <s> and </s> without one. A folder with SentencePiece's
-    tokenizer.model alone is converted by transformers. Raises TokenizerError if the file is missing or broken."""
+    The special tokens are those of tokenizer_config.json beside it, by default <s> and </s>. A folder with only
+    SentencePiece's tokenizer.model is converted by transformers. Raises TokenizerError if the file is missing or
+    broken."""
     path = Path(path)
     folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
     if not file.is_file() and path.is_dir() and any((path / name).is_file() for name in FILES):
         return _convert(path)
     if not file.is_file():
         if (folder / "checkpoints").is_dir():
-            expected = "the checkpoints beside it were trained with it: restore it from a copy"
+            expected = "the checkpoints beside it need it; restore it from a backup"
         else:
             expected = (
                 f"expected a tokenizer.json, or a Hugging Face folder with {', '.join(FILES[:-1])} or {FILES[-1]}"
@@ -172,7 +173,7 @@ def _convert(folder: Path) -> Tokenizer:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise TokenizerError(
-            f"{folder} holds no tokenizer.json; converting it needs: pip install transformers"
+            f"{folder} holds no tokenizer.json; converting its tokenizer needs transformers: pip install transformers"
         ) from error
     try:
         theirs = AutoTokenizer.from_pretrained(folder)
@@ -180,7 +181,7 @@ def _convert(folder: Path) -> Tokenizer:
         config = folder / "tokenizer_config.json"
         names = json.loads(config.read_text()) if config.is_file() else {}
         if (folder / "tokenizer.model").is_file() and names.get("legacy") is not False:
-            # Llama's own behaviour, which transformers 5 no longer gives: every piece of text begins with a space.
+            # Llama's legacy behaviour, absent from transformers 5: a space before every piece of text.
             prepend = {"type": "Prepend", "prepend": "\u2581"}
             spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
             backend["normalizer"] = {"type": "Sequence", "normalizers": [prepend, spaces]}
@@ -191,9 +192,9 @@ def _convert(folder: Path) -> Tokenizer:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE trained on texts: any text can be encoded, frequent words are one token.
+    """A byte-level BPE trained on texts, which can encode any text.
 
-    Raises ConfigError for a vocabulary without room for the 256 bytes and the special tokens."""
+    Raises ConfigError for a vocabulary too small for the 256 bytes and the special tokens."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
 

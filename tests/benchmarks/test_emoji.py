@@ -55,10 +55,10 @@ def test_records_pictures_and_the_style_that_is_held_out(packages, capsys):
     assert not any(record["image"].startswith("twitter") for record in stage1 + stage2)
     seconds = []
     for record in stage2:
-        said = [turn["value"] for turn in record["conversations"]]
-        assert said[0].startswith("<image>\n") and len(said) == 4
+        turns = [turn["value"] for turn in record["conversations"]]
+        assert turns[0].startswith("<image>\n") and len(turns) == 4
         asked = {
-            question.removeprefix("<image>\n"): answer for question, answer in zip(said[::2], said[1::2], strict=True)
+            question.removeprefix("<image>\n"): answer for question, answer in zip(turns[::2], turns[1::2], strict=True)
         }
         name = asked.pop(emoji.NAME)
         ((question, answer),) = asked.items()
@@ -73,7 +73,7 @@ def test_records_pictures_and_the_style_that_is_held_out(packages, capsys):
     assert len(source) == 6
 
 
-def test_the_same_command_goes_on(packages):
+def test_the_same_command_resumes(packages):
     emoji.build(packages, "facebook")
     first = (packages / "finetune.json").read_bytes()
     kept, lost = (packages / "images" / "google" / name for name in ("1f600.png", "1f436.png"))

@@ -62,5 +62,5 @@ def test_answers_are_scored_against_their_own_names_and_those_of_others():
     assert right["exact"] == 1 and 0 < right["cider"] < 1000 and right["cider_of_others"] < 0.2 * right["cider"]
     # Of three moves one brings every answer back to its name.
     assert moved["exact"] == 0 and moved["cider_of_others"] > right["cider"] / 3
-    same = emoji_recipe.scores(["flag of chad"] * 4, names)  # says nothing of the picture
+    same = emoji_recipe.scores(["flag of chad"] * 4, names)  # independent of the image
     assert same["exact"] == 0.25 and same["cider"] == pytest.approx(same["cider_of_others"])

@@ -10,7 +10,7 @@ from benchmarks.recipes.make_llava import FAULTS, make
 from deltallava_jax.config import DataConfig, VisionConfig
 from deltallava_jax.data import array_record, tokens
 from deltallava_jax.data.array_record import ArrayRecords, build
-from deltallava_jax.data.check import check, table
+from deltallava_jax.data.check import check, format_report
 from deltallava_jax.data.llava_json import LlavaJson
 from deltallava_jax.data.pipeline import Rows, elements
 from tests import golden
@@ -68,16 +68,16 @@ def test_the_check_counts_what_was_planted(source, llama):
     assert report["faults"] == expected
     assert report["usable"] == RECORDS - EACH * len(FAULTS) and report["cut"] == EACH
     assert sum(report["histogram"].values()) == report["usable"]
-    text = table(report)
-    assert "images that are missing" in text and "nothing is left out" not in text
+    text = format_report(report)
+    assert "missing images" in text and "no record is left out" not in text
 
 
 def test_an_epoch_on_two_workers_loses_just_the_planted_records(folder, source, llama):
     plan, stream = epoch(source, llama, workers=2)
     faults = [*map(str, plan.faults.values()), *(fault for element in stream for fault in element.faults)]
     assert len(faults) == EACH * len(FAULTS) and len(plan.faults) == EACH * len(READ_AS_TEXT)
-    seen = sum(int(element.batch.segments.max(axis=1).sum()) for element in stream)
-    assert seen == RECORDS - len(faults)
+    counts = sum(int(element.batch.segments.max(axis=1).sum()) for element in stream)
+    assert counts == RECORDS - len(faults)
     entries = json.loads((folder / "data.json").read_text())
     images = sum(len([e["image"]] if isinstance(e.get("image"), str) else e.get("image", [])) for e in entries)
     placed = sum(int((e.batch.image_positions < e.batch.tokens.shape[1]).sum()) for e in stream)

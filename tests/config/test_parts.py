@@ -1,4 +1,4 @@
-"""Sections of a config that may be None: the parts of a model, and the scaling of rotary positions."""
+"""Sections of a config that may be None: the parts of a model, and the scaling of rotary embeddings."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-import train as door
+import train
 from deltallava_jax.config import (
     Config,
     DecoderConfig,
@@ -117,9 +117,9 @@ def test_a_part_that_is_something_else(value):
 
 
 @pytest.mark.parametrize("missing", PARTS[:-1])
-def test_a_model_that_is_not_whole_cannot_be_trained_and_says_so(tmp_path, missing):
+def test_a_model_that_is_not_whole_is_refused_for_training(tmp_path, missing):
     config = override(WHOLE, {f"model.{part}": "None" for part in missing})
-    assert_error(lambda: door.main(config, argparse.Namespace(workdir=tmp_path / "run")), *missing)
+    assert_error(lambda: train.main(config, argparse.Namespace(workdir=tmp_path / "run")), *missing)
     assert not (tmp_path / "run").exists()
 
 

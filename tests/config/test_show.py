@@ -1,4 +1,4 @@
-"""Every setting of a configuration, printed: all of them, what each is for, and what is not the default."""
+"""Every setting of a configuration as printed, with its description and a mark if it is not the default."""
 
 import dataclasses
 import typing
@@ -58,13 +58,13 @@ def printed(lines: list[str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", sorted(kinds(Config), key=lambda kind: kind.__name__))
-def test_every_setting_says_what_it_is_for(kind):
+def test_every_setting_has_a_description(kind):
     assert [field.name for field in dataclasses.fields(kind) if not comments(kind).get(field.name)] == []
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_every_setting_of_a_system_says_what_it_is_for(name):
-    test_every_setting_says_what_it_is_for(system(name).Config)
+def test_every_setting_of_a_system_has_a_description(name):
+    test_every_setting_has_a_description(system(name).Config)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -111,7 +111,7 @@ def test_a_system_of_a_configuration_file_has_its_settings_too(tmp_path, monkeyp
     (tmp_path / "mine.py").write_text(OWN_SYSTEM)
     text = show(tmp_path / "mine.py")
     assert "  model.projector.taps: int = 3\n" in text
-    assert "model.projector.grid: int = 8 (default 24)\n      patches a side" in text
+    assert "model.projector.grid: int = 8 (default 24)\n      patches per side" in text
 
 
 # ------------------------------------------------------------------ the commands

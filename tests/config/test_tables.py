@@ -86,9 +86,9 @@ def test_a_name_is_short_for_another(short, whole):
         ("emoji.py:", "emoji.py:' has nothing after its colon"),
         ("finetune_7b.py:pretrain", "too many positional arguments"),
         # The names of version 0.1.0.
-        ("systems/mqt.py", "does not exist; it is configs/easy_vqa.py:mqt now"),
-        ("llava_systems/mqt.py", "does not exist; it is configs/llava.py:mqt now"),
-        ("llava_systems/mqt.py:pretrain", "does not exist; it is configs/llava.py:mqt-pretrain now"),
+        ("systems/mqt.py", "does not exist; use configs/easy_vqa.py:mqt$"),
+        ("llava_systems/mqt.py", "does not exist; use configs/llava.py:mqt$"),
+        ("llava_systems/mqt.py:pretrain", "does not exist; use configs/llava.py:mqt-pretrain$"),
     ],
 )
 def test_an_unknown_name_is_refused_with_what_there_is(name, words):

@@ -168,7 +168,7 @@ def refused(target: Path, *arguments, lines: int | None = 1) -> str:
     return message
 
 
-def assert_says(message: str, *words) -> None:
+def assert_has(message: str, *words) -> None:
     for word in words:
         assert str(word) in message, message
 

@@ -274,10 +274,10 @@ def rows_of(images: list[int], lengths: list[int], vocab: int = FULL, seed: int 
     rows = []
     for count, length in zip(images, lengths, strict=True):
         ids = rng.integers(3, vocab, length).astype(np.int32)
-        places = np.arange(1, 1 + 2 * count, 2, dtype=np.int32)
-        ids[places] = 0
+        positions = np.arange(1, 1 + 2 * count, 2, dtype=np.int32)
+        ids[positions] = 0
         nothing = np.zeros(length, np.int32)
-        rows.append(Tokenized(ids, nothing.astype(bool), places, nothing, np.zeros((count, 0), np.int32)))
+        rows.append(Tokenized(ids, nothing.astype(bool), positions, nothing, np.zeros((count, 0), np.int32)))
     return rows
 
 
@@ -314,10 +314,10 @@ def torch_questions(rows: list[Tokenized]) -> dict:
 def our_batch(rows: list[Tokenized], images: np.ndarray) -> Batch:
     """The rows with their images, which are given one after the other."""
     batch = prompt_batch(rows, max(len(row.ids) for row in rows))
-    places = np.zeros((*batch.image_positions.shape, *images.shape[1:]), images.dtype)
+    padded = np.zeros((*batch.image_positions.shape, *images.shape[1:]), images.dtype)
     start = 0
     for row, prompt in enumerate(rows):
         count = len(prompt.image_positions)
-        places[row, :count] = images[start : start + count]
+        padded[row, :count] = images[start : start + count]
         start += count
-    return dataclasses.replace(batch, images=places)
+    return dataclasses.replace(batch, images=padded)

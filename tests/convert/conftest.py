@@ -1,6 +1,6 @@
 """What the conversion tests share: folders with tiny Hugging Face models, each written once a run.
 
-The code that transformers copies from exported models goes to a folder of its own, removed at the end."""
+The code that transformers copies from exported models goes to a separate folder, removed at the end."""
 
 import functools
 import os
@@ -88,5 +88,5 @@ def delta_folder(composed, tmp_path_factory):
 
 @pytest.fixture
 def target(tmp_path) -> Path:
-    """Where a conversion that should be refused is told to go."""
+    """The destination of a conversion that should be refused."""
     return tmp_path / "out" / "model"

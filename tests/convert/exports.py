@@ -73,13 +73,13 @@ def assert_close(mine, reference, dtype: str = "float32"):
 
 
 def our_logits(model: Pretrained, rows, images, budget: int) -> np.ndarray:
-    """[live slots, vocab], row after row."""
+    """[tokens that are not padding, vocab], row after row."""
     batch = our_batch(rows, images)
 
     @jax.jit
     def run(params):
-        _, slots, _ = vlm.hidden_states(params, model.cfg, batch, budget=budget)
-        return vlm.logits(params, model.cfg, batch, budget=budget), slots.segments > 0
+        _, layout, _ = vlm.hidden_states(params, model.cfg, batch, budget=budget)
+        return vlm.logits(params, model.cfg, batch, budget=budget), layout.segments > 0
 
     logits, live = run(model.params)
     return np.asarray(logits)[np.asarray(live)]

@@ -77,7 +77,7 @@ def test_results_are_on_the_card_once_and_those_of_a_part_are_not(workdir, here)
     assert [row.split(" | ")[3] for row in rows] == ["0.5000", "0.2500"]
 
 
-def test_cards_of_parts_say_what_they_are(saved, here):
+def test_cards_of_parts_describe_them(saved, here):
     for name, task in (("llama", "text-generation"), ("clip", "image-feature-extraction")):
         convert(saved(name), here / name, "--to", "hf")
         card = (here / name / "README.md").read_text()

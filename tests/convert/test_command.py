@@ -60,7 +60,7 @@ def composed(command, sources, tmp_path_factory):
 
 
 def assert_done(done: subprocess.CompletedProcess, words: str) -> None:
-    """One line says what was made, and nothing else is printed."""
+    """One line names the result, and nothing else is printed."""
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and [line for line in done.stderr.splitlines()] == [words]
 
@@ -146,8 +146,8 @@ def test_interrupting_does_not_promise_what_only_training_does(monkeypatch, caps
     with pytest.raises(SystemExit) as stopped, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the module is imported already
         runpy.run_module("deltallava_jax", run_name="__main__")
-    said = capsys.readouterr().err
-    assert stopped.value.code == 130 and "interrupted" in said and "checkpoint" not in said
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 130 and "interrupted" in printed and "checkpoint" not in printed
 
 
 def test_options_have_defaults():
@@ -185,12 +185,12 @@ def test_an_option_that_is_none_of_ours(arguments, words, capsys):
     assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("said", "dtype"), [("float32", "float32"), ("bf16", "bfloat16"), ("half", "float16")])
-def test_dtype_is_that_of_all_parameters(sources, tmp_path, said, dtype):
-    convert(sources["llama"], tmp_path / "made", "--dtype", said)
+@pytest.mark.parametrize(("given", "dtype"), [("float32", "float32"), ("bf16", "bfloat16"), ("half", "float16")])
+def test_dtype_is_that_of_all_parameters(sources, tmp_path, given, dtype):
+    convert(sources["llama"], tmp_path / "made", "--dtype", given)
     params = open_model(tmp_path / "made").params
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {dtype}
-    params = deltallava_jax.load(tmp_path / "made", dtype=said).params
+    params = deltallava_jax.load(tmp_path / "made", dtype=given).params
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {dtype}
 
 
@@ -234,7 +234,7 @@ def test_the_scale_factor_of_a_model_is_changed_on_the_way(composed, tmp_path):
     assert_same_params(after.params, before.params)
 
 
-def test_a_workdir_says_where_it_is_from_and_has_the_files_beside_the_weights(sources, tmp_path):
+def test_a_workdir_records_its_origin_and_the_files_beside_the_weights(sources, tmp_path):
     (tmp_path / "llama").mkdir()
     for file in sources["llama"].iterdir():
         (tmp_path / "llama" / file.name).write_bytes(file.read_bytes())

@@ -100,7 +100,7 @@ def test_visual_tokens_of_every_budget(delta):
 @pytest.mark.parametrize("delta", ["release"], indirect=True)
 def test_other_budgets_are_refused(delta):
     _, theirs = delta
-    with pytest.raises(ValueError, match="budget 9; .* 16, 4, 1 tokens an image"):
+    with pytest.raises(ValueError, match="budget 9; .* 16, 4, 1 tokens per image"):
         theirs.get_image_features(torch_pixels(pixels(1)), 9)
 
 
@@ -120,7 +120,7 @@ def test_logits(delta, budget):
 
 @pytest.mark.parametrize("delta", ["siglip"], indirect=True)
 def test_loss(delta):
-    """Labels stand at the text tokens; visual slots and padding do not count."""
+    """Labels are at the text tokens; visual tokens and padding do not count."""
     model, theirs = delta
     rows, images = rows_of([1, 1], [12, 9]), pixels(2)
     inputs = torch_rows(rows, image_token=theirs.config.image_token_index)
@@ -211,14 +211,14 @@ def test_saved_by_transformers_and_loaded_again(delta_folder, tmp_path):
 
 
 def test_a_tower_kept_frozen_is_exported_as_it_was(composed, tmp_path):
-    """Both stages held it in bfloat16; the export has the bits of the float16 checkpoint that stage 1 began with."""
+    """Both stages held it in bfloat16; the export has the bits of the float16 checkpoint that they started from."""
     model = composed("clip", "llama_grouped", "mlp", "float16")
     start, stage1, work = tmp_path / "start", tmp_path / "stage1", tmp_path / "work"
-    for folder, began in ((start, None), (stage1, start), (work, stage1)):
+    for folder, init_from in ((start, None), (stage1, start), (work, stage1)):
         folder.mkdir()
-        if began:
+        if init_from:
             optimizer = OptimizerConfig(frozen=("vision/",))
-            cfg = Config(name="work", init_from=str(began), model=model.cfg, optimizer=optimizer)
+            cfg = Config(name="work", init_from=str(init_from), model=model.cfg, optimizer=optimizer)
             (folder / "config.json").write_text(json.dumps(to_dict(cfg)))
     write_workdir(model, start, "start")
     trained = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32) + 0.125, model.params)

@@ -1,4 +1,4 @@
-"""Text and pictures through an export's processor and chat template are what they are here, end to end."""
+"""Text and images through an export's processor and chat template match ours, end to end."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ LONGER = "The shape is green, is it not? What is in the picture, on a blue squar
 
 @pytest.fixture(scope="session")
 def pictures() -> list[Image.Image]:
-    """Two pictures of unequal sides, larger than the tower's."""
+    """Two images of unequal sides, larger than the tower's."""
     rng = np.random.default_rng(5)
     small = [rng.integers(0, 256, (5, 7, 3), dtype=np.uint8), rng.integers(0, 256, (6, 4, 3), dtype=np.uint8)]
     return [Image.fromarray(picture).resize((12 * picture.shape[1], 12 * picture.shape[0])) for picture in small]
@@ -57,7 +57,9 @@ def ready(model: Pretrained, folder) -> Model:
 def assert_processor_agrees(processor, config, tokenizer, pictures, opened: int = 1):
     """Its text ids are ours, with ``opened`` image tokens for each placeholder; the pixels are of the tower's size."""
     inputs = processor(images=pictures[:1], text=vicuna(PROMPT), return_tensors="pt")
-    mine = tokenize(conversation.asked([(PROMPT, None)], 1), TEMPLATES["vicuna_v1"], tokenizer).ids.tolist()
+    mine = tokenize(
+        conversation.prompt_conversation([(PROMPT, None)], 1), TEMPLATES["vicuna_v1"], tokenizer
+    ).ids.tolist()
     token = config.image_token_index
     assert inputs["input_ids"][0].tolist() == [i for x in mine for i in ([token] * opened if x == 0 else [x])]
     assert inputs["pixel_values"].shape == (1, 3, SIDE, SIDE)
@@ -82,7 +84,7 @@ def test_a_tokenizer_of_ours_pads(composed, pictures, tmp_path):
 @pytest.mark.parametrize("aspect", ASPECTS)
 @pytest.mark.parametrize("tower, projector", [("clip", "mlp"), ("siglip", "mlp"), ("clip", "delta")])
 def test_pictures_are_prepared_as_ours_are(tower, projector, aspect, composed, pictures, tmp_path):
-    """Pictures of unequal sides; what training saw is what the export sees, and what is read from it again."""
+    """Images of unequal sides; training, the export and the model read back from it get the same pixels."""
     model = composed(tower, "llama3", projector, **(DELTA if projector == "delta" else {}))
     assert model.aspect == {"clip": "square", "siglip": "squash"}[tower]
     folder = exported(dataclasses.replace(model, aspect=aspect), tmp_path / "export")
@@ -95,7 +97,7 @@ def test_pictures_are_prepared_as_ours_are(tower, projector, aspect, composed, p
     assert read(folder).aspect == aspect
 
 
-def test_a_processor_that_transformers_saved_says_the_same(composed, tmp_path):
+def test_a_processor_that_transformers_saved_is_equivalent(composed, tmp_path):
     """It puts the image processor's settings into processor_config.json."""
     model = dataclasses.replace(composed("clip", "llama3", "mlp"), aspect="pad")
     folder = exported(model, tmp_path / "mlp")
@@ -232,7 +234,7 @@ def test_questions_of_a_long_conversation(decoder, composed, saved, tmp_path):
     answers = [f" {answer}{template.end}" for _, answer in CONVERSATION[:-1]] + [""]
     text = template.system + "".join(part for pair in zip(rounds, answers, strict=True) for part in pair)
     tokenizer = tokens.load(saved(decoder))
-    mine = tokenize(conversation.asked(CONVERSATION, 5), template, tokenizer, question_length=24)
+    mine = tokenize(conversation.prompt_conversation(CONVERSATION, 5), template, tokenizer, question_length=24)
     inputs = processor(text=text)
     found = [
         [token for token, live in zip(ids, mask, strict=True) if live]
@@ -243,7 +245,7 @@ def test_questions_of_a_long_conversation(decoder, composed, saved, tmp_path):
 
 
 def test_questions_end_as_in_the_template_of_the_workdir(quecc_folder, saved, pictures, tmp_path):
-    """ "brief" has nothing between a question and its answer: in a prompt the question goes on to its end."""
+    """ "brief" has nothing between a question and its answer: in a prompt the question extends to its end."""
     model, _ = quecc_folder
     work = tmp_path / "work"
     work.mkdir()

@@ -166,7 +166,7 @@ def test_stage_1_projector_file(system, saved, opened, tmp_path):
         assert systems.budgets(model.cfg.projector) == (16, 4)
 
 
-def test_the_export_says_the_dtype_that_was_asked_for(saved, tmp_path):
+def test_the_export_has_the_requested_dtype(saved, tmp_path):
     """Transformers loads a checkpoint in the dtype of its config.json."""
     convert(saved("qwen2"), tmp_path / "half", "--dtype", "float16", "--to", "hf")
     assert {str(value.dtype) for value in tensors(tmp_path / "half").values()} == {"float16"}

@@ -19,7 +19,7 @@ WIDTH, MLP, LAYERS, VOCAB = 2048, 5632, 3, 34000
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's account of memory")
 
-# The peak of the process itself, in bytes. Not getrusage: that counts what the process was begun from as well.
+# The peak of the process itself, in bytes. Not getrusage: that counts the parent process as well.
 PROGRAM = """
 import sys
 from pathlib import Path

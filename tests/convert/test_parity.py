@@ -27,7 +27,7 @@ TOKENS = 16  # an image, in the MLP models
 
 @dataclasses.dataclass
 class Result:
-    """Logits of all live slots, row after row, and the gradients of a random weighting of them."""
+    """Logits of all tokens that are not padding, row after row, and the gradients of a random weighting of them."""
 
     logits: np.ndarray
     gradients: dict
@@ -191,7 +191,7 @@ def test_hidden_states_of_a_tower(name, opened):
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_pixels_are_normalised_as_preprocessor_config_says(name, saved, opened):
+def test_pixels_are_normalised_by_preprocessor_config(name, saved, opened):
     from transformers import AutoImageProcessor
 
     cfg = opened(name).cfg.vision
@@ -204,7 +204,7 @@ def test_pixels_are_normalised_as_preprocessor_config_says(name, saved, opened):
 
 @pytest.mark.parametrize("kind", [*DECODERS, *TOWERS])
 def test_missing_keys_have_the_defaults_of_transformers(kind):
-    """Published checkpoints rely on them; and what we write says the same to transformers as to us."""
+    """Published checkpoints rely on them; and transformers reads what we write as we do."""
     family = {**DECODERS, **TOWERS}[kind]
     default = transformers.AutoConfig.for_model(kind)
     mine = family.to_ours({})

@@ -23,7 +23,7 @@ from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
 from deltallava_jax.convert.read import read  # noqa: E402
 from deltallava_jax.convert.workdir import open_model, write_workdir  # noqa: E402
 from deltallava_jax.data import tokens  # noqa: E402
-from deltallava_jax.data.conversation import TEMPLATES, asked, end_id, tokenize  # noqa: E402
+from deltallava_jax.data.conversation import TEMPLATES, end_id, prompt_conversation, tokenize  # noqa: E402
 from deltallava_jax.inference.model import Model  # noqa: E402
 from deltallava_jax.training.checkpoints import Checkpoints  # noqa: E402
 from deltallava_jax.training.step import TrainState  # noqa: E402
@@ -53,8 +53,8 @@ def pictures() -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(2)]
 
 
-def said(role: str, *parts) -> dict:
-    """A message of texts and pictures."""
+def turn(role: str, *parts) -> dict:
+    """A message of texts and images."""
     content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
                for part in parts]  # fmt: skip
     return {"role": role, "content": content}
@@ -77,10 +77,10 @@ def test_a_chat_in_the_exports_processor_has_our_ids(template, bos, system, expo
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
     rounds = [("<image>\nWhat is it?", "A small red circle."), ("<image>\nAnd this?\nIs it green?", None)]
-    mine = tokenize(asked(rounds, 2, system), TEMPLATES[template], tokens.load(folder))
-    front = [said("system", system)] if system else []
-    messages = [*front, said("user", pictures[0], "What is it?"), said("assistant", "A small red circle."),
-                said("user", pictures[1], "And this?", "Is it green?")]  # fmt: skip
+    mine = tokenize(prompt_conversation(rounds, 2, system), TEMPLATES[template], tokens.load(folder))
+    front = [turn("system", system)] if system else []
+    messages = [*front, turn("user", pictures[0], "What is it?"), turn("assistant", "A small red circle."),
+                turn("user", pictures[1], "And this?", "Is it green?")]  # fmt: skip
     inputs = prepared(processor, messages)
     assert inputs["input_ids"][0].tolist() == [image if id == 0 else id for id in mine.ids.tolist()]
     assert len(inputs["pixel_values"]) == 2
@@ -96,10 +96,10 @@ def test_answers_are_written_as_they_are_trained(export, pictures):
     for template in TEMPLATES:
         folder = export("delta", template)
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-        messages = [said("user", pictures[0], "What is it?"), said("assistant", "A small red circle.")]
+        messages = [turn("user", pictures[0], "What is it?"), turn("assistant", "A small red circle.")]
         ids = prepared(processor, messages, add_generation_prompt=False)["input_ids"][0].tolist()
         pairs = [("<image>\nWhat is it?", "A small red circle.")]
-        mine = tokenize(asked(pairs, 1), TEMPLATES[template], tokens.load(folder)).ids.tolist()
+        mine = tokenize(prompt_conversation(pairs, 1), TEMPLATES[template], tokens.load(folder)).ids.tolist()
         image = processor.tokenizer.convert_tokens_to_ids("<image>")
         assert ids == [image if id == 0 else id for id in mine]
 
@@ -113,7 +113,7 @@ def test_the_template_travels(template, write, export):
 
 
 def test_the_template_travels_through_transformers_and_through_a_workdir(export, tmp_path):
-    """What transformers saves is read again; what is exported once more with another template says so."""
+    """What transformers saves is read again; a second export with another template has that."""
     folder, again, work = export("mlp", "chatml"), tmp_path / "again", tmp_path / "work"
     AutoProcessor.from_pretrained(folder).save_pretrained(again)
     AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(again)
@@ -139,7 +139,7 @@ def test_prompts_of_unequal_length_are_answered_as_each_alone(chat_model, export
     theirs = AutoModelForImageTextToText.from_pretrained(folder)
     made = chat_model("mlp")
     ours = Model(made.cfg, made.params, tokens.load(folder), "vicuna_v1", made.aspect)
-    chats = [[said("user", picture, question)] for picture, question in zip(pictures, (QUESTION, LONGER), strict=True)]
+    chats = [[turn("user", picture, question)] for picture, question in zip(pictures, (QUESTION, LONGER), strict=True)]
     inputs = prepared(processor, chats, padding=True)
     assert (inputs["attention_mask"][0] == 0).any()
     out = theirs.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
@@ -151,7 +151,7 @@ def test_prompts_of_unequal_length_are_answered_as_each_alone(chat_model, export
 @pytest.mark.parametrize("projector", ["mlp", "delta"])
 @pytest.mark.parametrize("template", ["chatml", "llama_3", "vicuna_v1"])
 def test_the_end_of_the_template_ends_an_answer(template, projector, export):
-    """The decoder's generation_config.json names another token, which goes on ending texts."""
+    """The decoder's generation_config.json names another token, which still ends texts."""
     folder = export(projector, template)
     tokenizer = tokens.load(folder)
     ends = {end_id(TEMPLATES[template], tokenizer), tokenizer.encode(tokenizer.named(TEXTS_END))[0][0]}
@@ -191,13 +191,13 @@ def assert_ends_at(folder, token: int) -> None:
 
 
 def test_what_generation_needs_comes_through_both_stages(chat_model, tmp_path):
-    """start -> pretrain -> finetune -> export: the source's files are those of the folder where it all began."""
+    """start -> pretrain -> finetune -> export: the source files are those of the first folder."""
     made, folders = chat_model("mlp"), [tmp_path / name for name in ("start", "pretrain", "finetune")]
     folders[0].mkdir()
     write_workdir(made, folders[0], "start")
-    for began, folder in zip(folders, folders[1:], strict=False):
+    for init_from, folder in zip(folders, folders[1:], strict=False):
         folder.mkdir()
-        cfg = Config(name="x", init_from=str(began), model=made.cfg, data=DataConfig(template="chatml"))
+        cfg = Config(name="x", init_from=str(init_from), model=made.cfg, data=DataConfig(template="chatml"))
         (folder / "config.json").write_text(json.dumps(to_dict(cfg)))
         tokens.load(folders[0]).save(folder / "tokenizer.json")
         saver = Checkpoints(folder, create=True)
@@ -221,7 +221,7 @@ def test_what_generation_needs_comes_through_both_stages(chat_model, tmp_path):
 
 LOOP = "{% for message in messages %}"
 # In the manner of published ones: of Qwen2 and Llama 3, for texts; of LLaVA-1.5, for lists of parts, without a system
-# text; one with its own mark of what the assistant said; and one of Mistral's, which is none of ours.
+# text; one with its own mark of the assistant's text; and one of Mistral's, which matches none of ours.
 CHATML = (
     LOOP + "{% if loop.first and message.role != 'system' %}<|im_start|>system\nYou are Qwen.<|im_end|>\n{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -258,7 +258,7 @@ def test_the_chat_template_of_a_checkpoint_is_recognised(jinja, template, file, 
 
 
 @pytest.mark.parametrize("jinja", [MISTRAL, "{{ raise_exception('no') }}", "{% if %}", "{{ messages.__class__ }}"])
-def test_a_chat_template_that_is_none_of_ours_is_said(jinja, export, tmp_path):
+def test_an_unknown_chat_template_is_warned_of(jinja, export, tmp_path):
     folder = foreign(export("mlp", "chatml"), tmp_path, jinja, "chat_template.jinja")
     with pytest.warns(UserWarning, match="prompted as vicuna_v1, but its chat template .*; known: vicuna_v1, plain"):
         assert read(folder).template == "vicuna_v1"

@@ -131,7 +131,7 @@ def test_llava_of_siglip(saved, opened, tmp_path):
 
 @pytest.mark.parametrize("aspect", ASPECTS)
 @pytest.mark.parametrize("name", ["llava", "llava_siglip"])
-def test_the_original_layout_says_how_images_become_square(name, aspect, opened, tmp_path):
+def test_the_original_layout_records_how_images_become_square(name, aspect, opened, tmp_path):
     llava, again = folders(tmp_path, "llava", "again")
     write_llava(dataclasses.replace(opened(name), aspect=aspect), llava)
     assert read(llava).aspect == aspect

@@ -1,4 +1,4 @@
-"""tie_word_embeddings says that embedding and output matrix are one; a file may hold both."""
+"""tie_word_embeddings declares embedding and output matrix to be one; a file may hold both."""
 
 import json
 
@@ -37,7 +37,7 @@ def greedy(model, row) -> list[int]:
 
 
 def test_a_head_that_the_file_holds_beside_the_embedding_is_kept(sources, tmp_path):
-    """Greedy tokens are transformers'; on the way through a workdir and an export, too, whose config says so."""
+    """Greedy tokens are transformers'; after a workdir and an export too, with the right config."""
     source, work, out = sources["other"], tmp_path / "work", tmp_path / "hf"
     row = rows_of([0], [9])[0]
     theirs = AutoModelForCausalLM.from_pretrained(source)

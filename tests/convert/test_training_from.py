@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-import train as door
+import train
 from deltallava_jax.analysis import plan as analysis
 from deltallava_jax.convert.read import Pretrained
 from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir
@@ -35,7 +35,7 @@ SMALL = {
 def parse(workdir, **settings):
     changes = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
     arguments = [f"--config.{path}={value}" for path, value in changes.items()]
-    return door.parse(["--config", str(tiny.FILE), "--workdir", str(workdir), *arguments])
+    return train.parse(["--config", str(tiny.FILE), "--workdir", str(workdir), *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def run(monkeypatch):
     make_mesh, training_source = mesh.make_mesh, sources.training_source
     monkeypatch.setattr(mesh, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
     monkeypatch.setattr(sources, "training_source", lambda cfg: Few(training_source(cfg)))
-    return lambda workdir, **settings: door.main(*parse(workdir, **settings))
+    return lambda workdir, **settings: train.main(*parse(workdir, **settings))
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_the_tokenizer_is_the_sources(source, begin, tmp_path):
 
 def test_a_source_of_another_model_is_refused_with_both_sides(source, begin, tmp_path):
     folder, _ = source()
-    with pytest.raises(ConfigError, match=f"{folder} holds another model: model.decoder.mlp_width is 96 now, and 64"):
+    with pytest.raises(ConfigError, match=f"{folder} holds a different model: model.decoder.mlp_width is 96, and 64"):
         begin(tmp_path / "run", init_from=folder, model__decoder__mlp_width=96)
 
 
@@ -200,6 +200,6 @@ def test_a_trained_run_resumes_without_its_source_and_keeps_what_was_frozen(sour
     assert "resuming from step 1 of 2" in capsys.readouterr().err
     assert Checkpoints(workdir).latest() == 2 and len((workdir / "metrics.jsonl").read_text().splitlines()) == 2
     alone = read_workdir(workdir)
-    assert f"began with {folder}, which is not there any more" in capsys.readouterr().err
+    assert f"note: {folder}, which {workdir} was initialized from, is missing: " in capsys.readouterr().err
     assert_same_params(alone.params["vision"], jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params["vision"]))
     assert alone.cfg == trained.cfg == parse(workdir)[0].model

@@ -24,7 +24,7 @@ from tests import golden
 SPECIAL = r"</?s>|<pad>|<unk>|<\|\w+\|>"
 WORDS = ["what?", "a blue shape ", "ünï 🟦", "\ud83d", "USER: ", "ASSISTANT:", "{}", "<s", "/s>", " ", "\n"]
 NAMES = ["<s>", "</s>", "<pad>", "<unk>", "<|im_end|>", "<|im_start|>assistant\n", "<|eot_id|>"]
-ROOM = 4096
+CAPACITY = 4096
 PICTURE = BytesIO()
 Image.new("RGB", (8, 8), (200, 30, 60)).save(PICTURE, "PNG")
 rarely = st.integers(0, 19).map(lambda number: number == 7)
@@ -88,15 +88,15 @@ def test_what_is_read_is_right_in_check_rows_lengths_and_prompts(name, tokenizer
     rows = Rows(One(record), tokenizer, DataConfig(template=name), VisionConfig(image_size=14))
     found = rows.lengths()
     if conversation is None or conversation.rounds[0].answer is None:
-        for door in (lambda: rows.read(0, ROOM), lambda: examine(One(record), 0)):
+        for call in (lambda: rows.read(0, CAPACITY), lambda: examine(One(record), 0)):
             with pytest.raises(BadSample, match="record: "):
-                door()
-        with pytest.raises(TooManyFaults):  # what training says before its first step
+                call()
+        with pytest.raises(TooManyFaults):  # as training does before its first step
             rows.plan((4,), 0)
         assert (found.tokens[0], found.images[0]) == (0, 0)
         return
     examine(One(record), 0)
-    _, tokenized = rows.read(0, ROOM)
+    _, tokenized = rows.read(0, CAPACITY)
     assert_right(conversation, tokenized, TEMPLATES[name], tokenizer, len(record.images))
     assert (found.tokens[0], found.images[0]) == (len(tokenized.ids), len(record.images))
     batch, faults = rows.build([[0]], len(tokenized.ids), len(record.images))
@@ -126,7 +126,7 @@ def test_what_is_read_is_right_in_llamas_tokens(llama, record):
 
 
 def assert_right(conversation, tokenized, template, tokenizer, images):
-    """Places are the pictures, special tokens the template's, and what is supervised the answers."""
+    """One placeholder per image, special tokens from the template alone, supervision on the answers alone."""
     ids = tokenized.ids
     assert conversation.images == len(tokenized.image_positions) == len(tokenized.questions) == images
     np.testing.assert_array_equal(np.flatnonzero(ids == 0), tokenized.image_positions)
@@ -148,5 +148,5 @@ def assert_right(conversation, tokenized, template, tokenizer, images):
         return  # nothing parts the end of a caption from what follows it
     assert len(edges) == len(answers)
     for (start, end), answer in zip(edges, answers, strict=True):
-        said = answer.encode("utf-8", "replace").decode()
-        assert tokenizer.decode(ids[start:end]).split() == said.split()
+        expected = answer.encode("utf-8", "replace").decode()
+        assert tokenizer.decode(ids[start:end]).split() == expected.split()

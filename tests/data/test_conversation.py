@@ -1,4 +1,4 @@
-"""Conversations to tokens: what is supervised, where images go, what is refused."""
+"""Conversations to tokens: supervision, places of images, refusals."""
 
 import itertools
 import re
@@ -14,8 +14,8 @@ from deltallava_jax.data.conversation import (
     TEMPLATES,
     Conversation,
     Round,
-    asked,
     end_ids,
+    prompt_conversation,
     question_ids,
     read_turns,
     tokenize,
@@ -36,7 +36,7 @@ each_template = pytest.mark.parametrize("template", INSTRUCT.values(), ids=INSTR
 
 def talk(pairs) -> Conversation:
     """With an image for each marker of a question."""
-    return asked(pairs, sum(question.count(IMAGE) for question, _ in pairs))
+    return prompt_conversation(pairs, sum(question.count(IMAGE) for question, _ in pairs))
 
 
 def supervised(tokenized) -> list[list[int]]:
@@ -121,7 +121,7 @@ def test_placeholders_stand_where_the_markers_stood(template, question, images, 
     pieces = [tokenizer.decode(tokenized.ids[a + 1 : b]) for a, b in itertools.pairwise(bounds)]
     expected = template.user.format(question) + template.assistant + template.lead + "no" + template.end
     plain = [re.sub(r"<\|.+?\|>|</s>", "", piece).strip() for piece in expected.split(IMAGE)[1:]]
-    assert pieces == plain  # special tokens are left out of what is decoded
+    assert pieces == plain  # decode leaves out special tokens
     assert_supervises(tokenized, ["yes", "no"], template, tokenizer)
 
 
@@ -154,9 +154,9 @@ def test_the_shared_part_and_one_round_are_that_question_asked_alone(name, front
     assert not tokenized.rounds[tokenized.image_positions].any()
     for number, (question, answer) in enumerate(bare, start=1):
         alone = tokenize(talk([(front + question, answer)]), TEMPLATES[name], tokenizer)
-        seen = np.isin(tokenized.rounds, (0, number))
-        np.testing.assert_array_equal(tokenized.ids[seen], alone.ids)
-        np.testing.assert_array_equal(tokenized.loss_mask[seen], alone.loss_mask)
+        visible = np.isin(tokenized.rounds, (0, number))
+        np.testing.assert_array_equal(tokenized.ids[visible], alone.ids)
+        np.testing.assert_array_equal(tokenized.loss_mask[visible], alone.loss_mask)
         assert tokenized.loss_mask[tokenized.rounds == number].any()
 
 
@@ -249,7 +249,7 @@ def test_images_without_a_marker_go_before_the_first_question():
         ((f"{IMAGE}\na", "b", f"{IMAGE} c", "", "d", ""), 2, [(f"{IMAGE}\na", "b"), (f"{IMAGE}\nd", None)], 2),
     ],
 )
-def test_a_round_that_says_nothing_is_left_out_and_counted(values, images, rounds, silent):
+def test_a_round_with_an_empty_turn_is_left_out_and_counted(values, images, rounds, silent):
     found = read_turns(turns(*values), images)
     assert pairs_of(found) == rounds and found.notes == ("silent",) * silent and found.images == images
 
@@ -271,15 +271,15 @@ def test_a_system_turn_is_the_conversations_system_text(tokenizer):
 
 def test_independent_rounds_share_the_system_text(tokenizer):
     pairs = [("what?", "blue"), ("which?", "a circle")]
-    tokenized = tokenize(asked(pairs, 0, "One word."), TEMPLATES["brief"], tokenizer)
+    tokenized = tokenize(prompt_conversation(pairs, 0, "One word."), TEMPLATES["brief"], tokenizer)
     for number, pair in enumerate(pairs, start=1):
-        alone = tokenize(asked([pair], 0, "One word."), TEMPLATES["brief"], tokenizer)
+        alone = tokenize(prompt_conversation([pair], 0, "One word."), TEMPLATES["brief"], tokenizer)
         np.testing.assert_array_equal(tokenized.ids[np.isin(tokenized.rounds, (0, number))], alone.ids)
 
 
 @pytest.mark.parametrize("value", ["<video>\nwhat?", "what is it? <video>", " <video> "])
 def test_a_video_is_a_fault_of_its_own(value):
-    with pytest.raises(BadSample, match="turn 0 is about a video, which is not read") as caught:
+    with pytest.raises(BadSample, match="turn 0 refers to a video; videos are not supported") as caught:
         read_turns(turns(value, "red"), 0)
     assert caught.value.kind == "video"
     assert read_turns(turns("How does <video> work in HTML?", "So."), 0).images == 0
@@ -306,7 +306,7 @@ def test_a_video_is_a_fault_of_its_own(value):
         (None, "the conversation is of type NoneType"),
     ],
 )
-def test_a_broken_conversation_says_what_is_wrong(conversation, words):
+def test_a_broken_conversation_is_refused_with_the_reason(conversation, words):
     with pytest.raises(BadSample, match=words) as caught:
         read_turns(conversation, 0)
     assert caught.value.kind == "malformed"
@@ -320,17 +320,24 @@ def test_half_a_surrogate_pair_does_not_stop_the_run(tokenizer):
 
 
 def test_a_prompt_has_its_images_where_it_marks_them_or_before_the_last_question():
-    assert asked([("a", "b"), ("c", None)], 2).rounds == (Round(("a",), "b"), Round(("", "\n", "\nc"), None))
-    assert asked([(f"a {IMAGE}", "b"), ("c", None)], 1).rounds == (Round(("", "\na"), "b"), Round(("c",), None))
-    assert asked([(f"a {IMAGE} b {IMAGE}", None)], 2).rounds == (Round(("a ", " b ", ""), None),)
+    assert prompt_conversation([("a", "b"), ("c", None)], 2).rounds == (
+        Round(("a",), "b"),
+        Round(("", "\n", "\nc"), None),
+    )
+    assert prompt_conversation([(f"a {IMAGE}", "b"), ("c", None)], 1).rounds == (
+        Round(("", "\na"), "b"),
+        Round(("c",), None),
+    )
+    assert prompt_conversation([(f"a {IMAGE} b {IMAGE}", None)], 2).rounds == (Round(("a ", " b ", ""), None),)
     for question, images in ((IMAGE, 0), (IMAGE, 2), (IMAGE * 2, 1)):
-        with pytest.raises(ConfigError, match=f"<image> markers, but {images} images are given"):
-            asked([(question, None)], images)
+        with pytest.raises(ConfigError, match=f"<image> markers for {images} images; expected one per image"):
+            prompt_conversation([(question, None)], images)
 
 
 def test_an_answer_of_the_history_is_text():
-    said = f"The tag is {IMAGE}."
-    assert asked([("a", said), ("c", None)], 1).rounds == (Round(("a",), said), Round(("", "\nc"), None))
+    answer = f"The tag is {IMAGE}."
+    rounds = prompt_conversation([("a", answer), ("c", None)], 1).rounds
+    assert rounds == (Round(("a",), answer), Round(("", "\nc"), None))
 
 
 # ------------------------------------------------------------------ questions, for systems that read them
@@ -349,16 +356,16 @@ def test_each_image_knows_its_question(template, tokenizer):
     assert tokenize(talk(pairs), template, tokenizer).questions.shape == (3, 0)  # for systems that read none
 
 
-def test_a_question_is_whole_up_to_the_limit_and_it_is_said_where_it_is_cut(tokenizer):
+def test_a_question_is_whole_up_to_the_limit_and_truncated_with_a_warning(tokenizer):
     ids, text = [tokenizer.bos, *tokenizer.encode("is there a triangle?")[0]], "\nis there a triangle? "
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert question_ids(text, tokenizer, len(ids)).tolist() == ids
-    with pytest.warns(UserWarning, match=r"longer than the 3 tokens .*\(projector.question_length\)"):
+    with pytest.warns(UserWarning, match=r"truncated to the 3 tokens .*\(projector.question_length\)"):
         assert question_ids(text, tokenizer, 3).tolist() == ids[:3]
 
 
 @pytest.mark.parametrize("question", ["what <image> is it?", "<image>\nwhat is it?", "what is it? ", "<image>"])
 def test_a_prompt_has_the_form_that_was_trained_on(question):
     turns = [{"from": "human", "value": question}]
-    assert asked([(question, None)], 1).rounds == read_turns(turns, 1).rounds
+    assert prompt_conversation([(question, None)], 1).rounds == read_turns(turns, 1).rounds

@@ -1,4 +1,4 @@
-"""Files that are no images, damaged ones and those too large: refused by name, or loaded with all their pixels."""
+"""Files that are not images, are damaged or too large: refused by name, or loaded with all their pixels."""
 
 import os
 import warnings
@@ -45,7 +45,7 @@ def test_what_is_no_file_is_named(tmp_path):
 def test_a_file_that_is_no_image_is_named(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     assert_refused(tmp_path / "a.png", "JPEG, PNG, GIF")
-    assert_refused(content, f"image of {len(content)} bytes: no image of a known format")
+    assert_refused(content, f"image of {len(content)} bytes: not an image of a known format")
 
 
 def test_a_reason_of_several_lines_becomes_one(monkeypatch):
@@ -60,7 +60,7 @@ def test_formats_that_start_other_programs_are_refused(tmp_path):
     """EPS would be given to Ghostscript."""
     file = tmp_path / "a.jpg"
     Image.fromarray(pixels(16, 16)).save(file, "EPS")
-    assert_refused(file, "no image of a known format")
+    assert_refused(file, "not an image of a known format")
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])
@@ -155,7 +155,7 @@ def test_an_opened_image_whose_file_is_cut_short_is_named(tmp_path):
 
 
 def test_pixels_without_a_range_are_refused():
-    assert_refused(Image.fromarray(np.zeros((8, 8), np.float32)), "floating point")
+    assert_refused(Image.fromarray(np.zeros((8, 8), np.float32)), "floating-point")
     for value in (-1, 2**16):
         assert_refused(encoded(Image.fromarray(np.full((8, 8), value, np.int32)), "TIFF"), f"from {value} to {value}")
 
@@ -183,7 +183,7 @@ def test_what_pillow_only_warns_of_is_refused_before_its_pixels_are_decoded(tmp_
 
 @pytest.mark.parametrize("size", [(1, 20000), (20000, 1), (1, 101), (400, 40001), (0, 5), (5, 0), (400, 2**15 + 1)])
 def test_an_extreme_size_is_refused(size):
-    words = f"{size[0]} x {size[1]} pixels; expected at most", "32,768 a side and 100 times"
+    words = f"{size[0]} x {size[1]} pixels; expected at most", "32,768 per side and an aspect ratio of 100"
     assert_refused(Image.new("RGB", size), *words)
 
 
@@ -223,7 +223,7 @@ def test_metadata_without_bounds_is_refused():
         load_image(png_with(pixels(8, 8), "zTXt", 2**26 + 1), 8)
 
 
-def test_an_image_that_is_missing_is_told_from_one_that_cannot_be_read(tmp_path):
+def test_missing_and_unreadable_images_are_distinguished(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     for name, kind in (("none.png", "missing"), ("text.png/none.png", "missing"), ("text.png", "unreadable")):
         with pytest.raises(BadSample) as caught:

@@ -37,15 +37,15 @@ def data(action, folder, *arguments):
     options.main(options)
 
 
-def test_check_prints_and_writes_a_report_and_says_if_the_data_are_fit(folder, tmp_path, capsys):
+def test_check_prints_and_writes_a_report_and_exits_with_1_for_unfit_data(folder, tmp_path, capsys):
     arguments = ["--tokenizer", LLAMA, "--report", tmp_path / "report.json"]
-    with pytest.raises(SystemExit, match="not fit to train on: 26.7% of the records cannot be used, more than 1.0%"):
+    with pytest.raises(SystemExit, match="not fit to train on: 26.7% of the records are unusable, more than 1.0%"):
         data("check", folder, *arguments)
     data("check", folder, *arguments, "--max-bad-fraction", 0.3)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["records"] == 30 and report["usable"] == 30 - len(FAULTS)
     printed = capsys.readouterr().out
-    assert "30 records, 22 usable" in printed and "images that are missing" in printed
+    assert "30 records, 22 usable" in printed and "missing images" in printed
     data("check", folder, *arguments, "--max-bad-fraction", 0.3, "--no-decode")
     assert json.loads((tmp_path / "report.json").read_text())["faults"]["unreadable"] == 0
 
@@ -67,9 +67,9 @@ def test_duplicate_ids_are_counted(folder, tmp_path):
     [
         (["--template", "llama"], "--template is 'llama'"),
         (["--tokens", 2048], "row_length=2048 cannot hold 1 images of 2048 tokens"),
-        (["--images", "nowhere"], "data.images='nowhere' is no folder"),
+        (["--images", "nowhere"], "data.images='nowhere' is not a folder"),
         (["--array-record", "too"], "expected --json FILE ... and --images FOLDER, or --array-record DIR"),
-        (["--json", golden.DATA], "data.json: .* is a folder; one that data build made is given as data.array_record"),
+        (["--json", golden.DATA], "data.json: .* is a folder; expected a file .data.array_record takes a folder."),
     ],
 )
 def test_check_refuses_what_cannot_be(folder, arguments, words):
@@ -85,7 +85,7 @@ def test_a_wrong_tokenizer_is_named_with_what_was_expected(folder, tmp_path):
 def test_without_a_tokenizer_the_check_counts_with_the_one_that_training_makes(folder, tmp_path, capsys):
     report = tmp_path / "report.json"
     data("check", folder, "--no-decode", "--max-bad-fraction", 1, "--report", report)
-    assert "counted with a tokenizer of 384 tokens made of these records" in capsys.readouterr().err
+    assert "counted with a tokenizer of 384 tokens trained on these records" in capsys.readouterr().err
     source = LlavaJson(folder / "data.json", folder)
     own = tokens.train(source.texts(), 384)
     rows = Rows(source, own, DataConfig(row_length=2048), VisionConfig())
@@ -107,7 +107,7 @@ def test_pictures_that_a_square_crop_cuts_are_counted(folder, tmp_path, capsys):
     (tmp_path / "data.json").write_text(json.dumps(entries))
     data("check", tmp_path, "--tokenizer", LLAMA)
     out = capsys.readouterr().out
-    assert "pictures of 5 that lose a part of their area with data.aspect=square" in out
+    assert "of 5 images, data.aspect=square crops this share of the area" in out
     assert "3 more than 25%, 2 more than 50%, 1 more than 75%" in out
     assert "--config.data.aspect=pad keeps them whole" in out
 
@@ -118,14 +118,14 @@ def test_build_takes_several_files_and_lists_what_it_left_out(folder, tmp_path, 
     data("build", folder, "--json", folder / "data.json", folder / "again.json", "--out", out)
     assert len(ArrayRecords(out)) == 2 * (30 - len(FAULTS))
     assert len((out / "faults.txt").read_text().splitlines()) == 2 * len(FAULTS)
-    told = capsys.readouterr().err
-    assert "16 records were left out, listed in" in told and "8 images that cannot be read" in told
+    printed = capsys.readouterr().err
+    assert "16 records were left out, listed in" in printed and "8 images that cannot be read" in printed
     options = parse(["data", "check", "--array-record", str(out), "--tokenizer", str(LLAMA), "--workers", "1"])
     options.main(options)  # what build made is fit to train on
     assert f"{2 * 22} records, {2 * 22} usable" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="was begun from other records"):
+    with pytest.raises(ConfigError, match="was built from other records"):
         data("build", folder, "--out", out)
     about = out / "source.json"
-    about.write_text(about.read_text()[:-3])  # cut off
-    with pytest.raises(ConfigError, match="remove it first"):
+    about.write_text(about.read_text()[:-3])  # truncated
+    with pytest.raises(ConfigError, match="use a new folder, or remove it"):
         data("build", folder, "--json", folder / "data.json", folder / "again.json", "--out", out)

@@ -54,10 +54,10 @@ def test_rows_are_as_long_as_the_longest_needs_and_fit_the_limit(epochs):
     plan, steps = epochs
     for step in steps:
         lengths = [plan.lengths[row[0]] for row in step.rows if row]
-        room = LENGTH - step.images * 63
+        capacity = LENGTH - step.images * 63
         assert lengths == sorted(lengths, reverse=True)
-        assert min(max(lengths), room) <= step.text <= room and step.text + step.images * 63 <= LENGTH
-        assert step.text == room or step.text - max(lengths) < BUCKET and step.text % BUCKET == 0
+        assert min(max(lengths), capacity) <= step.text <= capacity and step.text + step.images * 63 <= LENGTH
+        assert step.text == capacity or step.text - max(lengths) < BUCKET and step.text % BUCKET == 0
         assert step.images == max(plan.images[row[0]] for row in step.rows if row)
 
 

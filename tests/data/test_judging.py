@@ -1,4 +1,4 @@
-"""What the text of a record shows is judged before step 1: the same in training and in data check, and left out."""
+"""Records whose text is unusable are left out before step 1, the same in training and in data check."""
 
 import dataclasses
 import hashlib
@@ -43,7 +43,7 @@ def rows_of(folder, records: list, tokenizer, **changes) -> Rows:
     return Rows(LlavaJson(folder / "data.json", folder), tokenizer, cfg, TOWER)
 
 
-def seen(plan, epochs: int = 1) -> Counter:
+def counts(plan, epochs: int = 1) -> Counter:
     steps = (plan.step(number) for number in range(plan.steps_for(epochs)))
     return Counter(record for step in steps for row in step.rows for record in row)
 
@@ -57,10 +57,10 @@ def test_few_broken_records_of_many_end_nothing(tmp_path, tokenizer, seed, packe
         records[index]["conversations"] = "?"
     plan = rows_of(tmp_path, records, tokenizer, packed=packed).plan((16,), seed)
     assert sorted(plan.faults) == list(broken) and not set(plan.records) & set(broken)
-    assert seen(plan) == Counter(set(range(1208)) - set(broken))  # the numbers stay those of the source
+    assert counts(plan) == Counter(set(range(1208)) - set(broken))  # the numbers stay those of the source
     (line,) = faults.judge(plan, 0.01, tmp_path)
     listed = tmp_path / "faults.txt"
-    assert line.startswith("5 of 1,208 records cannot be used and are left out: 5 records or turns of another form")
+    assert line.startswith("5 of 1,208 records cannot be used and are left out: 5 malformed records or turns")
     assert [f"data.json#{index} " in text for index, text in zip(broken, listed.read_text().splitlines(), strict=True)]
     counted = {}
     for step in range(1, plan.steps_for(2) + 1):  # as the loop counts
@@ -88,23 +88,23 @@ def test_a_record_with_more_images_than_a_row_holds_is_left_out_alone(tmp_path, 
 def test_what_a_row_is_too_short_for_is_the_same_fault_before_training_and_in_a_row(tmp_path, tokenizer):
     long = "which number is it? " * 30
     records = [record(number) for number in range(300)]
-    records[0] = record(0, question=long)  # the answer is cut off
-    records[1]["conversations"][0]["value"] = f"{long}{IMAGE}{IMAGE}"  # an image is cut off
+    records[0] = record(0, question=long)  # the answer is truncated
+    records[1]["conversations"][0]["value"] = f"{long}{IMAGE}{IMAGE}"  # an image is truncated
     records[1]["image"] *= 2
     records[2] = record(2, images=0, question=long)
     records[3] = record(3, answer=None)
     records[4] = record(4, answer="seven " * 400)  # cut, but of use
     rows = rows_of(tmp_path, records, tokenizer, row_length=128, images_per_row=2)
     plan = rows.plan((16,), 0)
-    text = plan.room.min()
-    assert text == 128 - 2 * 15 and plan.room[2] == 128
+    text = plan.text_capacity.min()
+    assert text == 128 - 2 * 15 and plan.text_capacity[2] == 128
     kinds = {index: error.kind for index, error in plan.faults.items()}
     assert kinds == {0: "unsupervised", 1: "beyond", 2: "unsupervised", 3: "unsupervised"} and plan.cut == 1
     for index in range(4):
         with pytest.raises(BadSample, match=f"data.json#{index} ") as caught:
-            rows.read(index, plan.room[index])
+            rows.read(index, plan.text_capacity[index])
         assert caught.value.kind == kinds[index]
-        assert rows.build([[index]], int(plan.room[index]), 2)[1] == (str(caught.value),)
+        assert rows.build([[index]], int(plan.text_capacity[index]), 2)[1] == (str(caught.value),)
     stream = list(elements(rows, plan, 0, plan.steps_for(1), workers=0))
     assert not any(element.faults for element in stream)
     found = check(rows.source, plan, 1)["faults"]
@@ -113,7 +113,7 @@ def test_what_a_row_is_too_short_for_is_the_same_fault_before_training_and_in_a_
 
 def test_a_data_set_of_nothing_but_broken_records_is_refused(tmp_path, tokenizer):
     records = [record(number, answer=None) for number in range(3)]
-    with pytest.raises(TooManyFaults, match="none of the 3 records can be used: 3 .*; the first: data.json#0 "):
+    with pytest.raises(TooManyFaults, match="none of the 3 records is usable: 3 .*; the first: data.json#0 "):
         rows_of(tmp_path, records, tokenizer).plan((16,), 0)
     with pytest.raises(ConfigError, match="the data set has no records"):
         rows_of(tmp_path, [], tokenizer).plan((16,), 0)
@@ -123,7 +123,7 @@ def test_a_data_set_of_nothing_but_broken_records_is_refused(tmp_path, tokenizer
 
 @pytest.mark.parametrize(("kind", "digest"), [(PackPlan, "9a036306e8d04592"), (GroupedPlan, "061c4d0d24231ae7")])
 def test_plans_of_sound_data_stay_what_they_were(kind, digest):
-    """Runs that began with an earlier version resume to the bit."""
+    """Runs that were started with an earlier version resume to the bit."""
     rng = np.random.default_rng(0)
     tokens, images = rng.integers(8, 160, 400), rng.integers(0, 4, 400)
     plan = kind(tokens, images, budgets=(64, 16), rows=3, row_length=700, seed=5)
@@ -166,12 +166,12 @@ def test_the_version_is_of_the_code_itself(tmp_path):
     assert kept.version(tmp_path / "one") != kept.version(tmp_path / "other")
 
 
-def test_what_was_done_so_that_records_can_be_used_is_said(tmp_path, tokenizer):
+def test_repairs_of_records_are_reported(tmp_path, tokenizer):
     records = [record(number) for number in range(10)]
     records[2]["conversations"][0]["value"] = "which number?"
     rows = rows_of(tmp_path, records, tokenizer)
     for _ in range(2):  # measured, then from the cache
         plan = rows.plan((16,), 0)
         (line,) = faults.judge(plan, 0.01, tmp_path)
-        assert line == "1 records that mark no place for their images, which go before the first question"
+        assert line == "1 records without image markers; their images go before the first question"
     assert check(rows.source, plan, 1)["notes"]["unmarked"] == 1 and not (tmp_path / "faults.txt").exists()

@@ -1,4 +1,4 @@
-"""LLaVA's files: every record where it is, whatever its text; kept indexes; what is broken is refused or reported."""
+"""LLaVA's files: random access whatever the text; cached indices; broken files are refused, broken records reported."""
 
 import json
 import pickle
@@ -47,7 +47,7 @@ VALUES = st.recursive(TEXT | st.integers(), lambda inner: st.lists(inner, max_si
     lines=st.booleans(),
     chunk=st.integers(1, 40),
 )
-def test_every_record_is_where_its_span_says(records, indent, ascii, lines, chunk):
+def test_every_record_is_at_its_span(records, indent, ascii, lines, chunk):
     if lines:
         text = "".join(json.dumps(one, ensure_ascii=ascii) + "\n" for one in records)
     else:
@@ -93,11 +93,11 @@ def test_a_changed_file_is_indexed_again(tmp_path, cache):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ('[{"id": 1}, {"id"', "is cut off"),
-        ('[{"id": 1}, {"id": 2', "is cut off"),
-        ('{"id": 1}\n{"id": "}', "is cut off: the last record has no end"),
-        ("", "does not begin like one"),
-        ("id,image\n1,2", "does not begin like one"),
+        ('[{"id": 1}, {"id"', "is truncated"),
+        ('[{"id": 1}, {"id": 2', "is truncated"),
+        ('{"id": 1}\n{"id": "}', "is truncated: the last record is incomplete"),
+        ("", r"begins with neither \[ nor {"),
+        ("id,image\n1,2", r"begins with neither \[ nor {"),
     ],
 )
 def test_a_file_that_is_no_list_of_records_is_refused(tmp_path, text, words):
@@ -124,7 +124,7 @@ def test_an_image_outside_the_root_is_refused(tmp_path, image):
     "changes, words",
     [(dict(image=3), '"image" is'), (dict(image=[1]), '"image" is'), (dict(conversations="no"), "no list")],
 )
-def test_a_record_of_another_form_says_so(tmp_path, changes, words):
+def test_a_malformed_record_is_refused_by_name(tmp_path, changes, words):
     source = LlavaJson(write(tmp_path, [record(0, **changes), record(1)]), tmp_path)
     with pytest.raises(BadSample, match=f"data.json#0 .*{words}"):
         source[0]
@@ -153,7 +153,7 @@ def test_lengths_are_those_of_the_tokens_and_are_kept(tmp_path, cache, tokenizer
     np.testing.assert_array_equal(lengths.measure(source, template, tokenizer).tokens, tokens)
 
 
-def test_a_mixture_takes_each_file_as_often_as_its_weight_says(tmp_path):
+def test_a_mixture_repeats_each_file_by_its_weight(tmp_path):
     a = write(tmp_path, [record(number) for number in range(10)], "a.json")
     b = write(tmp_path, [record(number) for number in range(100, 140)], "b.json")
     cfg = DataConfig(dataset="llava", json=(str(a), str(b)), images=str(tmp_path), weights=(2.0, 0.5))
@@ -174,7 +174,7 @@ def test_an_image_below_the_root_is_read_however_its_path_is_written(tmp_path, m
     for folder in (root / "coco", root / "..foo", elsewhere):
         folder.mkdir(parents=True)
         (folder / "a.jpg").write_bytes(b"")
-    (root / "gqa").symlink_to(elsewhere)  # another disk, say
+    (root / "gqa").symlink_to(elsewhere)  # e.g. another disk
     (tmp_path / "link").symlink_to(root)
     paths = ["coco/a.jpg", "..foo/a.jpg", "coco/../..foo/a.jpg", "gqa/a.jpg", f"{root}/coco/a.jpg", f"{root}/gqa/a.jpg"]
     paths += [f"{root}/../images/coco/a.jpg", f"{tmp_path}/link/coco/a.jpg"]
@@ -209,8 +209,8 @@ def test_paths_below_a_root_elsewhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
-        (dict(image=None, video="a.mp4"), "video", "is about a video"),
-        (dict(videos=["a.mp4"]), "video", "is about a video"),
+        (dict(image=None, video="a.mp4"), "video", "has a video; videos are not supported"),
+        (dict(videos=["a.mp4"]), "video", "has a video; videos are not supported"),
         (dict(image=None, images=["a.jpg"]), "malformed", 'has "images"; expected "image"'),
     ],
 )

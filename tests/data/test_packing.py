@@ -51,8 +51,8 @@ def planned(plan: PackPlan, epochs: int):
 def test_every_record_comes_exactly_once_an_epoch(case):
     plan = make(case)
     for epoch in range(3):
-        seen = Counter(r for step in planned(plan, 3) if step.epoch == epoch for row in step.rows for r in row)
-        assert seen == Counter(range(len(plan.lengths)))
+        counts = Counter(r for step in planned(plan, 3) if step.epoch == epoch for row in step.rows for r in row)
+        assert counts == Counter(range(len(plan.lengths)))
 
 
 @each_case
@@ -64,7 +64,7 @@ def test_no_row_holds_more_than_it_has_room_for(case):
     for step in planned(plan, 2):
         text, images = step.text, step.images
         assert (text, images) in (plan.capacities[step.budget], (plan.row_length, 0)) and len(step.rows) == plan.rows
-        for row in step.rows:  # a record longer than a row is cut to its length and has it for itself
+        for row in step.rows:  # a record longer than a row is truncated and has a row alone
             assert np.minimum(plan.lengths[row], text).sum() <= text
             assert plan.images[row].sum() <= images
 

@@ -131,11 +131,11 @@ def test_lengths_are_those_of_the_tokens(rows, few):
 
 def test_a_batch_holds_its_records_one_after_the_other(rows, few, tokenizer):
     chosen = [[3, 1, 7], [5], []]
-    text, places = 600, 4
-    batch, faults = rows.build(chosen, text, places)
+    text, capacity = 600, 4
+    batch, faults = rows.build(chosen, text, capacity)
     assert faults == ()
     assert batch.tokens.shape == batch.loss_mask.shape == batch.segments.shape == (3, text)
-    assert batch.images.shape == (3, places, SIZE, SIZE, 3) and batch.images.dtype == np.uint8
+    assert batch.images.shape == (3, capacity, SIZE, SIZE, 3) and batch.images.dtype == np.uint8
     for row, records in enumerate(chosen):
         segments, positions = batch.segments[row], batch.image_positions[row]
         live = int((segments > 0).sum())
@@ -239,7 +239,7 @@ def test_a_worker_process_makes_the_same_elements(rows, plan, stream):
     assert_equal(list(elements(rows, plan, 1, 4, workers=1)), stream[1:4])
 
 
-def test_each_process_builds_the_rows_that_it_holds_and_tells_of_those_it_holds_first(folder, tokenizer):
+def test_each_process_builds_its_rows_and_reports_the_faults_of_those_it_holds_first(folder, tokenizer):
     folder[5].images[0].unlink()
     rows = Rows(folder, tokenizer, BRIEF, TOWER)
     plan = make_plan(rows, row_length=128)
@@ -254,7 +254,7 @@ def test_each_process_builds_the_rows_that_it_holds_and_tells_of_those_it_holds_
 
 
 @pytest.mark.parametrize("aspect", ASPECTS)
-def test_images_become_square_as_the_data_say_in_the_towers_colour(folder, tokenizer, aspect):
+def test_images_become_square_by_data_aspect_in_the_towers_colour(folder, tokenizer, aspect):
     wide = folder[0].images[0]
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 100, 3), dtype=np.uint8)).save(wide)
     spoil(folder, 1, images=(wide.read_bytes(),))
@@ -274,7 +274,7 @@ def as_turns(*values: str) -> list[dict]:
 
 @pytest.fixture()
 def folder(tmp_path) -> Records:
-    """Eight records as LLaVA's JSON has them, each with a picture of its own."""
+    """Eight records as LLaVA's JSON has them, each with a different image."""
     rng = np.random.default_rng(0)
     entries = []
     for number in range(8):

@@ -210,7 +210,7 @@ def llama_like(tmp_path_factory):
     return tokens.load(folder), own
 
 
-def test_a_text_behind_an_end_begins_anew_unless_the_checkpoint_says_otherwise(llama_like, tmp_path):
+def test_a_text_after_an_end_starts_with_a_space_unless_the_checkpoint_disables_it(llama_like, tmp_path):
     ours, theirs = llama_like
     ended = lambda own: own.encode(own.named("tokens</s>image"))[0]
     assert ended(ours) == [*theirs.encode("tokens"), ours.eos, *theirs.encode("image")]

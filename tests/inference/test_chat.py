@@ -152,7 +152,7 @@ def test_another_template(workdir):
     assert loaded.template == "vicuna_v1" and deltallava_jax.load(workdir).template == "brief"
     with pytest.raises(ConfigError, match="template is 'vicuna'; did you mean 'vicuna_v1'"):
         deltallava_jax.load(workdir, template="vicuna")
-    with pytest.raises(ConfigError, match="template chatml closes answers with <|im_end|>, which is no token of this"):
+    with pytest.raises(ConfigError, match="template chatml ends answers with <|im_end|>, which is not a token of this"):
         deltallava_jax.load(workdir, template="chatml")
 
 

@@ -46,8 +46,8 @@ def test_settings_by_name_from_the_command_line_and_from_json():
         system_config("corner")
     with pytest.raises(ConfigError, match="it is a setting of mqt, resampler"):
         system_config("corners", queries=4)
-    register("corners", Corners)  # again, as when a file is imported twice
-    with pytest.raises(ConfigError, match="there is a system 'mlp' already"):
+    register("corners", Corners)  # again, as a file does that is imported twice
+    with pytest.raises(ConfigError, match="the system 'mlp' already exists"):
         register("mlp", Corners)
 
 

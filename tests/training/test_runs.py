@@ -213,11 +213,11 @@ def test_bad_workdirs_are_refused_in_words(undisturbed, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(undisturbed, workdir)
     for setting, now, before in (("decoder.mlp_width", 96, 64), ("projector.scale_factor", 2, 4)):  # 4: the same shapes
-        told = (
-            f"error: {workdir} holds another model: model.{setting} is {now} now; the workdir was begun with {before}."
+        message = (
+            f"error: {workdir} holds a different model: model.{setting} is {now}; the run was started with {before}."
         )
         _, err = finish(start(workdir, f"--config.model.{setting}={now}"), code=2)
-        assert f"{told} Use its settings, or another --workdir" in err and "Traceback" not in err
+        assert f"{message} Use that, or another --workdir" in err and "Traceback" not in err
 
     (workdir / "tokenizer.json").unlink()
     for process in (start(workdir, *LONG), evaluate(workdir)):

@@ -15,10 +15,10 @@ DEFAULT_SELECT = {
 class DeltaLlavaConfig(PretrainedConfig):
     """vision_config, text_config: the tower's and the decoder's. deltallava_projector: the projector's settings.
 
-    select: what the projector reads of the tower, hidden state i the output of layer i: {"last", "levels", "drop_cls"},
-    "cls_attention": a layer and "head_mean" or "one_head", and "keys": a layer; null where it does not. "pruned": the
-    layers, from 0, that the projector runs itself.
-    budgets: visual tokens an image that the projector was trained for, largest first."""
+    select: the tower's outputs that the projector uses, hidden state i being the output of layer i: {"last", "levels",
+    "drop_cls"}, "cls_attention": a layer and "head_mean" or "one_head", "keys": a layer, each null if unused. "pruned":
+    the layers, from 0, that the projector applies.
+    budgets: visual tokens per image that the projector was trained for, largest first."""
 
     model_type = "deltallava"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}

@@ -1,6 +1,6 @@
 """A vision-language model with a compressing projector in PyTorch, for transformers. Exported by deltallava_jax.
 
-Needs torch and transformers alone. The projector is in projector.py."""
+Needs only torch and transformers. The projector is in projector.py."""
 
 import warnings
 
@@ -14,10 +14,10 @@ from .projector_parts import Features, cls_attention, run_layer
 
 
 class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """input_ids hold one image token for each image of pixel_values; ``budget`` is the visual tokens it opens into, at
-    most so many where their number varies.
+    """input_ids hold one image token for each image of pixel_values, which is replaced by ``budget`` visual tokens, or
+    by fewer if the projector's number of tokens varies.
 
-    question_ids, question_mask: [n, Q], each image's question for projectors that read it; the processor finds it."""
+    question_ids, question_mask: [n, Q], each image's question, from the processor, for projectors that read it."""
 
     config_class = DeltaLlavaConfig
     base_model_prefix = ""
@@ -46,32 +46,31 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model.set_output_embeddings(value)
 
     def resize_token_embeddings(self, *args, **kwargs):
-        """The decoder's embedding and head, and every config that names their size."""
+        """Resizes the decoder's embedding and head, and updates both configs."""
         embeddings = self.language_model.resize_token_embeddings(*args, **kwargs)
         self.config.text_config.vocab_size = self.language_model.config.vocab_size
         return embeddings
 
     def get_image_features(self, pixel_values, budget=None, question_ids=None, question_mask=None):
-        """[n, 3, H, W] normalised pixels -> [n, budget, d] visual tokens, and which of them are there: [n, budget] or,
-        for all, None."""
+        """[n, 3, H, W] normalised pixels -> ([n, budget, d] visual tokens, [n, budget] valid mask or None for all)."""
         budget = budget or self.config.budgets[0]
         if budget not in self.config.budgets:
             allowed = ", ".join(map(str, self.config.budgets))
-            raise ValueError(f"budget {budget}; the model makes {allowed} tokens an image")
+            raise ValueError(f"budget {budget}; the model supports {allowed} tokens per image")
         text = None
         if getattr(self.multi_modal_projector, "reads_question", False):
             if question_ids is None or len(question_ids) != len(pixel_values):
                 found = "none" if question_ids is None else len(question_ids)
                 raise ValueError(
                     f"the projector reads each image's question: {len(pixel_values)} images, but {found} in "
-                    "question_ids; give images and text to the processor together"
+                    "question_ids; pass images and text to the processor together"
                 )
             text = self._question_states(question_ids, question_mask)
-        made = self.multi_modal_projector(self._features(pixel_values, text), budget)
-        return made if isinstance(made, tuple) else (made, None)
+        tokens = self.multi_modal_projector(self._features(pixel_values, text), budget)
+        return tokens if isinstance(tokens, tuple) else (tokens, None)
 
     def _features(self, pixel_values, text):
-        """What the projector reads: hidden states of the tower, a layer's keys and its CLS token's attention."""
+        """The projector's inputs: hidden states of the tower, a layer's keys and the attention of its CLS token."""
         select = self.config.select
         if select["pruned"]:
             return self._pruned(pixel_values)
@@ -91,7 +90,7 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return features
 
     def _pruned(self, pixel_values):
-        """The tower's features where the projector runs some of its layers."""
+        """The tower's features if the projector applies some of its layers."""
         select, tower = self.config.select, self.vision_tower
         x = tower.pre_layrnorm(tower.embeddings(pixel_values.to(self.dtype)))
         for index, layer in enumerate(tower.encoder.layers[: select["last"]]):
@@ -102,7 +101,7 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return Features(x[:, 1:])
 
     def _attention(self, layer, states):
-        """The self-attention of a layer of the tower, and what it is given."""
+        """The self-attention of a layer of the tower, and its input."""
         module = self.vision_tower.encoder.layers[layer - 1]
         return module.self_attn, module.layer_norm1(states[layer - 1])
 
@@ -119,14 +118,14 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             warnings.warn(cut, stacklevel=2)
         rows = [row[:longest] for row in rows]
         lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-        # No token sees what follows it, so the padding on the right needs no mask.
+        # Attention is causal, so the padding on the right needs no mask.
         padded = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
         hidden = self.language_model.model(padded, use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(rows), device=ids.device), (lengths - 1).clamp(min=0)]
         return torch.where(lengths[:, None] > 0, last, 0)
 
     def _open(self, input_ids, pixel_values, attention_mask, labels, left, **kwargs):
-        """(embeddings, attention mask, labels) of the rows with every image token opened, padded on one side.
+        """(embeddings, attention mask, labels) of the rows with image tokens replaced by visual tokens, padded.
 
         kwargs: of get_image_features."""
         embeddings = self.get_input_embeddings()(input_ids)
@@ -174,7 +173,7 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds=None,
         **kwargs,
     ):
-        """Logits over the opened rows (and the loss with ``labels``), padded on the right."""
+        """Logits (and the loss, given ``labels``) of the rows with their visual tokens, padded on the right."""
         if inputs_embeds is None:
             inputs_embeds, attention_mask, labels = self._open(
                 input_ids, pixel_values, attention_mask, labels, left=False,
@@ -195,7 +194,7 @@ class DeltaLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds=None,
         **kwargs,
     ):
-        """The new tokens alone; inputs: another name of input_ids; keyword arguments as of transformers' generate."""
+        """Only the new tokens. inputs: an alias of input_ids. Keyword arguments as in transformers' generate."""
         if inputs_embeds is None:
             inputs_embeds, attention_mask, _ = self._open(
                 inputs if input_ids is None else input_ids, pixel_values, attention_mask, None, left=True,

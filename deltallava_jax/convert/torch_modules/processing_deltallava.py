@@ -9,10 +9,10 @@ IMAGE = "<image>"
 
 
 class DeltaLlavaProcessor(ProcessorMixin):
-    """Texts hold one <image> for each image, in order; the model opens it into as many tokens as it is asked for.
+    """Texts hold one <image> for each image, in order, which the model replaces by its visual tokens.
 
     question_end: for models that read each image's question, the text between a question and its answer ("": a question
-    goes on to the end of its text); None for the others."""
+    extends to the end of its text); None for other models."""
 
     attributes = ["image_processor", "tokenizer"]
     image_processor_class = "AutoImageProcessor"
@@ -23,14 +23,14 @@ class DeltaLlavaProcessor(ProcessorMixin):
         self.question_end = question_end
 
     def __call__(self, images=None, text=None, **kwargs):
-        """input_ids, attention_mask and pixel_values, and question_ids and question_mask [images, Q] for models that
-        read them."""
+        """input_ids, attention_mask and pixel_values; for models that read the question also question_ids and
+        question_mask, [images, Q]."""
         tensors = kwargs.pop("return_tensors", None)
         inputs = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else text
             if kwargs.get("add_special_tokens", True) and self.tokenizer.bos_token:
-                texts = [each.removeprefix(self.tokenizer.bos_token) for each in texts]  # the tokenizer puts it there
+                texts = [each.removeprefix(self.tokenizer.bos_token) for each in texts]  # the tokenizer adds it
             inputs.update(self.tokenizer(texts, return_tensors=tensors, **kwargs))
             inputs.pop("token_type_ids", None)
             if self.question_end is not None:
@@ -41,8 +41,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
 
     def _questions(self, texts):
         """Ids and mask of every image's question, padded on the right."""
-        asked = [question for text in texts for question in self._asked(text)]
-        found = [list(self.tokenizer(question)["input_ids"]) if question else [] for question in asked]
+        questions = [question for text in texts for question in self._asked(text)]
+        found = [list(self.tokenizer(question)["input_ids"]) if question else [] for question in questions]
         if not found:
             return {}
         length = max(1, *map(len, found))
@@ -52,7 +52,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         }
 
     def _asked(self, text):
-        """Each image's question: what follows the images of its turn, for the tokenizer by itself."""
+        """Each image's question: the text after the images of its turn."""
         questions = []
         for image in re.finditer(IMAGE, text):
             stop = text.find(self.question_end, image.end()) if self.question_end else len(text)

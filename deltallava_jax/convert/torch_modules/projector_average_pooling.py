@@ -1,4 +1,4 @@
-"""Average pooling in PyTorch: the mean of each cell's patches, through LLaVA's MLP.
+"""Average pooling in PyTorch: the mean of each cell's patches, then LLaVA's MLP.
 
 Exported by deltallava_jax."""
 

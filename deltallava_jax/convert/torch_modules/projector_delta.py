@@ -1,4 +1,4 @@
-"""The Delta projector in PyTorch, in the release's form and the paper's. Exported by deltallava_jax.
+"""The Delta projector in PyTorch, in the variants of the release and of the paper. Exported by deltallava_jax.
 
 Tensor names are those of the public release, mzamini92/Delta-LLaVA; written from its description, not from its code."""
 
@@ -104,7 +104,7 @@ class Block(nn.Module):
 
 
 class Projector(nn.Module):
-    """Features -> [n, budget, d] visual tokens; any budget, the same weights."""
+    """Features -> [n, budget, d] visual tokens; the same weights for any budget."""
 
     def __init__(self, p):
         super().__init__()

@@ -1,4 +1,4 @@
-"""DynamicViT in PyTorch: small predictors in the tower choose which patches go on; then LLaVA's MLP.
+"""DynamicViT in PyTorch: small predictors in the tower select the patches that are kept; then LLaVA's MLP.
 
 Exported by deltallava_jax; the predictors' tensor names are the public release's."""
 
@@ -30,7 +30,7 @@ class Projector(Mlp):
         self.score_predictor = nn.ModuleList(Predictor(p["in_width"]) for _ in p["prune_layers"])
 
     def prune(self, stage, layer, x):
-        """A layer of the tower, [n, 1 + N, C], behind a predictor that leaves out some of the patches."""
+        """Drops patches by a predictor, then applies a layer of the tower: [n, 1 + N, C]. stage: the pruning step."""
         scores = self.score_predictor[stage](x[:, 1:])[..., 0]
         stay = scores.topk(int(self.patches * self.ratio ** (stage + 1)), dim=1).indices.sort(1).values
         patches = x[:, 1:][torch.arange(len(x), device=x.device)[:, None], stay]

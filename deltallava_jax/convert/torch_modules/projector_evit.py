@@ -1,4 +1,4 @@
-"""EViT in PyTorch: the tower goes on with the patches that its CLS token looks at; then LLaVA's MLP.
+"""EViT in PyTorch: the tower keeps the patches that its CLS token attends to most; then LLaVA's MLP.
 
 Exported by deltallava_jax."""
 
@@ -15,7 +15,7 @@ class Projector(Mlp):
         self.ratio, self.fuse = 0.7 if p["keep_ratio"] is None else p["keep_ratio"], p["fuse"]
 
     def prune(self, stage, layer, x):
-        """A layer of the tower, [n, 1 + N, C], with fewer patches between its attention and its MLP."""
+        """Applies a layer of the tower, [n, 1 + N, C], dropping patches between its attention and its MLP."""
         y = layer.layer_norm1(x)
         scores = cls_attention(layer.self_attn, y, layer.self_attn.num_heads)
         x = x + layer.self_attn(y, attention_mask=None)[0]

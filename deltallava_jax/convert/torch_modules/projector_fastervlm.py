@@ -1,4 +1,4 @@
-"""FasterVLM in PyTorch: the patches that the CLS token looks at, in reading order, through LLaVA's MLP.
+"""FasterVLM in PyTorch: the patches that the CLS token attends to most, in raster order, then LLaVA's MLP.
 
 Exported by deltallava_jax."""
 

@@ -25,7 +25,7 @@ class SelfAttention(nn.Module):
 
 
 class DeformableAttention(nn.Module):
-    """Bilinear samples around each query's point, weighted; what lies outside the image counts as zero."""
+    """Weighted bilinear samples around each query's point; zero outside the image."""
 
     def __init__(self, width, head_dim):
         super().__init__()

@@ -1,8 +1,8 @@
-"""What the projectors share in PyTorch. Exported by deltallava_jax.
+"""Shared parts of the projectors in PyTorch. Exported by deltallava_jax.
 
-A projector is called with (features, budget) and returns visual tokens [n, budget, d], or those and the valid mask
-[n, budget] where the number of live tokens varies. One that wants text has reads_question = True; one that runs layers
-of the tower itself has prune(stage, layer, x)."""
+A projector is called with (features, budget) and returns visual tokens [n, budget, d], with their valid mask
+[n, budget] if the number of tokens varies. One that reads the question has reads_question = True; one that applies
+layers of the tower has prune(stage, layer, x)."""
 
 import math
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from torch import nn
 
 @dataclass
 class Features:
-    """What projectors read of n images with N patches, the CLS token left out.
+    """The inputs of projectors, for n images with N patches, without the CLS token.
 
-    last: [n, N, C]; levels: [n, N, L C], several layers of the tower on channels; cls_attention: [n, N], how much the
-    CLS token attends to each patch; keys: [n, N, C], a layer's; text: [n, d], the question's last hidden state."""
+    last: [n, N, C]; levels: [n, N, L C], several layers of the tower, concatenated on channels; cls_attention: [n, N],
+    the CLS token's attention to each patch; keys: [n, N, C], of a layer; text: [n, d], the question's last hidden
+    state."""
 
     last: torch.Tensor
     levels: torch.Tensor | None = None
@@ -35,8 +36,8 @@ class Mlp(nn.Sequential):
 
 
 def cls_attention(attention, state, heads):
-    """[n, 1 + N, C], the normed input of a tower's attention -> [n, N]: how much its CLS token attends to each patch,
-    the mean over so many heads."""
+    """[n, 1 + N, C], the normed input of a tower's attention -> [n, N]: the CLS token's attention to each patch,
+    averaged over ``heads`` heads."""
     split = lambda t: t.unflatten(-1, (heads, -1)).transpose(1, 2).float()
     q, k = split(attention.q_proj(state[:, :1])), split(attention.k_proj(state))
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
@@ -44,13 +45,13 @@ def cls_attention(attention, state, heads):
 
 
 def run_layer(layer, x):
-    """A layer of the tower."""
+    """Applies a layer of the tower."""
     y = layer(x, attention_mask=None)
     return y[0] if isinstance(y, tuple) else y
 
 
 def scale_factor(p):
-    """That of weights which serve only one."""
+    """The first scale factor, of weights that support only one."""
     value = p["scale_factor"]
     return value[0] if isinstance(value, list) else value
 
@@ -95,7 +96,7 @@ def table(side, width):
 
 
 def resize_table(positions, side):
-    """[S S, C] positions of a square for another one, bicubic."""
+    """[S S, C] position embeddings of a square grid, resized to side x side (bicubic)."""
     start = math.isqrt(len(positions))
     grid = positions.float().T.reshape(1, -1, start, start)
     return F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)[0].flatten(1).T

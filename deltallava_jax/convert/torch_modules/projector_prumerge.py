@@ -1,6 +1,6 @@
 """PruMerge and PruMerge+ in PyTorch, on LLaVA's MLP. Exported by deltallava_jax.
 
-Patches that the CLS token looks at are kept and take in their likes; what is left becomes one token."""
+Patches that the CLS token attends to most are kept and merged with similar ones; the rest becomes one token."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ NEIGHBOURS = 32
 
 
 class Projector(Mlp):
-    """Features -> ([n, budget, d] visual tokens, [n, budget] which of them are there)."""
+    """Features -> ([n, budget, d] visual tokens, [n, budget] valid mask)."""
 
     def __init__(self, p):
         super().__init__(p)
@@ -25,10 +25,11 @@ class Projector(Mlp):
         return super().forward(tokens), valid
 
     def select(self, attention):
-        """[N] -> ([N] positions, the kept ones first, and how many are kept).
+        """[N] -> ([N] patch indices, the kept ones first, and their number).
 
-        By descending attention, then, with ``plus``, an even comb in reading order. Comb positions that are kept
-        already come twice where the settings reproduce the original, and as many of the smallest others vanish."""
+        By descending attention, then, with ``plus``, evenly spaced patches in raster order. With
+        reproduce_duplicates, those that are already kept occur twice, as in the original code, and as many of the
+        others with the lowest indices are dropped."""
         places, ratio = torch.arange(len(attention), device=attention.device), self.ratio
         if ratio:
             count = int(len(places) * ratio)
@@ -48,8 +49,8 @@ class Projector(Mlp):
 
 
 def merge(features, order, count, cap):
-    """(tokens [n, cap + 1, C], valid [n, cap + 1]): the first ``count`` positions of ``order``, and one token of the
-    others. A kept token adds its nearest by cosine of the keys, weighted by attention, not normalised."""
+    """(tokens [n, cap + 1, C], valid [n, cap + 1]): the first ``count`` patches of ``order``, and one token of the
+    others. To a kept token its nearest by cosine of the keys are added, weighted by attention, not normalised."""
     places = torch.arange(order.shape[1], device=order.device)
     rows = torch.arange(len(order), device=order.device)[:, None]
     x, weights, keys = features.last[rows, order], features.cls_attention[rows, order], features.keys[rows, order]

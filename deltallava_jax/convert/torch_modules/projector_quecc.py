@@ -8,7 +8,7 @@ from .projector_parts import as_grid, as_tokens, scale_factor, windows
 
 
 class Compressor(nn.Module):
-    """Each query patch, with the question added, reads the patches of its own cell."""
+    """Each query patch, with the question added, attends to the patches of its cell."""
 
     def __init__(self, p):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Random patches in PyTorch: the places that the seed draws, in reading order, through LLaVA's MLP.
+"""Random patches in PyTorch: drawn by the seed, in raster order, then LLaVA's MLP.
 
 Exported by deltallava_jax."""
 

@@ -26,7 +26,7 @@ class Resampler(nn.Module):
 
 
 class Closed(nn.Module):
-    """The resampler with Qwen-VL's LayerNorm and output matrix behind it."""
+    """The resampler followed by Qwen-VL's LayerNorm and output matrix."""
 
     def __init__(self, p):
         super().__init__()
