@@ -39,13 +39,13 @@ def program() -> str:
     return "deltallava" if Path(sys.argv[0]).name == "deltallava" else "python -m deltallava_jax"
 
 
-def door(name: str) -> str:
+def invocation(name: str) -> str:
     """How a command is called from where this one was: "python train.py" beside the files, else "deltallava train"."""
     beside = Path(f"{name}.py").is_file() and program() != "deltallava"
     return f"python {name}.py" if beside else f"deltallava {name}"
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """A line for the person at the screen, apart from what the command prints for programs."""
     print(line, file=sys.stderr, flush=True)
 

@@ -126,7 +126,7 @@ class Workdir:
             if began is not None and not self._has_the_same(began, kept):
                 began, why = None, "holds other parameters now"
             if began is None:
-                cli.say(
+                cli.log(
                     f"note: {self} began with {cfg.init_from}, which {why}: what training kept frozen "
                     f"({', '.join(sorted({path.split('/')[0] for path in kept}))}) is read in the bfloat16 of training"
                 )

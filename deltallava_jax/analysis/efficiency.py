@@ -55,7 +55,7 @@ def rows(cfg: ModelConfig, budget: int, text: int = TEXT, new: int = NEW) -> lis
     return found
 
 
-def known() -> tuple[str, ...]:
+def system_names() -> tuple[str, ...]:
     """The systems that can be counted, by name."""
     return (*SYSTEMS, "fastv")
 
@@ -88,8 +88,8 @@ def cache_bytes(cfg: ModelConfig, text: int, new: int) -> int:
 
 def with_system(cfg: ModelConfig, name: str) -> ModelConfig:
     """The model with another system between its tower and its decoder, as published."""
-    if name not in known():
-        raise ConfigError(f"unknown system {name!r}; known: {', '.join(known())}")
+    if name not in system_names():
+        raise ConfigError(f"unknown system {name!r}; known: {', '.join(system_names())}")
     own = "mlp" if name == "fastv" else name
     width = cfg.vision.width
     fitted = dict(grid=cfg.vision.grid, in_width=width, out_width=cfg.decoder.width, scale_factor=1)

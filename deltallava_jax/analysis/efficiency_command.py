@@ -74,7 +74,7 @@ def main(options: argparse.Namespace) -> None:
     if options.plots:
         options.plots.mkdir(parents=True, exist_ok=True)
         plot(rows, options.plots / "flops.png")
-        cli.say(f"written to {options.plots / 'flops.png'}")
+        cli.log(f"written to {options.plots / 'flops.png'}")
 
 
 def base_model(options: argparse.Namespace):
@@ -95,13 +95,13 @@ def base_model(options: argparse.Namespace):
 
 def models(model, options: argparse.Namespace) -> list:
     """The systems that were asked for; else the configuration's own; without one the MLP and Delta."""
-    from deltallava_jax.analysis.efficiency import known, with_system
+    from deltallava_jax.analysis.efficiency import system_names, with_system
     from deltallava_jax.models import systems
     from deltallava_jax.models.vision import check_needs
 
     names = options.systems.split(",") if options.systems else ["mlp", "delta"]
     if options.systems == "all":
-        names = known()
+        names = system_names()
     elif options.config and not options.systems:
         return [model]
     found = []
@@ -112,7 +112,7 @@ def models(model, options: argparse.Namespace) -> list:
         except ConfigError as error:
             if options.systems != "all":
                 raise
-            cli.say(f"{name} is left out: {error}")
+            cli.log(f"{name} is left out: {error}")
             continue
         found.append(cfg)
     return found

@@ -50,7 +50,7 @@ class HeatMap:
     log_probability: float
 
 
-def check(cfg: ModelConfig) -> None:
+def require_places(cfg: ModelConfig) -> None:
     """ConfigError unless every visual token has a place that is known."""
     cfg.require_whole("a heat map")
     if systems.system(cfg.projector).places is None:
@@ -75,10 +75,11 @@ def heat_maps(
     """A heat map for each budget (the projector's largest by default), of ``answer``, or of what the model says itself.
 
         model = deltallava_jax.load("runs/easy_vqa")
-        overlay(seen(model, "shape.png"), heat_maps(model, "shape.png", "what shape is present?")[0]).save("heat.png")
+        (heat,) = heat_maps(model, "shape.png", "what shape is present?")
+        overlay(tower_image(model, "shape.png"), heat).save("heat.png")
 
     Raises ConfigError for a budget or a system that cannot be, BadSample for an image that cannot be read."""
-    check(model.cfg)
+    require_places(model.cfg)
     if method not in METHODS:
         raise ConfigError(f"method is {method!r}; known: {', '.join(METHODS)}")
     if model.tokenizer is None:
@@ -158,7 +159,7 @@ def _on_grid(heat: Float[Array, " V"], places: Places) -> Float[np.ndarray, "h w
 # ------------------------------------------------------------------ pictures
 
 
-def seen(model: Model, image: str | Path | bytes | Image.Image) -> Image.Image:
+def tower_image(model: Model, image: str | Path | bytes | Image.Image) -> Image.Image:
     """The square that the tower sees of an image, large enough to look at; what its patches leave out is cut off."""
     covered = model.cfg.vision.grid * model.cfg.vision.patch_size
     square = Image.fromarray(_pixels(model, image)[:covered, :covered])
@@ -167,7 +168,7 @@ def seen(model: Model, image: str | Path | bytes | Image.Image) -> Image.Image:
 
 
 def overlay(image: Image.Image, heat: HeatMap) -> Image.Image:
-    """The heat over an image (what ``seen`` returns) in colours from blue to red, a block a token."""
+    """The heat over an image (what ``tower_image`` returns) in colours from blue to red, a block a token."""
     largest = heat.grid.max()
     grid = heat.grid / largest if largest > 0 else heat.grid
     x = 4 * grid[..., None] - np.array([3.0, 2.0, 1.0])  # "jet": red, green and blue, each a plateau with slopes

@@ -47,5 +47,5 @@ def main(options: argparse.Namespace) -> None:
     for heat in maps:
         print(f"{heat.budget:4} tokens: {heat.answer}  (log-probability {heat.log_probability:.3f})")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    gradcam.figure(gradcam.seen(model, options.image), maps).save(options.out)
+    gradcam.figure(gradcam.tower_image(model, options.image), maps).save(options.out)
     print(f"written to {options.out}")

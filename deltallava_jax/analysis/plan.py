@@ -19,10 +19,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from deltallava_jax import cli
 from deltallava_jax.analysis import flops, targets, units
 from deltallava_jax.analysis.collectives import Collective, collectives, received_bytes, summary
 from deltallava_jax.analysis.targets import Target
-from deltallava_jax.cli import say
 from deltallava_jax.config import Config, MeshConfig
 from deltallava_jax.data.packing import plan_for
 from deltallava_jax.models import systems
@@ -37,7 +37,7 @@ UNROLLED_WITH = ("0.10", "0.11")  # versions of jax in which ``unrolled`` is kno
 MFU = 0.5  # of the peak: assumed of products of these sizes; MaxText reports 0.45 to 0.65 (github.com/AI-Hypercomputer)
 
 
-def parameter_table(shapes: TrainState) -> str:
+def format_parameters(shapes: TrainState) -> str:
     """Parameters, dtype, shape and sharding of every array, trained and frozen, with the sums."""
     rows = []
     for kind, tree in (("trained", shapes.trained), ("frozen", shapes.frozen)):
@@ -50,10 +50,10 @@ def parameter_table(shapes: TrainState) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [header, *rows]
     ]
-    return "\n".join([*lines, parameter_sums(shapes)])
+    return "\n".join([*lines, format_parameter_counts(shapes)])
 
 
-def parameter_sums(shapes: TrainState) -> str:
+def format_parameter_counts(shapes: TrainState) -> str:
     """How many parameters each part of the model has, trained and frozen, and all."""
     parts: dict[str, int] = {}
     for kind, tree in (("trained", shapes.trained), ("frozen", shapes.frozen)):
@@ -70,7 +70,7 @@ def device_bytes(tree) -> int:
     return int(np.sum(sizes, dtype=np.int64))
 
 
-def memory_table(shapes: TrainState, program: jax.stages.Compiled) -> str:
+def format_memory(shapes: TrainState, program: jax.stages.Compiled) -> str:
     """Memory of one device: what the state holds, and what the compiled step needs beside it."""
     rows = {
         "parameters": device_bytes((shapes.trained, shapes.frozen)),
@@ -97,7 +97,7 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
     traced = step.trace(batch_shapes(cfg, mesh, T, I), budget)
     by_part = flops.traced(traced.jaxpr)
     budgets = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
-    say(f"compiling {cfg.name} for {target}; this takes minutes")
+    cli.log(f"compiling {cfg.name} for {target}; this takes minutes")
     with compiler_output() as output:
         began = time.monotonic()
         lowered = traced.lower()
@@ -105,11 +105,11 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
         seconds = time.monotonic() - began
     counted = None
     if count and not can_unroll():
-        say(
+        cli.log(
             f"XLA's own count is left out: it is known for jax {' and '.join(UNROLLED_WITH)}, this is {jax.__version__}"
         )
     elif count:
-        say(f"compiled in {units.seconds(seconds)}; counting operations")
+        cli.log(f"compiled in {units.seconds(seconds)}; counting operations")
         with compiler_output():
             counted = compiler_flops(cfg, mesh, T, I, budget)
     found = [] if program is None else collectives(program.as_text(), mesh.size)

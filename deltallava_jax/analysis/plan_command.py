@@ -64,10 +64,10 @@ def parse_mesh(text: str) -> MeshConfig:
 
 def nearest(cfg: Config, target: Target, plan: dict, text: int) -> dict | None:
     """The first of the settings next to this one that fits, compiled as well: what to change, and its memory."""
-    from deltallava_jax.analysis.plan import measure, say
+    from deltallava_jax.analysis.plan import measure
 
     for words, other, machine in candidates(cfg, target, plan):
-        say(f"does not fit; trying {words}")
+        cli.log(f"does not fit; trying {words}")
         tried = measure(other, machine, text, count=False)
         if tried["fits"]:
             return dict(change=words, target=str(machine), per_device=tried["per_device"])

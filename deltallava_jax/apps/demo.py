@@ -98,7 +98,7 @@ def make_page(model, options: argparse.Namespace):
     model.cfg.require_whole("the demo")
     budgets = systems.budgets(model.cfg.projector)[::-1]
     try:
-        gradcam.check(model.cfg)
+        gradcam.require_places(model.cfg)
         placeless = ""
     except ConfigError as error:
         placeless = str(error)
@@ -138,7 +138,7 @@ def make_page(model, options: argparse.Namespace):
             if placeless:
                 return
             (heat,) = gradcam.heat_maps(model, image, question, budgets=[budget], answer=answer.text)
-            overlay = gradcam.overlay(gradcam.seen(model, image), heat)
+            overlay = gradcam.overlay(gradcam.tower_image(model, image), heat)
             earlier = [(overlay, f"{budget}: {question} {answer.text}"), *earlier][:EARLIER]
             yield answer.text, pace, overlay, gr.update(value=earlier, visible=len(earlier) > 1), earlier
 

@@ -26,7 +26,7 @@ from deltallava_jax.parallel import hosts
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog=cli.door("eval"),
+        prog=cli.invocation("eval"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
     hosts.add_arguments(parser)
     options, rest = parser.parse_known_args(arguments)
-    options.overrides = cli.overrides(rest, cli.door("eval"))
+    options.overrides = cli.overrides(rest, cli.invocation("eval"))
     return options
 
 
@@ -107,7 +107,7 @@ def main(options: argparse.Namespace) -> None:
         run(model, cfg, official, budgets, workdir, step=step, options=options)
         say(table([options.workdir, *options.beside]))
     if hosts.leads():
-        cli.say(f"written to {workdir.results}")
+        cli.log(f"written to {workdir.results}")
 
 
 def run(arguments: list[str]) -> None:

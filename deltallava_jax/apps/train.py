@@ -25,7 +25,7 @@ def read(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[s
     """(options, overrides of settings by dotted key) of a command line. Raises ConfigError."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
-        prog=cli.door("train"),
+        prog=cli.invocation("train"),
         description=__doc__,
         epilog=_settings(arguments),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -37,7 +37,7 @@ def read(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[s
     parser.add_argument("--profile", metavar="N:M", help="writes a profiler trace of steps N to M to WORKDIR/profile")
     hosts.add_arguments(parser)
     options, rest = parser.parse_known_args(arguments)
-    return options, cli.overrides(rest, cli.door("train"))
+    return options, cli.overrides(rest, cli.invocation("train"))
 
 
 def _settings(arguments: list[str]) -> str | None:
@@ -65,7 +65,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     import jax
 
     from deltallava_jax.analysis.flops import StepOperations
-    from deltallava_jax.analysis.plan import memory_table, parameter_sums, parameter_table
+    from deltallava_jax.analysis.plan import format_memory, format_parameter_counts, format_parameters
     from deltallava_jax.analysis.targets import peak_flops
     from deltallava_jax.data.pipeline import Rows
     from deltallava_jax.data.sources import training_source
@@ -85,7 +85,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
 
     def say(line: str) -> None:
         if hosts.leads():
-            cli.say(line)
+            cli.log(line)
 
     # ---------------------------------------------------------------- processes and devices
     hosts.connect(options)
@@ -100,15 +100,15 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     evaluate = validation(cfg, tokenizer)
     rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, systems.question_length(cfg.model.projector))
     plan = rows.plan(budgets[:1] if cfg.training.every_budget else budgets, cfg.seed)
-    for line in faults.judge(plan, cfg.data.max_bad_fraction, workdir.path):
+    for line in faults.validate_plan(plan, cfg.data.max_bad_fraction, workdir.path):
         say(line)
     steps = cfg.training.steps or plan.steps_for(cfg.training.epochs)
 
     # ---------------------------------------------------------------- model
     step = TrainStep(cfg, mesh, steps)
     if hosts.leads():
-        workdir.parameters.write_text(parameter_table(step.shapes) + "\n")
-    say(parameter_sums(step.shapes))
+        workdir.parameters.write_text(format_parameters(step.shapes) + "\n")
+    say(format_parameter_counts(step.shapes))
     say(
         f"{len(plan.records):,} conversations, {len(plan.records) / plan.steps_for(1):.1f} a step, {steps:,} steps, "
         f"budgets {budgets}, mesh {dict(mesh.shape)}"
@@ -116,7 +116,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     first = plan.step(0)
     if plan.cut:
         say(f"{plan.cut:,} conversations are longer than a row's {plan.room.min()} text tokens and will be cut")
-    say(memory_table(step.shapes, step.compile(batch_shapes(cfg, mesh, first.text, first.images), first.budget)))
+    say(format_memory(step.shapes, step.compile(batch_shapes(cfg, mesh, first.text, first.images), first.budget)))
 
     # ---------------------------------------------------------------- training
     finished = train(
@@ -128,7 +128,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
         say(
             f"done in {minutes:.1f} min, {peak:.1f} GiB at most"
-            + (f"; next: {cli.door('eval')} --workdir {workdir}" if evaluate else "")
+            + (f"; next: {cli.invocation('eval')} --workdir {workdir}" if evaluate else "")
         )
 
 

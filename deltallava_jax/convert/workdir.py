@@ -46,7 +46,7 @@ def read_workdir(path: Path) -> Pretrained:
     hf, extra, origin_aspect = {}, {}, "square"
     kept = [path / name for name in ("tokenizer.json", "tokenizer_config.json") if (path / name).is_file()]
     if source is None and home.lost:
-        cli.say(f"note: {home.lost}, with which {path} began, is not there any more, nor the files it was made of")
+        cli.log(f"note: {home.lost}, with which {path} began, is not there any more, nor the files it was made of")
     if source is not None:
         about = read_json(source / "origin.json")
         layout = Layout(**about["layout"]) if about["layout"] else None

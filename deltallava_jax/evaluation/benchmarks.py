@@ -70,7 +70,7 @@ def run(
             workdir.write_report({"task": task} | report | common)
             metrics = ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items())
             unread = f" ({len(report['unread'])} with an image that cannot be read)" if report["unread"] else ""
-            cli.say(f"{task} at {budget} tokens, {report['n']} documents{unread}: {metrics}")
+            cli.log(f"{task} at {budget} tokens, {report['n']} documents{unread}: {metrics}")
 
 
 def versions() -> dict[str, str]:

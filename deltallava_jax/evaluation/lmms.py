@@ -125,9 +125,9 @@ class DeltaLlava(lmms):
         """Keeps and names the documents whose image cannot be read."""
         self.unread |= unread
         if unread and hosts.leads():
-            cli.say(f"{len(unread)} answers are empty, as an image of the question cannot be read:")
+            cli.log(f"{len(unread)} answers are empty, as an image of the question cannot be read:")
             for document, reason in unread.items():
-                cli.say(f"  {document}: {reason}")
+                cli.log(f"  {document}: {reason}")
 
     def _key(self, request) -> str:
         """Says whether a kept answer is to this very request: the data, the prompt and the tokens it may take."""

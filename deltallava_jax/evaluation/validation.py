@@ -29,8 +29,8 @@ def validation(cfg: Config, tokenizer: Tokenizer) -> Callable[[Params, Metrics, 
                 params, cfg, tokenizer, budget=budget, limit=cfg.evaluation.limit, progress=False
             )
             by_type = ", ".join(f"{kind} {score['accuracy']:.4f}" for kind, score in report["by_type"].items())
-            metrics.say(f"step {step}: {report['task']} {report['accuracy']:.4f} at {budget} tokens ({by_type})")
-            metrics.evaluated(step, {f"{report['task']}_{budget}": report["accuracy"]})
+            metrics.log(f"step {step}: {report['task']} {report['accuracy']:.4f} at {budget} tokens ({by_type})")
+            metrics.log_evaluation(step, {f"{report['task']}_{budget}": report["accuracy"]})
             accuracies.append(report["accuracy"])
         return sum(accuracies) / len(accuracies)
 

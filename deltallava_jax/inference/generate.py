@@ -97,7 +97,7 @@ class Engine:
             raise ConfigError(f"budget={asked}: the model has no vision tower, so it cannot read images")
         return 1
 
-    def begin(
+    def prefill(
         self,
         prompts: Batch,
         visual: Float[Array, "n V d"],
@@ -129,7 +129,7 @@ class Engine:
     ) -> Slots:
         """One conversation that goes on, with the caches that it has; they grow where the room is too small.
 
-        Raises ValueError as ``begin``."""
+        Raises ValueError as ``prefill``."""
         _check_places(prompts, len(visual))
         cache = slots.caches[0]
         needed = int(cache.length[0]) + self.slots_of(prompts, visual.shape[1]) + sampling.max_new_tokens
@@ -158,9 +158,9 @@ class Engine:
         sampling = [sampling] * rows if isinstance(sampling, Sampling) else sampling
         if visual is None:
             visual, valid = self.encode(np.zeros((0,)))
-        slots = self.begin(prompts, visual, valid, sampling, end)
+        slots = self.prefill(prompts, visual, valid, sampling, end)
         answers = [[token] for token in np.asarray(slots.token).tolist()]
-        while np.asarray(slots.going).any():
+        while np.asarray(slots.active).any():
             slots, new = self.decode(slots)
             for answer, more in zip(answers, new, strict=True):
                 answer += more
@@ -300,7 +300,7 @@ class Answer:
                     yield piece
                 if self._text.finish:
                     break
-            if self._text.finish or self._cancelled or not bool(self.slots.going[0]):
+            if self._text.finish or self._cancelled or not bool(self.slots.active[0]):
                 break
             with self._clock:
                 self.slots, (new,) = self._engine.decode(self.slots, self._stride)

@@ -189,7 +189,7 @@ class Model:
 
         def begin(sampling: Sampling):
             visual, valid = self.engine.encode(pixels, batch, budget=budget)
-            return self.engine.begin(batch, visual, valid, [sampling], self.end)
+            return self.engine.prefill(batch, visual, valid, [sampling], self.end)
 
         return Answer(self.engine, begin, Text(self.tokenizer, self.end, sampling.stop), sampling)
 

@@ -117,14 +117,14 @@ class Scheduler:
                 continue
             try:
                 self._slots, new = self.model.engine.decode(self._slots, STREAMED)
-                going = np.asarray(self._slots.going)
+                active = np.asarray(self._slots.active)
             except Exception as error:  # the device ran out of memory: these answers are lost, the next are not
                 for row, request in list(self._running.items()):
                     self._end(row, request, f"{type(error).__name__}: {error}")
                 self._slots = self._empty()
                 continue
             for row, request in list(self._running.items()):
-                self._say(row, request, new[row], bool(going[row]))
+                self._say(row, request, new[row], bool(active[row]))
 
     def _admit(self) -> None:
         free = [row for row in range(self.rows) if row not in self._running]
@@ -140,23 +140,23 @@ class Scheduler:
             try:
                 one = self._read(request)
                 token = int(one.token[0])
-                going = bool(one.going[0])
+                active = bool(one.active[0])
                 self._slots = device.insert(self._slots, one, row)
             except Exception as error:
                 self._end(row, request, f"{type(error).__name__}: {error}")
                 continue
             self._running[row] = request
             self.counts["first_token_seconds"] += time.perf_counter() - request.began
-            self._say(row, request, [token], going)
+            self._say(row, request, [token], active)
 
     def _read(self, request: Request) -> device.Slots:
         engine = self.model.engine
         request.text = Text(self.model.tokenizer, self.model.end, request.sampling.stop)
         batch = prompt_batch([request.asked], bucket(len(request.asked.ids)))
         visual, valid = engine.encode(request.pixels, batch, budget=request.budget)
-        return engine.begin(batch, visual, valid, [request.sampling], self.model.end, capacity=self.context)
+        return engine.prefill(batch, visual, valid, [request.sampling], self.model.end, capacity=self.context)
 
-    def _say(self, row: int, request: Request, tokens: list[int], going: bool) -> None:
+    def _say(self, row: int, request: Request, tokens: list[int], active: bool) -> None:
         text = request.text
         piece = ""
         for token in tokens:
@@ -164,7 +164,7 @@ class Scheduler:
                 request.tokens += 1
                 self.counts["tokens"] += 1
                 piece += text.add(token)
-        if not going and text.finish is None:
+        if not active and text.finish is None:
             piece += text.close()
         if request.cancelled:
             self.counts["cancelled"] += 1
@@ -173,7 +173,7 @@ class Scheduler:
         if text.finish or request.cancelled:
             self.counts["requests"] += 1
             del self._running[row]
-            if going:
+            if active:
                 mask = np.arange(self.rows) == row
                 self._slots = device.halt(self._slots, mask, np.zeros(self.rows, np.int32))
 

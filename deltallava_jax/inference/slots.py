@@ -28,13 +28,13 @@ CHUNK = 16  # tokens a row that one call of ``decode`` can give
 class Slots:
     """B conversations. caches: one a stage of the layers, see ``stages``.
 
-    position: of the next token. token: the last one, said but not yet read. going: more tokens are to follow.
+    position: of the next token. token: the last one, said but not yet read. active: more tokens are to follow.
     drawn: tokens of the current answer. seen: tokens that were read or said, for the repetition penalty."""
 
     caches: tuple[decoder.Cache, ...]
     position: Int[Array, " B"]
     token: Int[Array, " B"]
-    going: Bool[Array, " B"]
+    active: Bool[Array, " B"]
     drawn: Int[Array, " B"]
     seen: Bool[Array, "B vocab"]
     controls: Controls
@@ -106,24 +106,24 @@ def extend(
 
 @functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("slots",))
 def decode(params: Params, cfg: ModelConfig, slots: Slots, steps: int) -> tuple[Slots, Int[Array, "B CHUNK"]]:
-    """Up to ``steps`` (at most CHUNK) further tokens of each slot that is going; -1 where there is none."""
+    """Up to ``steps`` (at most CHUNK) further tokens of each slot that is active; -1 where there is none."""
     B = slots.token.shape[0]
 
     def unfinished(carry):
         step, slots, _ = carry
-        return (step < steps) & slots.going.any()
+        return (step < steps) & slots.active.any()
 
     def one(carry):
         step, slots, out = carry
-        here = text_layout(slots.position[:, None], slots.going[:, None].astype(jnp.int32))
+        here = text_layout(slots.position[:, None], slots.active[:, None].astype(jnp.int32))
         hidden = decoder.embed(params["decoder"], cfg.decoder, slots.token[:, None], cfg.dtype)
         caches = []
         for layers, cache in zip(stages(cfg), slots.caches, strict=True):
             hidden, cache = decoder.run(params["decoder"], cfg.decoder, hidden, here, layers=layers, cache=cache)
             caches.append(cache)
-        position = slots.position + slots.going
+        position = slots.position + slots.active
         after = _say(params, cfg, dataclasses.replace(slots, caches=tuple(caches), position=position), hidden)
-        return step + 1, after, out.at[:, step].set(jnp.where(slots.going, after.token, -1))
+        return step + 1, after, out.at[:, step].set(jnp.where(slots.active, after.token, -1))
 
     with jax.named_scope("decode"):
         out = jnp.full((B, CHUNK), -1, jnp.int32)
@@ -157,7 +157,7 @@ def empty(cfg: ModelConfig, controls: Controls, *, rows: int, capacity: int) -> 
 def halt(slots: Slots, rows: Bool[Array, " B"], back: Int[Array, " B"]) -> Slots:
     """Ends the answers of ``rows`` and forgets the last ``back`` tokens that each row has read."""
     caches = tuple(dataclasses.replace(cache, length=cache.length - back) for cache in slots.caches)
-    return dataclasses.replace(slots, caches=caches, position=slots.position - back, going=slots.going & ~rows)
+    return dataclasses.replace(slots, caches=caches, position=slots.position - back, active=slots.active & ~rows)
 
 
 # ------------------------------------------------------------------ inside
@@ -186,7 +186,7 @@ def _read(params, cfg, slots: Slots, prompts: Batch, visual, valid, *, fresh: bo
     words = jnp.where((prompts.segments > 0) & (prompts.tokens > 0), prompts.tokens, slots.seen.shape[1])
     seen = slots.seen.at[jnp.arange(B)[:, None], words].set(True, mode="drop")
     position = slots.position + live.sum(1, dtype=jnp.int32)
-    slots = dataclasses.replace(slots, caches=caches, position=position, seen=seen, going=jnp.ones(B, bool))
+    slots = dataclasses.replace(slots, caches=caches, position=position, seen=seen, active=jnp.ones(B, bool))
     return _say(params, cfg, slots, _last(hidden, after))
 
 
@@ -201,11 +201,11 @@ def _last(hidden: Float[Array, "B S d"], rows: Layout) -> Float[Array, "B 1 d"]:
 
 
 def _say(params, cfg: ModelConfig, slots: Slots, hidden: Float[Array, "B 1 d"]) -> Slots:
-    """Slots with their next token chosen, where they are going."""
+    """Slots with their next token chosen, where they are active."""
     weights = params["decoder"]
     logits = decoder.logits(weights, cfg.decoder, decoder.finish(weights, cfg.decoder, hidden))[:, 0]
-    token = jnp.where(slots.going, choose(logits, slots.seen, slots.controls, slots.drawn), slots.token)
-    drawn = slots.drawn + slots.going
-    going = slots.going & (token != slots.controls.end) & (drawn < slots.controls.limit)
+    token = jnp.where(slots.active, choose(logits, slots.seen, slots.controls, slots.drawn), slots.token)
+    drawn = slots.drawn + slots.active
+    active = slots.active & (token != slots.controls.end) & (drawn < slots.controls.limit)
     seen = slots.seen.at[jnp.arange(len(token)), token].set(True)
-    return dataclasses.replace(slots, token=token, drawn=drawn, going=going, seen=seen)
+    return dataclasses.replace(slots, token=token, drawn=drawn, active=active, seen=seen)

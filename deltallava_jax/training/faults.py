@@ -20,7 +20,7 @@ CHANCE = 1e-4  # that a run ends whose data have just the share of broken record
 HANDFUL = 10  # fewer broken records than this say nothing about the share
 
 
-def judge(plan: Plan, limit: float, workdir: Path) -> list[str]:
+def validate_plan(plan: Plan, limit: float, workdir: Path) -> list[str]:
     """What is to be said before step 1 of the records that the plan leaves out; the workdir of a run that begins lists
     them. Raises TooManyFaults if they are more than ``limit`` of all records."""
     file = Workdir(workdir).faults()
@@ -41,14 +41,14 @@ def judge(plan: Plan, limit: float, workdir: Path) -> list[str]:
     return said
 
 
-def count(limit: float, workdir: Path, record: dict, plan: Plan, step: int, values: dict) -> None:
+def count_step(limit: float, workdir: Path, record: dict, plan: Plan, step: int, values: dict) -> None:
     """Adds a step's records, and those left out, to the counts of its epoch in ``record`` {"epoch", "records",
     "faults"}.
 
-    Of the planned records those that were not trained on were left out: the sum over all processes, without asking.
-    Raises TooManyFaults when the epoch is sure to have more than ``limit``, those of ``judge`` included: at its end the
-    plain share decides. Earlier, when they are no HANDFUL and a fair draw from records of which ``limit`` are broken
-    would have as many by a chance below CHANCE."""
+    The records left out are the planned ones less those trained on, which is the sum over all processes without any
+    communication. Raises TooManyFaults when the epoch will exceed ``limit``, the records that ``validate_plan`` left out
+    included. At the end of the epoch the plain share decides; before that, the faults must number at least HANDFUL, and
+    a draw from records of which ``limit`` are broken must have as many with a probability below CHANCE."""
     planned = plan.step(step - 1)
     if record.get("epoch") != planned.epoch:
         record.update(epoch=planned.epoch, records=0, faults=0)

@@ -62,12 +62,12 @@ def train(
     else:
         state, record = checkpoints.restore(latest, step.shapes)
     start = int(state.step)
-    count = functools.partial(faults.count, cfg.data.max_bad_fraction, workdir, record, plan)
+    count = functools.partial(faults.count_step, cfg.data.max_bad_fraction, workdir, record, plan)
     budgets = () if every.every_budget else plan.budgets
     metrics = Metrics(workdir, start, steps, every.log_every, seen=count, peak=peak, budgets=budgets)
     trace = Trace(profile, Workdir(workdir).profile)
     if start:
-        metrics.say(f"resuming from step {start} of {steps}")
+        metrics.log(f"resuming from step {start} of {steps}")
     held = held_rows(step.mesh, plan.rows)
     data = elements(rows, plan, start, steps, workers=cfg.data.workers, held=held)
     with _stopping() as stop:
@@ -79,7 +79,7 @@ def train(
                 state, values = step(state, batch, element.budget, pooling)
                 told = trace.after(number, values)
                 if told:
-                    metrics.say(told)
+                    metrics.log(told)
                 metrics.push(
                     number, values, operations(batch, element.budget, pooling) if operations else 0.0,
                     epoch=plan.epochs_at(number), budget=None if every.every_budget else element.budget,
@@ -95,7 +95,7 @@ def train(
                     metrics.flush()  # a step that is not finite is never saved
                     checkpoints.save(number, state, record, accuracy)
                 if stopping:
-                    metrics.say(f"{stopping}: saving step {number}; the same command resumes from it")
+                    metrics.log(f"{stopping}: saving step {number}; the same command resumes from it")
                     if stopping == CTRL_C:
                         raise SystemExit(130)
                     return False
@@ -167,7 +167,7 @@ def _report_faults(element: Element, metrics: Metrics, workdir: Path) -> None:
     if element.faults:
         with Workdir(workdir).faults(jax.process_index()).open("a") as file:
             file.writelines(f"{fault}\n" for fault in element.faults)
-        metrics.say(f"left out {element.faults[0]}")
+        metrics.log(f"left out {element.faults[0]}")
 
 
 def _describe(rows: Rows, plan: Plan, step: int) -> str:

@@ -106,7 +106,7 @@ class Metrics:
             self.restart_clock()
         self._bar.update(1)
 
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
+    def log_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Writes the results of an evaluation after a step, by name."""
         self._write(step, {"evaluation": values})
         self.scalars(step, values, "eval")
@@ -150,7 +150,7 @@ class Metrics:
         self._steps = self._tokens = self._images = self._operations = 0
         self._since = time.monotonic()
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """A line above the progress bar."""
         if self._leads:
             self._bar.write(line, file=sys.stderr)

@@ -115,7 +115,7 @@ def test_xla_counts_the_same_prefill(cfg):
     assert ours == pytest.approx(one + (cfg.layers - 1) * (two - one), rel=0.03)
 
 
-@pytest.mark.parametrize("name", efficiency.known())
+@pytest.mark.parametrize("name", efficiency.system_names())
 def test_every_system_is_counted(name):
     cfg = efficiency.with_system(SMALL, name)
     own = dict(head_dim=16, block_head_dim=16, rank=4, prune_layers=(0,), question_length=8)

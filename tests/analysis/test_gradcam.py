@@ -173,7 +173,7 @@ def test_tokens_without_a_place_are_refused(tokenizer, name):
 def test_what_cannot_be_drawn_is_refused(tokenizer):
     model = make(tokenizer)
     with pytest.raises(ConfigError, match="FastV"):
-        gradcam.check(dataclasses.replace(model.cfg, fastv=FastVConfig(layer=1)))
+        gradcam.require_places(dataclasses.replace(model.cfg, fastv=FastVConfig(layer=1)))
     with pytest.raises(ConfigError, match="64 tokens"):
         gradcam.heat_maps(model, picture(), QUESTION, budgets=(5,))
     with pytest.raises(ConfigError, match="method is 'saliency'"):
@@ -204,7 +204,7 @@ def test_what_the_tower_cuts_off_is_not_shown(tokenizer):
     model = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, vision=cut))
     image = Image.new("RGB", (70, 70), "white")
     image.paste("black", (64, 0, 70, 70))
-    assert np.asarray(gradcam.seen(model, image)).min() == 255
+    assert np.asarray(gradcam.tower_image(model, image)).min() == 255
 
 
 def test_the_door_writes_the_picture(tokenizer, monkeypatch, tmp_path, capsys):

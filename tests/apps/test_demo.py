@@ -90,7 +90,7 @@ def test_an_answer_is_the_models_with_its_heat(client, tmp_path, place, budget):
     compiling = r"(, compiling took [\d.]+ m?s more)?"
     assert re.fullmatch(rf"\d+ tokens, the first after [\d.]+ m?s, then [\d.,]+ tokens/s{compiling}", line)
     (heat,) = gradcam.heat_maps(model(), file, QUESTION, budgets=[budget], answer=answer)
-    expected = gradcam.overlay(gradcam.seen(model(), file), heat)
+    expected = gradcam.overlay(gradcam.tower_image(model(), file), heat)
     assert np.array_equal(np.asarray(Image.open(overlay).convert("RGB")), np.asarray(expected))
 
 

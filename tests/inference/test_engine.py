@@ -55,7 +55,7 @@ def test_one_bucket_is_like_another():
     expected = answers(engine, one, 1)
     assert expected == answers(engine, one, 1, length=24)
     batch = prompt_batch(one, 16)
-    slots = engine.begin(batch, *visual(engine, [picture(11)]), [SHORT], -1, capacity=96)
+    slots = engine.prefill(batch, *visual(engine, [picture(11)]), [SHORT], -1, capacity=96)
     assert slots.caches[0].live.shape == (1, 96)
     slots, (rest,) = engine.decode(slots)
     assert rest == expected[0][1:]
@@ -114,11 +114,11 @@ def test_requests_enter_and_leave_slots_while_others_are_answered():
                 index = running[row] = waiting.pop(0)
                 batch = prompt_batch([prompts[index]], 16)
                 shown = visual(engine, [picture(len(prompts[index].ids))], budgets[index])
-                one = engine.begin(batch, *shown, [rows[index]], -1)
+                one = engine.prefill(batch, *shown, [rows[index]], -1)
                 said[index].append(int(one.token[0]))
                 slots = device.insert(slots, one, row)
         slots, new = engine.decode(slots, 3)
-        going = np.asarray(slots.going)
+        going = np.asarray(slots.active)
         for row in list(running):
             said[running[row]] += new[row]
             if not going[row]:
@@ -136,7 +136,7 @@ def test_places_and_pictures_are_compared():
         engine.encode(picture()[None], batch)
     with pytest.raises(ValueError, match="2 image places each, but 0 images"):
         engine.tokens(batch, sampling=SHORT, end=-1)
-    slots = engine.begin(batch, *two, [SHORT], -1)
+    slots = engine.prefill(batch, *two, [SHORT], -1)
     assert all(np.isfinite(np.asarray(keys)).all() for cache in slots.caches for keys in cache.k)
     with pytest.raises(ValueError, match="0 image places each, but 1 images"):
         engine.extend(slots, prompt_batch([prompt(5)], 16), *one, SHORT, -1)

@@ -28,7 +28,7 @@ def ends_after(plan, broken: set, limit: float = 0.01, epochs: int = 1, record: 
         records = [index for row in plan.step(step - 1).rows for index in row]
         seen += len(records)
         try:
-            faults.count(limit, WORKDIR, record, plan, step, {"conversations": len(set(records) - broken)})
+            faults.count_step(limit, WORKDIR, record, plan, step, {"conversations": len(set(records) - broken)})
         except TooManyFaults:
             return seen
     return None
@@ -74,13 +74,13 @@ def test_what_was_left_out_before_counts_too():
     with pytest.raises(
         TooManyFaults, match=r"3 of [\d,]+ records of epoch 0 could not be read, beside 8 that were left"
     ):
-        faults.count(0.01, WORKDIR, record, plan, 1, {"conversations": sum(map(len, plan.step(0).rows))})
+        faults.count_step(0.01, WORKDIR, record, plan, 1, {"conversations": sum(map(len, plan.step(0).rows))})
 
 
 def test_counts_go_on_after_a_resume_and_begin_anew_with_an_epoch(plan):
     record, whole, one = {}, {}, plan.steps_for(1)
     broken = drawn(0, 0.004)
-    count = lambda record, step: faults.count(
+    count = lambda record, step: faults.count_step(
         0.01, WORKDIR, record, plan, step,
         {"conversations": len({index for row in plan.step(step - 1).rows for index in row} - broken)},
     )  # fmt: skip

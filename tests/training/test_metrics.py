@@ -63,7 +63,7 @@ def test_every_line_has_its_time_epoch_and_budget_and_evaluations_are_lines_of_t
     for step, budget in ((1, 16), (2, 4), (3, 16)):
         metrics.push(step, values(), epoch=step / 4, budget=budget)
     metrics.flush()
-    metrics.evaluated(3, {"easy_vqa_16": 0.5, "easy_vqa_4": 0.25})
+    metrics.log_evaluation(3, {"easy_vqa_16": 0.5, "easy_vqa_4": 0.25})
     metrics.close()
     board = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     assert b"train/loss_4" in board and b"eval/easy_vqa_16" in board
