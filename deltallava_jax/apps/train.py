@@ -135,4 +135,4 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
 def run(arguments: list[str]) -> None:
     """The command, in a process of its own."""
     hosts.supervise(arguments)
-    cli.run(lambda: main(*parse(arguments)), "interrupted, and nothing is lost; the same command goes on")
+    cli.run(lambda: main(*parse(arguments)), "interrupted; nothing is lost, run the same command again")

@@ -51,7 +51,7 @@ def test_eight_devices_give_the_losses_of_one():
     np.testing.assert_allclose(eight, one, rtol=1e-5)
     assert one[0] != one[4]
 
-    # Every moment of the optimizer lies where its parameter lies, and the large matrices are really divided.
+    # Every moment of the optimizer has its parameter's sharding, and the large matrices are really sharded.
     adam = state.optimizer[1][0]
     for moments in (adam.mu, adam.nu):
         for path, leaf in flatten(state.trained).items():
@@ -119,7 +119,7 @@ def test_elastic_training_compiles_once_for_each_signature():
     assert jnp.isfinite(metrics["loss"])
 
 
-def test_llavoltas_last_stage_is_the_plain_step_and_the_others_are_not():
+def test_llavoltas_last_phase_is_the_plain_step_and_the_others_are_not():
     cfg = config(**{"training.llavolta": "((4, 1), (2, 0), (1, 0))"})
     mesh = make_mesh(cfg, jax.devices()[:1])
     rows, plan, _ = run_of(config())
@@ -145,7 +145,7 @@ def test_rows_of_text_alone_are_one_program_for_all_budgets():
     assert step.compile(text, 16) is step.compile(text, 1) and len(step.compiled) == 1
 
 
-def test_frozen_parts_stay_and_are_unknown_to_the_optimizer():
+def test_frozen_parameters_stay_and_have_no_optimizer_state():
     cfg = config(**{"optimizer.frozen": "('vision/', 'decoder/embed')"})
     before = init_state(cfg, make_mesh(cfg, jax.devices()[:1]), 100)
     _, after = losses(cfg, jax.devices()[:1], 2)
