@@ -65,7 +65,7 @@ def tensors(cfg, layout):
 
     model = ModelConfig(None, None, cfg)
     shapes = flatten(jax.eval_shape(lambda: vlm.init_params(model, jax.random.key(0))))
-    for entry in layout.table(model):
+    for entry in layout.name_table(model):
         shape = shapes[entry.path].shape
         for name in entry.torch_names(shape):
             yield name, entry.torch_shape(shape)
@@ -89,7 +89,7 @@ def compile_for(target: Path, layers: int) -> None:
     shapes = flatten(jax.eval_shape(lambda: vlm.init_params(model, jax.random.key(0))))
     whole = peak = 0
     struct = lambda shape: jax.ShapeDtypeStruct(shape, jax.numpy.bfloat16, sharding=place)
-    for entry in HF_DECODER.table(model):
+    for entry in HF_DECODER.name_table(model):
         shape = shapes[entry.path].shape
         tensor, dtype = entry.torch_shape(shape), jax.numpy.bfloat16
         if entry.stacked:

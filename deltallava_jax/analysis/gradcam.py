@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from deltallava_jax.config import ModelConfig
-from deltallava_jax.data.conversation import TEMPLATES, Tokenized, asked, tokenize
+from deltallava_jax.data.conversation import TEMPLATES, Tokenized, prompt_conversation, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.generate import prompt_batch
@@ -85,7 +85,7 @@ def heat_maps(
     if model.tokenizer is None:
         raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
     budgets = [systems.check_budget(model.cfg.projector, budget) for budget in budgets or (None,)]
-    asked([(prompt, None)], 1)
+    prompt_conversation([(prompt, None)], 1)
     pixels, found = _pixels(model, image)[None], []
     for budget in budgets:
         said = answer
@@ -93,7 +93,7 @@ def heat_maps(
             said = model.generate(image, prompt, budget=budget, max_new_tokens=max_new_tokens)
         row = _row(
             tokenize(
-                asked([(prompt, said)], 1), TEMPLATES[model.template], model.tokenizer,
+                prompt_conversation([(prompt, said)], 1), TEMPLATES[model.template], model.tokenizer,
                 question_length=systems.question_length(model.cfg.projector),
             )
         )  # fmt: skip

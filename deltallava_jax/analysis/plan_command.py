@@ -41,7 +41,7 @@ def main(options: argparse.Namespace) -> None:
         cfg = replace(cfg, mesh=parse_mesh(options.mesh))
     if options.text < 0:
         raise ConfigError(f"--text {options.text}: expected tokens, 0 or more")
-    cfg.check_devices(target.count)
+    cfg.validate_devices(target.count)
     prepare(target)
     from deltallava_jax.analysis.plan import measure
 

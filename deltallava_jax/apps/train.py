@@ -80,7 +80,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
 
     began, workdir = time.monotonic(), Workdir(options.workdir)
     cfg.model.require_whole("training")
-    cfg.data.check_use()
+    cfg.data.validate_dataset_settings()
     profile = parse_steps(options.profile) if options.profile else None
 
     def say(line: str) -> None:
@@ -115,7 +115,9 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     )
     first = plan.step(0)
     if plan.cut:
-        say(f"{plan.cut:,} conversations are longer than a row's {plan.room.min()} text tokens and will be cut")
+        say(
+            f"{plan.cut:,} conversations are longer than a row's {plan.text_capacity.min()} text tokens and will be cut"
+        )
     say(format_memory(step.shapes, step.compile(batch_shapes(cfg, mesh, first.text, first.images), first.budget)))
 
     # ---------------------------------------------------------------- training

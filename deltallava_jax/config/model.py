@@ -163,7 +163,7 @@ class ModelConfig:
         if p and v:
             require(p.grid == v.grid, f"projector.grid={p.grid}, but the vision tower makes a {v.grid}x{v.grid} grid")
             require(p.in_width == v.width, f"projector.in_width={p.in_width}, but vision.width={v.width}")
-            p.check_tower(v.layers)
+            p.validate_tower(v.layers)
         if d and self.fastv:
             require(self.fastv.layer < d.layers, f"fastv.layer={self.fastv.layer}; the decoder has {d.layers} layers")
         if p and d:

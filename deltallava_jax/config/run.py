@@ -50,7 +50,7 @@ class DataConfig:
         require(self.aspect in ASPECTS, f"data.aspect is {self.aspect!r}; known: {', '.join(ASPECTS)}")
         require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction}; expected 0 to 1")
 
-    def check_use(self) -> None:
+    def validate_dataset_settings(self) -> None:
         """ConfigError for a setting of another data set, which training would ignore.
 
         Apart from the other checks: configurations of runs that have been are read as they are."""
@@ -195,7 +195,7 @@ class Config:
         require_at_least(0, "config", self, "seed")
         require(self.seed < 2**32, f"config.seed={self.seed}; expected less than 2**32: a random key holds no more")
 
-    def check_devices(self, devices: int) -> tuple[int, int, int]:
+    def validate_devices(self, devices: int) -> tuple[int, int, int]:
         """Mesh sizes (data, fsdp, tensor) on that many devices; ConfigError if the batch or a width does not divide."""
         data, fsdp, tensor = self.mesh.sizes(devices)
         rows, micro = self.data.rows, self.optimizer.accumulation

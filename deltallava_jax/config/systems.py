@@ -39,7 +39,7 @@ class ProjectorConfig:
         """{setting: value} as published with the system, for a grid of that many patches a side."""
         return {setting.name: setting.default for setting in dataclasses.fields(cls)}
 
-    def check_tower(self, layers: int) -> None:
+    def validate_tower(self, layers: int) -> None:
         """ConfigError where a tower of that many layers has not what is read of it."""
         require(
             -layers <= self.select_layer <= -1,
@@ -98,7 +98,7 @@ def owners(key: str) -> list[str]:
     return [name for name in SYSTEMS if settings_of(name, {key: None})]
 
 
-def check_settings(name: str, settings: dict, where: str = "projector.") -> None:
+def validate_settings(name: str, settings: dict, where: str = "projector.") -> None:
     """ConfigError for a setting that the system does not have: who has it, or the nearest that it has."""
     known = system(name).Config.__dataclass_fields__
     for key in settings:
@@ -112,5 +112,5 @@ def system_config(name: str = DEFAULT, **settings) -> ProjectorConfig:
     """The settings of a system: those that are not given are as published with it.
 
     Raises ConfigError for an unknown system, a setting that it does not have, and a value that cannot be."""
-    check_settings(name, settings)
+    validate_settings(name, settings)
     return system(name).Config(**settings)

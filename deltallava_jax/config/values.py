@@ -20,7 +20,7 @@ from pathlib import Path
 from deltallava_jax.config.checks import nearest, require
 from deltallava_jax.config.presets import preset
 from deltallava_jax.config.run import Config
-from deltallava_jax.config.systems import DEFAULT, ProjectorConfig, check_settings, owners, settings_of, system
+from deltallava_jax.config.systems import DEFAULT, ProjectorConfig, owners, settings_of, system, validate_settings
 from deltallava_jax.errors import ConfigError, UserError
 
 
@@ -39,7 +39,7 @@ def from_dict(kind: type, values: dict | str, where: str = ""):
     if kind is ProjectorConfig:
         name = values.get("name", DEFAULT)
         require(isinstance(name, str), f"config key '{where}name' expects str, got {_shown(name)}")
-        check_settings(name, values, where)
+        validate_settings(name, values, where)
         kind = system(name).Config
         values = {key: value for key, value in values.items() if value is not None}
     hints = typing.get_type_hints(kind)
@@ -84,7 +84,7 @@ def override(config, assignments: dict[str, str]):
                 node.update(values_of_new)
                 continue
             name = node.get("name", DEFAULT)
-            check_settings(name, {leaf: None}, done)
+            validate_settings(name, {leaf: None}, done)
             kind = system(name).Config
         hints = typing.get_type_hints(kind)
         if leaf not in hints:

@@ -19,7 +19,7 @@ from deltallava_jax.convert.processor import (
     write_processor,
     write_prompting,
 )
-from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, Layout, Pretrained, read_json
+from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, CheckpointLayout, Pretrained, read_json
 from deltallava_jax.convert.shards import SHARD_BYTES, write_weights
 from deltallava_jax.errors import ConversionError
 from deltallava_jax.models import systems
@@ -28,10 +28,12 @@ from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.models.systems.base import ScaleConfig
 from deltallava_jax.models.vision import check_needs
 
-HF = Layout("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.", True)
-HF_DECODER = Layout(decoder="model.", head="")
-HF_TOWER = Layout(vision="vision_model.")
-LLAVA = Layout("model.vision_tower.vision_tower.vision_model.", "model.mm_projector.", "model.", "", False)
+HF = CheckpointLayout(
+    "vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.", True
+)
+HF_DECODER = CheckpointLayout(decoder="model.", head="")
+HF_TOWER = CheckpointLayout(vision="vision_model.")
+LLAVA = CheckpointLayout("model.vision_tower.vision_tower.vision_model.", "model.mm_projector.", "model.", "", False)
 TORCH_MODULES = Path(__file__).parent / "torch_modules"
 
 
@@ -241,7 +243,7 @@ def _with_room(params: Params, cfg: DecoderConfig, token: int) -> tuple[Params, 
     return unflatten(flat), dataclasses.replace(cfg, vocab_size=size)
 
 
-def _write(model: Pretrained, folder: Path, layout: Layout, config: dict, shard_bytes: int) -> None:
+def _write(model: Pretrained, folder: Path, layout: CheckpointLayout, config: dict, shard_bytes: int) -> None:
     """Kept files, config.json and the weights, in shards of at most ``shard_bytes``."""
     if model.cfg.decoder and not model.cfg.decoder.tied_head:  # a source may say tied and hold another matrix
         config = _untied(config)

@@ -99,8 +99,8 @@ class Llama:
         }
 
     @staticmethod
-    def table(cfg: DecoderConfig) -> list[Entry]:
-        """Names below the decoder's prefix ("model." of a LlamaForCausalLM); see head_table for the rest."""
+    def name_table(cfg: DecoderConfig) -> list[Entry]:
+        """Names below the decoder's prefix ("model." of a LlamaForCausalLM); see head_name_table for the rest."""
         layer, attention = "layers.{}", "layers.{}.self_attn"
         table = [Entry("embed_tokens.weight", "embed/embedding")]
         table += norm(f"{layer}.input_layernorm", "layers/attention_norm", bias=False)
@@ -113,7 +113,7 @@ class Llama:
         return table + norm("norm", "head/norm", bias=False)
 
     @staticmethod
-    def head_table(cfg: DecoderConfig) -> list[Entry]:
+    def head_name_table(cfg: DecoderConfig) -> list[Entry]:
         """The output matrix, unless the embedding serves as one."""
         return [] if cfg.tied_head else linear("lm_head", "head/out", bias=False)
 
@@ -183,7 +183,7 @@ class Clip:
         }
 
     @classmethod
-    def table(cls, cfg: VisionConfig) -> list[Entry]:
+    def name_table(cls, cfg: VisionConfig) -> list[Entry]:
         """Names below the tower's prefix ("" or "vision_model." of a CLIPVisionModel)."""
         clip, layer = cfg.family == "clip", "encoder.layers.{}"
         table = linear("embeddings.patch_embedding", "embeddings/patch", bias=not clip, kind="patch")

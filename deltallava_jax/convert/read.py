@@ -48,7 +48,7 @@ PROJECTOR_KEY = "deltallava_projector"  # the whole ProjectorConfig, in the conf
 
 
 @dataclass(frozen=True)
-class Layout:
+class CheckpointLayout:
     """Where a checkpoint's tensors stand: the prefix of each part, None where the checkpoint lacks the part.
 
     hf_projector: the MLP's layers are linear_1 and linear_2, as in Hugging Face models, not 0 and 2."""
@@ -59,11 +59,11 @@ class Layout:
     head: str | None = None
     hf_projector: bool = False
 
-    def table(self, cfg: ModelConfig) -> list[Entry]:
+    def name_table(self, cfg: ModelConfig) -> list[Entry]:
         """The name table of the whole checkpoint."""
         table = []
         if cfg.vision:
-            table += prefixed(tower_family(cfg.vision).table(cfg.vision), self.vision, "vision/")
+            table += prefixed(tower_family(cfg.vision).name_table(cfg.vision), self.vision, "vision/")
         if cfg.projector:
             if systems.system(cfg.projector).is_llava and self.hf_projector:
                 names = linear("linear_1", "up") + linear("linear_2", "down")
@@ -72,8 +72,8 @@ class Layout:
             table += prefixed(names, self.projector, "projector/")
         if cfg.decoder:
             family = decoder_family(cfg.decoder)
-            table += prefixed(family.table(cfg.decoder), self.decoder, "decoder/")
-            table += prefixed(family.head_table(cfg.decoder), self.head, "decoder/")
+            table += prefixed(family.name_table(cfg.decoder), self.decoder, "decoder/")
+            table += prefixed(family.head_name_table(cfg.decoder), self.head, "decoder/")
         return table
 
 
@@ -87,7 +87,7 @@ class Pretrained:
 
     cfg: ModelConfig
     params: Params
-    layout: Layout | None = None
+    layout: CheckpointLayout | None = None
     origin: ModelConfig | None = None
     hf: dict = field(default_factory=dict)
     kept: list[Path] = field(default_factory=list)
@@ -106,20 +106,20 @@ class Pretrained:
         if self.cfg.projector is None:
             raise ConfigError(f"the model has no projector to give {', '.join(settings)}")
         projector = renamed(self.cfg.projector, settings)
-        fits(projector, self.params["projector"])
+        validate_projector(projector, self.params["projector"])
         cfg = dataclasses.replace(self.cfg, projector=projector)
-        check_tower(cfg)
+        validate_tower(cfg)
         return dataclasses.replace(self, cfg=cfg)
 
 
-def fits(cfg: ProjectorConfig, params: Params) -> None:
+def validate_projector(cfg: ProjectorConfig, params: Params) -> None:
     """Raises WeightMismatch with both sides where parameters are not those of a projector's config."""
     table = lambda tree: {f"projector/{path}": tuple(leaf.shape) for path, leaf in flatten(tree).items()}
     ours, theirs = table(jax.eval_shape(lambda: systems.init_params(cfg, jax.random.key(0)))), table(params)
     check([Entry(path, path) for path in ours], theirs, ours)
 
 
-def check_tower(cfg: ModelConfig) -> None:
+def validate_tower(cfg: ModelConfig) -> None:
     """ConfigError where a model's tower has not what its projector reads: a layer, the CLS token's attention."""
     if cfg.vision and cfg.projector:
         check_needs(cfg.vision, systems.needs(cfg.projector, cfg.vision.layers))
@@ -180,11 +180,11 @@ def read_projector(path: Path, dtype: str | None = None) -> Pretrained:
     found = _layout(tensors)
     if found.projector is None:
         raise ConversionError(f"{path} holds no projector; known systems: {', '.join(systems.SYSTEMS)}")
-    layout = Layout(projector=found.projector, hf_projector=found.hf_projector)
+    layout = CheckpointLayout(projector=found.projector, hf_projector=found.hf_projector)
     cfg = ModelConfig(
         None, _projector_config(read_json(file) if file.is_file() else {}, layout, tensors, None, 0), None
     )
-    names = {entry.torch for entry in layout.table(cfg)}
+    names = {entry.torch for entry in layout.name_table(cfg)}
     own = {name: tensor for name, tensor in tensors.items() if name in names}
     params, _ = _load(cfg, layout, own, dtype, None, False)
     return Pretrained(cfg, params, layout, cfg)
@@ -206,7 +206,7 @@ def _is_kept(file: Path) -> bool:
 # ------------------------------------------------------------------ what the checkpoint is
 
 
-def _layout(tensors: dict[str, Tensor]) -> Layout:
+def _layout(tensors: dict[str, Tensor]) -> CheckpointLayout:
     """The prefixes, found by the names that every family has."""
 
     def before(*endings: str) -> str | None:
@@ -223,7 +223,7 @@ def _layout(tensors: dict[str, Tensor]) -> Layout:
     vision = before("embeddings.patch_embedding.weight", "post_layernorm.weight")
     if projector is None and decoder is None and vision is None:
         projector = ""  # a projector's state dict alone
-    return Layout(
+    return CheckpointLayout(
         vision=vision,
         projector=projector,
         decoder=decoder,
@@ -232,7 +232,9 @@ def _layout(tensors: dict[str, Tensor]) -> Layout:
     )
 
 
-def _config(path: Path, hf: dict, layout: Layout, tensors: dict[str, Tensor], vision: Path | None) -> ModelConfig:
+def _config(
+    path: Path, hf: dict, layout: CheckpointLayout, tensors: dict[str, Tensor], vision: Path | None
+) -> ModelConfig:
     """The model's config: every value from config.json, the projector's also from its tensors' shapes."""
     kind, preprocessor = hf.get("model_type") or "", _preprocessor(path)
     dtype = "float32" if all(t.dtype == np.float32 for t in tensors.values()) else "bfloat16"
@@ -312,7 +314,7 @@ def _tower_folder(path: Path, name: str, vision: Path | None) -> Path | None:
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
-def _named_tower(path: Path, name: str, layout: Layout, vision: Path | None) -> VisionConfig:
+def _named_tower(path: Path, name: str, layout: CheckpointLayout, vision: Path | None) -> VisionConfig:
     """The config of that tower: its folder's, or a published one's."""
     folder = _tower_folder(path, name, vision)
     if folder is not None:
@@ -327,7 +329,7 @@ def _named_tower(path: Path, name: str, layout: Layout, vision: Path | None) -> 
 
 
 def _projector_config(
-    hf: dict, layout: Layout, tensors: dict[str, Tensor], vision: VisionConfig | None, select_layer: int
+    hf: dict, layout: CheckpointLayout, tensors: dict[str, Tensor], vision: VisionConfig | None, select_layer: int
 ) -> ProjectorConfig:
     """The projector's config, from config.json where we wrote it, else from the shapes of its tensors."""
     prefix = layout.projector or ""
@@ -351,7 +353,7 @@ def _projector_config(
 # ------------------------------------------------------------------ loading
 
 
-def _with_own_head(cfg: ModelConfig, layout: Layout, tensors: dict[str, Tensor]) -> ModelConfig:
+def _with_own_head(cfg: ModelConfig, layout: CheckpointLayout, tensors: dict[str, Tensor]) -> ModelConfig:
     """A tied head is untied where the file holds an output matrix that is not the embedding, as transformers does."""
     head = tensors.get(f"{layout.head}lm_head.weight")
     if not (cfg.decoder and cfg.decoder.tied_head and head):
@@ -364,7 +366,7 @@ def _with_own_head(cfg: ModelConfig, layout: Layout, tensors: dict[str, Tensor])
 
 def _load(cfg, layout, tensors, dtype, shard, progress, unstacked=False) -> tuple[Params, dict[str, Tensor]]:
     """(parameters, tensors the model has no use for)."""
-    table = dataclasses.replace(layout, **{part: "" for part in PARTS if getattr(layout, part) is None}).table(cfg)
+    table = dataclasses.replace(layout, **{part: "" for part in PARTS if getattr(layout, part) is None}).name_table(cfg)
     shapes = {path: leaf.shape for path, leaf in flatten(jax.eval_shape(lambda: _init(cfg))).items()}
     used = {name for entry in table for name in entry.torch_names(shapes[entry.path])}
     extra = {name: tensor for name, tensor in tensors.items() if is_extra(name) and name not in used}

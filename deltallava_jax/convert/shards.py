@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from deltallava_jax.convert.folder import write_json
-from deltallava_jax.convert.read import Layout, Pretrained
+from deltallava_jax.convert.read import CheckpointLayout, Pretrained
 from deltallava_jax.convert.tensors import DTYPES, Tensor
 from deltallava_jax.models.names import TRANSFORMS, Entry, flatten
 from deltallava_jax.progress import progress_bar
@@ -33,10 +33,10 @@ class _Out:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
-def write_weights(model: Pretrained, folder: Path, layout: Layout, shard_bytes: int = SHARD_BYTES) -> None:
+def write_weights(model: Pretrained, folder: Path, layout: CheckpointLayout, shard_bytes: int = SHARD_BYTES) -> None:
     """The tensors by their names in ``layout``, in model.safetensors or in shards of at most ``shard_bytes``."""
     flat, outs = flatten(model.params), []
-    table = layout.table(model.cfg if layout.vision is not None else dataclasses.replace(model.cfg, vision=None))
+    table = layout.name_table(model.cfg if layout.vision is not None else dataclasses.replace(model.cfg, vision=None))
     for entry in table:
         leaf = flat[entry.path]
         for layer, name in enumerate(entry.torch_names(leaf.shape)):

@@ -14,7 +14,15 @@ import jax
 
 from deltallava_jax import cli
 from deltallava_jax.config import Config, DataConfig, ModelConfig, ProjectorConfig, dtype_name, from_dict, to_dict
-from deltallava_jax.convert.read import Layout, Pretrained, check_tower, fits, read, read_json, read_projector
+from deltallava_jax.convert.read import (
+    CheckpointLayout,
+    Pretrained,
+    read,
+    read_json,
+    read_projector,
+    validate_projector,
+    validate_tower,
+)
 from deltallava_jax.convert.shards import write_extra
 from deltallava_jax.convert.tensors import find
 from deltallava_jax.data import tokens
@@ -49,7 +57,7 @@ def read_workdir(path: Path) -> Pretrained:
         cli.log(f"note: {home.lost}, with which {path} began, is not there any more, nor the files it was made of")
     if source is not None:
         about = read_json(source / "origin.json")
-        layout = Layout(**about["layout"]) if about["layout"] else None
+        layout = CheckpointLayout(**about["layout"]) if about["layout"] else None
         origin = from_dict(ModelConfig, about["model"])
         origin_aspect = about.get("aspect", "square")
         kept = sorted(file for file in source.iterdir() if file.name not in ("origin.json", "extra.safetensors"))
@@ -118,10 +126,10 @@ def compose(
                 )
         values = to_dict(own) | {"grid": v.grid} | settings
         projector_cfg, weights = from_dict(ProjectorConfig, values, "projector."), trained.params["projector"]
-        fits(projector_cfg, weights)
+        validate_projector(projector_cfg, weights)
     params = {"vision": tower.params["vision"], "projector": weights, "decoder": text.params["decoder"]}
     cfg = ModelConfig(v, projector_cfg, d, dtype=text.cfg.dtype)
-    check_tower(cfg)
+    validate_tower(cfg)
     kept = [file for file in text.kept if file.name not in ("config.json", "preprocessor_config.json")]
     kept += [file for file in tower.kept if file.name == "preprocessor_config.json"]
     return Pretrained(cfg, params, None, None, text.hf, kept, aspect=tower.aspect)

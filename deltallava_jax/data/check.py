@@ -73,7 +73,7 @@ def check(source: Source, plan: Plan, workers: int, *, decode: bool = True, exam
                 continue
             ids[key] += key is not None
             cropped.update(loss for share in lost for loss in LOSSES if share > loss)
-            seen.update(rounds=rounds, cut=bool(plan.lengths[index] > plan.room[index]))
+            seen.update(rounds=rounds, cut=bool(plan.lengths[index] > plan.text_capacity[index]))
     usable = np.setdiff1d(plan.records, list(found))
     lengths, images = plan.lengths[usable], plan.images[usable]
     counts, _ = np.histogram(lengths, [*EDGES, np.inf])
@@ -99,7 +99,7 @@ def check(source: Source, plan: Plan, workers: int, *, decode: bool = True, exam
     }
 
 
-def table(report: dict) -> str:
+def format_report(report: dict) -> str:
     """The report for people."""
     lines = [
         f"{report['records']:,} records, {report['usable']:,} usable: {report['images']:,} images, "

@@ -46,7 +46,7 @@ def main(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     from deltallava_jax.config import DataConfig, DecoderConfig, VisionConfig, preset
     from deltallava_jax.data import tokens
-    from deltallava_jax.data.check import check, table
+    from deltallava_jax.data.check import check, format_report
     from deltallava_jax.data.conversation import known_template
     from deltallava_jax.data.pipeline import Rows
     from deltallava_jax.data.sources import training_source
@@ -76,7 +76,7 @@ def _check(options: argparse.Namespace) -> None:
         )
     plan = Rows(source, tokenizer, cfg, VisionConfig()).plan((options.tokens,), 0)
     report = check(source, plan, options.workers, decode=not options.no_decode)
-    print(table(report))
+    print(format_report(report))
     if options.report:
         options.report.write_text(json.dumps(report, indent=2) + "\n")
     bad = 1 - report["usable"] / report["records"]

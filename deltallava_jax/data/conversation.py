@@ -151,7 +151,9 @@ def _parts(question: str) -> tuple[str, ...]:
     return "", f"\n{rest}" if rest else ""
 
 
-def asked(pairs: Sequence[tuple[str, str | None]], images: int, system: str | None = None) -> Conversation:
+def prompt_conversation(
+    pairs: Sequence[tuple[str, str | None]], images: int, system: str | None = None
+) -> Conversation:
     """The conversation of (question, answer) pairs about so many images, as a prompt gives them.
 
     ``<image>`` in a question is a place for an image, a lone one before the question's text, as in training; without

@@ -71,14 +71,14 @@ class Plan:
             raise TooManyFaults(f"none of the {len(self.lengths):,} records can be used: {told}; the first: {first}")
 
     @property
-    def room(self) -> np.ndarray:
+    def text_capacity(self) -> np.ndarray:
         """[records] The fewest text tokens that a row has for each record, in any of its steps."""
         raise NotImplementedError
 
     @property
     def cut(self) -> int:
         """How many records are longer than that."""
-        return int((self.lengths > self.room)[self.records].sum())
+        return int((self.lengths > self.text_capacity)[self.records].sum())
 
     def _plan_epoch(self, epoch: int, first_step: int) -> list[Step]:
         raise NotImplementedError
@@ -172,7 +172,7 @@ class PackPlan(Plan):
         self.capacities = {budget: self._capacity(budget, images_per_row) for budget in budgets}
 
     @property
-    def room(self) -> np.ndarray:
+    def text_capacity(self) -> np.ndarray:
         return np.where(self._apart, self.row_length, min(text for text, _ in self.capacities.values()))
 
     def _capacity(self, budget: int, images_per_row: int) -> tuple[int, int]:
@@ -183,7 +183,7 @@ class PackPlan(Plan):
         places = images_per_row or self._image_places(budget, most)
         if places < most:
             raise ConfigError(f"data.images_per_row={places}, but a record has {most} images")
-        return require_room(self.row_length, places, budget), places
+        return require_text_capacity(self.row_length, places, budget), places
 
     def _image_places(self, budget: int, most: int) -> int:
         """The least number of image places, ``most`` or more, that fills rows of a sample nearly best and leaves room
@@ -307,10 +307,10 @@ class GroupedPlan(Plan):
     ):
         """As PackPlan; ``row_length`` is the most slots of a row. Raises ConfigError if it cannot hold the images."""
         super().__init__(lengths, images, budgets, rows, row_length, seed, faults)
-        self._least = require_room(row_length, int(self.images[self.records].max()), max(budgets))
+        self._least = require_text_capacity(row_length, int(self.images[self.records].max()), max(budgets))
 
     @property
-    def room(self) -> np.ndarray:
+    def text_capacity(self) -> np.ndarray:
         return np.full(len(self.lengths), self._least)
 
     def _plan_epoch(self, epoch: int, first_step: int) -> list[Step]:
@@ -338,7 +338,7 @@ class GroupedPlan(Plan):
         return Step(epoch, budget, rows, text, images)
 
 
-def require_room(row_length: int, images: int, budget: int) -> int:
+def require_text_capacity(row_length: int, images: int, budget: int) -> int:
     """The text tokens of a row with so many images. Raises ConfigError if there are none."""
     text = row_length - images * (budget - 1)
     if text < 2:

@@ -20,7 +20,7 @@ from deltallava_jax.config import DataConfig, VisionConfig
 from deltallava_jax.data.conversation import TEMPLATES, Tokenized, known_template, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.lengths import Lengths, measure, read
-from deltallava_jax.data.packing import Plan, plan_for, require_room
+from deltallava_jax.data.packing import Plan, plan_for, require_text_capacity
 from deltallava_jax.data.records import Record, Source
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import BadSample, ConfigError
@@ -82,7 +82,7 @@ class Rows:
         budget = max(budgets)
         tokens, images = lengths.tokens, lengths.images
         if images.any():
-            require_room(cfg.row_length, cfg.images_per_row or 1, budget)
+            require_text_capacity(cfg.row_length, cfg.images_per_row or 1, budget)
         faults = self._faults(np.flatnonzero(tokens == 0), np.full(len(tokens), cfg.row_length))
         alone = cfg.row_length - images.astype(int) * (budget - 1)  # room of a record that has a row to itself
         most = cfg.images_per_row or (cfg.row_length - 2) // max(budget - 1, 1)
@@ -91,7 +91,7 @@ class Rows:
             faults[index] = BadSample(f"{self.name(index)}: {why}", "beyond")
         faults |= self._faults(np.setdiff1d(np.flatnonzero(tokens > alone), list(faults)), alone)
         plan = plan_for(cfg, tokens, images, budgets, seed, faults)
-        plan.leave_out(self._faults(plan.records[(tokens > plan.room)[plan.records]], plan.room))
+        plan.leave_out(self._faults(plan.records[(tokens > plan.text_capacity)[plan.records]], plan.text_capacity))
         plan.notes = lengths.notes
         return plan
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, asked, end_id, tokenize
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, end_id, prompt_conversation, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.inference.generate import Engine, bucket, prompt_batch
@@ -70,7 +70,7 @@ class Answerer:
         self, questions: list[str], pixels: list[list[np.ndarray]], images: int, max_new_tokens: int
     ) -> list[str]:
         model, template = self.model, TEMPLATES[self.model.template]
-        conversations = [asked([(text.replace(IMAGE, ""), None)], images) for text in questions]
+        conversations = [prompt_conversation([(text.replace(IMAGE, ""), None)], images) for text in questions]
         read = systems.question_length(model.cfg.projector)
         prompts = [tokenize(each, template, model.tokenizer, question_length=read) for each in conversations]
         length = bucket(max(len(prompt.ids) for prompt in prompts))

@@ -10,7 +10,7 @@ import numpy as np
 
 from deltallava_jax.config import Config
 from deltallava_jax.data import easy_vqa
-from deltallava_jax.data.conversation import TEMPLATES, asked, end_id, tokenize
+from deltallava_jax.data.conversation import TEMPLATES, end_id, prompt_conversation, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import ConfigError
@@ -59,7 +59,10 @@ def evaluate(
     visual, valid = (None, None) if asks else _encode(engine, pixels, budget)
     template = TEMPLATES[cfg.data.template]
     read = systems.question_length(cfg.model.projector)
-    prompts = [tokenize(asked([(q.question, None)], 1), template, tokenizer, question_length=read) for q in questions]
+    prompts = [
+        tokenize(prompt_conversation([(q.question, None)], 1), template, tokenizer, question_length=read)
+        for q in questions
+    ]
     length = max(len(prompt.ids) for prompt in prompts)
     size = min(cfg.evaluation.batch_size, len(questions))
     answers = []

@@ -19,10 +19,10 @@ from deltallava_jax.data.conversation import (
     TEMPLATES,
     Conversation,
     Tokenized,
-    asked,
     end_id,
     end_ids,
     known_template,
+    prompt_conversation,
     tokenize,
 )
 from deltallava_jax.data.images import load_image
@@ -147,7 +147,7 @@ class Model:
 
         system: in place of the template's own system text. continues: what follows an answer. Raises ConfigError as
         ``generate``."""
-        return self.prompt(asked(pairs, len(_listed(images)), system), continues=continues)
+        return self.prompt(prompt_conversation(pairs, len(_listed(images)), system), continues=continues)
 
     def prompt(self, conversation: Conversation, *, continues: bool = False) -> Tokenized:
         """A conversation up to a question, as the model's template puts it. Raises ConfigError as ``generate``, and for

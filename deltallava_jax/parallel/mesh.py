@@ -19,7 +19,7 @@ ROWS = P(ROW_AXES)
 def make_mesh(cfg: Config, devices: list | None = None) -> Mesh:
     """The configured mesh over all devices (or the given ones); ConfigError if it does not fit."""
     devices = jax.devices() if devices is None else devices
-    sizes = cfg.check_devices(len(devices))
+    sizes = cfg.validate_devices(len(devices))
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 

@@ -12,7 +12,7 @@ from deltallava_jax import __main__ as door
 from deltallava_jax.analysis import gradcam
 from deltallava_jax.config import FastVConfig, renamed, settings_of
 from deltallava_jax.data import tokens
-from deltallava_jax.data.conversation import TEMPLATES, asked, tokenize
+from deltallava_jax.data.conversation import TEMPLATES, prompt_conversation, tokenize
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference.model import Model
 from deltallava_jax.models import decoder, vision, vlm
@@ -48,7 +48,7 @@ def picture(place=None):
 
 def log_probability(model, image, monkeypatch):
     """(visual tokens [V, d], a function from changed ones to the answer's log-probability by the training loss)."""
-    made = tokenize(asked([(QUESTION, ANSWER)], 1), TEMPLATES["brief"], model.tokenizer)
+    made = tokenize(prompt_conversation([(QUESTION, ANSWER)], 1), TEMPLATES["brief"], model.tokenizer)
     batch = Batch(
         made.ids[None], made.loss_mask[None], np.ones((1, len(made.ids)), np.int32), made.image_positions[None],
         np.asarray(image)[None, None],

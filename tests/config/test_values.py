@@ -289,9 +289,9 @@ def test_a_mesh_that_does_not_fit(axes, devices, words):
 
 
 def test_check_devices_returns_the_mesh():
-    assert EASY.check_devices(1) == (1, 1, 1)
-    assert EASY.check_devices(8) == (8, 1, 1)
-    assert override(EASY, {"mesh.tensor": "4", "optimizer.accumulation": "4"}).check_devices(8) == (2, 1, 4)
+    assert EASY.validate_devices(1) == (1, 1, 1)
+    assert EASY.validate_devices(8) == (8, 1, 1)
+    assert override(EASY, {"mesh.tensor": "4", "optimizer.accumulation": "4"}).validate_devices(8) == (2, 1, 4)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_check_devices_returns_the_mesh():
     ],
 )
 def test_check_devices_refuses_what_does_not_divide(changes, devices, words):
-    assert_error(lambda: override(EASY, changes).check_devices(devices), *words)
+    assert_error(lambda: override(EASY, changes).validate_devices(devices), *words)
 
 
 # ------------------------------------------------------------------ config files

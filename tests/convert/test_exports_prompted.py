@@ -57,7 +57,9 @@ def ready(model: Pretrained, folder) -> Model:
 def assert_processor_agrees(processor, config, tokenizer, pictures, opened: int = 1):
     """Its text ids are ours, with ``opened`` image tokens for each placeholder; the pixels are of the tower's size."""
     inputs = processor(images=pictures[:1], text=vicuna(PROMPT), return_tensors="pt")
-    mine = tokenize(conversation.asked([(PROMPT, None)], 1), TEMPLATES["vicuna_v1"], tokenizer).ids.tolist()
+    mine = tokenize(
+        conversation.prompt_conversation([(PROMPT, None)], 1), TEMPLATES["vicuna_v1"], tokenizer
+    ).ids.tolist()
     token = config.image_token_index
     assert inputs["input_ids"][0].tolist() == [i for x in mine for i in ([token] * opened if x == 0 else [x])]
     assert inputs["pixel_values"].shape == (1, 3, SIDE, SIDE)
@@ -232,7 +234,7 @@ def test_questions_of_a_long_conversation(decoder, composed, saved, tmp_path):
     answers = [f" {answer}{template.end}" for _, answer in CONVERSATION[:-1]] + [""]
     text = template.system + "".join(part for pair in zip(rounds, answers, strict=True) for part in pair)
     tokenizer = tokens.load(saved(decoder))
-    mine = tokenize(conversation.asked(CONVERSATION, 5), template, tokenizer, question_length=24)
+    mine = tokenize(conversation.prompt_conversation(CONVERSATION, 5), template, tokenizer, question_length=24)
     inputs = processor(text=text)
     found = [
         [token for token, live in zip(ids, mask, strict=True) if live]

@@ -23,7 +23,7 @@ from deltallava_jax.convert.export import write_hf, write_llava  # noqa: E402
 from deltallava_jax.convert.read import read  # noqa: E402
 from deltallava_jax.convert.workdir import open_model, write_workdir  # noqa: E402
 from deltallava_jax.data import tokens  # noqa: E402
-from deltallava_jax.data.conversation import TEMPLATES, asked, end_id, tokenize  # noqa: E402
+from deltallava_jax.data.conversation import TEMPLATES, end_id, prompt_conversation, tokenize  # noqa: E402
 from deltallava_jax.inference.model import Model  # noqa: E402
 from deltallava_jax.training.checkpoints import Checkpoints  # noqa: E402
 from deltallava_jax.training.step import TrainState  # noqa: E402
@@ -77,7 +77,7 @@ def test_a_chat_in_the_exports_processor_has_our_ids(template, bos, system, expo
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
     rounds = [("<image>\nWhat is it?", "A small red circle."), ("<image>\nAnd this?\nIs it green?", None)]
-    mine = tokenize(asked(rounds, 2, system), TEMPLATES[template], tokens.load(folder))
+    mine = tokenize(prompt_conversation(rounds, 2, system), TEMPLATES[template], tokens.load(folder))
     front = [said("system", system)] if system else []
     messages = [*front, said("user", pictures[0], "What is it?"), said("assistant", "A small red circle."),
                 said("user", pictures[1], "And this?", "Is it green?")]  # fmt: skip
@@ -99,7 +99,7 @@ def test_answers_are_written_as_they_are_trained(export, pictures):
         messages = [said("user", pictures[0], "What is it?"), said("assistant", "A small red circle.")]
         ids = prepared(processor, messages, add_generation_prompt=False)["input_ids"][0].tolist()
         pairs = [("<image>\nWhat is it?", "A small red circle.")]
-        mine = tokenize(asked(pairs, 1), TEMPLATES[template], tokens.load(folder)).ids.tolist()
+        mine = tokenize(prompt_conversation(pairs, 1), TEMPLATES[template], tokens.load(folder)).ids.tolist()
         image = processor.tokenizer.convert_tokens_to_ids("<image>")
         assert ids == [image if id == 0 else id for id in mine]
 

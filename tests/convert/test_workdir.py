@@ -18,7 +18,7 @@ import deltallava_jax
 import eval as evaluation_door
 from deltallava_jax.config import ASPECTS, workdir_config
 from deltallava_jax.convert.tensors import Tensor, find
-from deltallava_jax.data.conversation import TEMPLATES, Template, asked, tokenize
+from deltallava_jax.data.conversation import TEMPLATES, Template, prompt_conversation, tokenize
 from deltallava_jax.data.images import load_image
 from deltallava_jax.errors import BadSample, ConfigError, ConversionError
 from deltallava_jax.inference import model as inference
@@ -182,7 +182,7 @@ def prompted(monkeypatch) -> list:
 
 
 def assert_same_prompt(prompt, text: str, template: Template, tokenizer) -> None:
-    expected = tokenize(asked([(text, None)], text.count("<image>")), template, tokenizer)
+    expected = tokenize(prompt_conversation([(text, None)], text.count("<image>")), template, tokenizer)
     np.testing.assert_array_equal(prompt.ids, expected.ids)
     np.testing.assert_array_equal(prompt.image_positions, expected.image_positions)
 

@@ -14,8 +14,8 @@ from deltallava_jax.data.conversation import (
     TEMPLATES,
     Conversation,
     Round,
-    asked,
     end_ids,
+    prompt_conversation,
     question_ids,
     read_turns,
     tokenize,
@@ -36,7 +36,7 @@ each_template = pytest.mark.parametrize("template", INSTRUCT.values(), ids=INSTR
 
 def talk(pairs) -> Conversation:
     """With an image for each marker of a question."""
-    return asked(pairs, sum(question.count(IMAGE) for question, _ in pairs))
+    return prompt_conversation(pairs, sum(question.count(IMAGE) for question, _ in pairs))
 
 
 def supervised(tokenized) -> list[list[int]]:
@@ -271,9 +271,9 @@ def test_a_system_turn_is_the_conversations_system_text(tokenizer):
 
 def test_independent_rounds_share_the_system_text(tokenizer):
     pairs = [("what?", "blue"), ("which?", "a circle")]
-    tokenized = tokenize(asked(pairs, 0, "One word."), TEMPLATES["brief"], tokenizer)
+    tokenized = tokenize(prompt_conversation(pairs, 0, "One word."), TEMPLATES["brief"], tokenizer)
     for number, pair in enumerate(pairs, start=1):
-        alone = tokenize(asked([pair], 0, "One word."), TEMPLATES["brief"], tokenizer)
+        alone = tokenize(prompt_conversation([pair], 0, "One word."), TEMPLATES["brief"], tokenizer)
         np.testing.assert_array_equal(tokenized.ids[np.isin(tokenized.rounds, (0, number))], alone.ids)
 
 
@@ -320,17 +320,23 @@ def test_half_a_surrogate_pair_does_not_stop_the_run(tokenizer):
 
 
 def test_a_prompt_has_its_images_where_it_marks_them_or_before_the_last_question():
-    assert asked([("a", "b"), ("c", None)], 2).rounds == (Round(("a",), "b"), Round(("", "\n", "\nc"), None))
-    assert asked([(f"a {IMAGE}", "b"), ("c", None)], 1).rounds == (Round(("", "\na"), "b"), Round(("c",), None))
-    assert asked([(f"a {IMAGE} b {IMAGE}", None)], 2).rounds == (Round(("a ", " b ", ""), None),)
+    assert prompt_conversation([("a", "b"), ("c", None)], 2).rounds == (
+        Round(("a",), "b"),
+        Round(("", "\n", "\nc"), None),
+    )
+    assert prompt_conversation([(f"a {IMAGE}", "b"), ("c", None)], 1).rounds == (
+        Round(("", "\na"), "b"),
+        Round(("c",), None),
+    )
+    assert prompt_conversation([(f"a {IMAGE} b {IMAGE}", None)], 2).rounds == (Round(("a ", " b ", ""), None),)
     for question, images in ((IMAGE, 0), (IMAGE, 2), (IMAGE * 2, 1)):
         with pytest.raises(ConfigError, match=f"<image> markers, but {images} images are given"):
-            asked([(question, None)], images)
+            prompt_conversation([(question, None)], images)
 
 
 def test_an_answer_of_the_history_is_text():
     said = f"The tag is {IMAGE}."
-    assert asked([("a", said), ("c", None)], 1).rounds == (Round(("a",), said), Round(("", "\nc"), None))
+    assert prompt_conversation([("a", said), ("c", None)], 1).rounds == (Round(("a",), said), Round(("", "\nc"), None))
 
 
 # ------------------------------------------------------------------ questions, for systems that read them
@@ -361,4 +367,4 @@ def test_a_question_is_whole_up_to_the_limit_and_it_is_said_where_it_is_cut(toke
 @pytest.mark.parametrize("question", ["what <image> is it?", "<image>\nwhat is it?", "what is it? ", "<image>"])
 def test_a_prompt_has_the_form_that_was_trained_on(question):
     turns = [{"from": "human", "value": question}]
-    assert asked([(question, None)], 1).rounds == read_turns(turns, 1).rounds
+    assert prompt_conversation([(question, None)], 1).rounds == read_turns(turns, 1).rounds

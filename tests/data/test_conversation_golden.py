@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deltallava_jax.data import tokens
-from deltallava_jax.data.conversation import IMAGE, TEMPLATES, Round, asked, read_turns, tokenize
+from deltallava_jax.data.conversation import IMAGE, TEMPLATES, Round, prompt_conversation, read_turns, tokenize
 from deltallava_jax.errors import BadSample
 from tests import golden
 
@@ -99,12 +99,12 @@ def test_prompts(name, llama):
 
 
 def test_the_image_is_after_35_tokens(llama):
-    found = tokenize(asked([("what?", "a")], 1), TEMPLATES["vicuna_v1"], llama)
+    found = tokenize(prompt_conversation([("what?", "a")], 1), TEMPLATES["vicuna_v1"], llama)
     assert found.image_positions.tolist() == [35]
 
 
 def test_queccs_question_is_the_originals(llama):
     """llava_arch.py tokenizes the question's text by itself (locuslab/llava-token-compression)."""
-    prompt = asked([("<image>\nWhat is it?", None)], 1)
+    prompt = prompt_conversation([("<image>\nWhat is it?", None)], 1)
     found = tokenize(prompt, TEMPLATES["vicuna_v1"], llama, question_length=8)
     assert found.questions.tolist() == [[1, 1724, 338, 372, 29973, -1, -1, -1]]

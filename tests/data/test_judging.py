@@ -98,15 +98,15 @@ def test_what_a_row_is_too_short_for_is_the_same_fault_before_training_and_in_a_
     records[4] = record(4, answer="seven " * 400)  # cut, but of use
     rows = rows_of(tmp_path, records, tokenizer, row_length=128, images_per_row=2)
     plan = rows.plan((16,), 0)
-    text = plan.room.min()
-    assert text == 128 - 2 * 15 and plan.room[2] == 128
+    text = plan.text_capacity.min()
+    assert text == 128 - 2 * 15 and plan.text_capacity[2] == 128
     kinds = {index: error.kind for index, error in plan.faults.items()}
     assert kinds == {0: "unsupervised", 1: "beyond", 2: "unsupervised", 3: "unsupervised"} and plan.cut == 1
     for index in range(4):
         with pytest.raises(BadSample, match=f"data.json#{index} ") as caught:
-            rows.read(index, plan.room[index])
+            rows.read(index, plan.text_capacity[index])
         assert caught.value.kind == kinds[index]
-        assert rows.build([[index]], int(plan.room[index]), 2)[1] == (str(caught.value),)
+        assert rows.build([[index]], int(plan.text_capacity[index]), 2)[1] == (str(caught.value),)
     stream = list(elements(rows, plan, 0, plan.steps_for(1), workers=0))
     assert not any(element.faults for element in stream)
     found = check(rows.source, plan, 1)["faults"]

@@ -10,7 +10,7 @@ from benchmarks.make_llava import FAULTS, make
 from deltallava_jax.config import DataConfig, VisionConfig
 from deltallava_jax.data import array_record, tokens
 from deltallava_jax.data.array_record import ArrayRecords, build
-from deltallava_jax.data.check import check, table
+from deltallava_jax.data.check import check, format_report
 from deltallava_jax.data.llava_json import LlavaJson
 from deltallava_jax.data.pipeline import Rows, elements
 from tests import golden
@@ -68,7 +68,7 @@ def test_the_check_counts_what_was_planted(source, llama):
     assert report["faults"] == expected
     assert report["usable"] == RECORDS - EACH * len(FAULTS) and report["cut"] == EACH
     assert sum(report["histogram"].values()) == report["usable"]
-    text = table(report)
+    text = format_report(report)
     assert "images that are missing" in text and "nothing is left out" not in text
 
 

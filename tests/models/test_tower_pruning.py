@@ -52,7 +52,7 @@ def hugging_face(cfg):
     family = tower_family(VISION)
     config = CLIPVisionConfig(**{k: v for k, v in family.to_hf(VISION).items() if k not in ("architectures",)})
     tower = CLIPVisionModel._from_config(config, attn_implementation="eager").eval()
-    state = names.to_torch(params_of(cfg)["vision"], family.table(VISION))
+    state = names.to_torch(params_of(cfg)["vision"], family.name_table(VISION))
     tower.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()}, strict=False)
     pixels = np.asarray(vision.normalize(jnp.asarray(IMAGES), VISION)).transpose(0, 3, 1, 2)
     with torch.no_grad():

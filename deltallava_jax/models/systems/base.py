@@ -176,8 +176,8 @@ class LevelsConfig(ScaleConfig):
     def width(self) -> int:
         return self.embed_width or self.in_width
 
-    def check_tower(self, layers: int) -> None:
-        super().check_tower(layers)
+    def validate_tower(self, layers: int) -> None:
+        super().validate_tower(layers)
         require(
             all(level <= layers for level in self.levels),
             f"projector.levels={self.levels}; the tower has {layers} layers",
