@@ -104,7 +104,7 @@ def pictures(files: list[Path]) -> UInt8[np.ndarray, "n H W 3"]:
 def likeness(params: Params, cfg: VisionConfig, images: Float[Array, "n H W 3"], texts) -> Float[Array, "n m"]:
     """Cosines of pictures (0 to 255) and names."""
     pixels = (images / 255.0 - jnp.asarray(cfg.image_mean)) / jnp.asarray(cfg.image_std)
-    hidden = vision.run(params["tower"], cfg, vision.embed(params["tower"], cfg, pixels), (0, cfg.layers))
+    hidden = vision.forward(params["tower"], cfg, vision.embed(params["tower"], cfg, pixels), (0, cfg.layers))
     seen = bind(vision.FinalNorm, cfg, params["tower"]["final"])(hidden[:, 0]) @ params["picture"]
     meant = texts @ params["name"]
     unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)

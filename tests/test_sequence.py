@@ -76,7 +76,7 @@ def test_dead_slots_have_no_position_and_no_target():
     )
     check(
         batch,
-        # Row 0: a hole in the first image, the second image is gone. Row 1: dead slots begin and end an image.
+        # Row 0: a hole in the first image, no second image. Row 1: an image begins and ends with missing tokens.
         [[[1, 0, 1], [0, 0, 0]], [[0, 0, 1], [1, 1, 0]]],
         V=3,
         is_visual=[[0, 1, 1, 1, 0, 1, 1, 1, 0], [0, 1, 1, 1, 0, 1, 1, 1, 0]],
@@ -177,27 +177,27 @@ def rows(draw, T: int, I: int, V: int):
 
 
 def slow_layout(tokens, loss_mask, segments, image_positions, valid, V):
-    """One row of the layout, slot by slot: a dict of lists, ANY where the contract leaves the value open."""
-    slots = []  # (text index, visual index, segment, live)
+    """One row of the layout, position by position: a dict of lists, ANY where the contract leaves the value open."""
+    opened = []  # (text index, visual index, segment, live)
     for t, segment in enumerate(segments):
         if t in image_positions:
             i = image_positions.index(t)
-            slots += [(t, i * V + v, segment, valid[i][v]) for v in range(V)]
+            opened += [(t, i * V + v, segment, valid[i][v]) for v in range(V)]
         else:
-            slots.append((t, ANY, segment, segment > 0))
-    slots += [(ANY, ANY, 0, False)] * (len(tokens) + len(image_positions) * (V - 1) - len(slots))
+            opened.append((t, ANY, segment, segment > 0))
+    opened += [(ANY, ANY, 0, False)] * (len(tokens) + len(image_positions) * (V - 1) - len(opened))
 
     seen = Counter()
     fields = {key: [] for key in ("positions", "segments", "is_visual", "text_index", "visual_index")}
     targets = []
-    for s, (text, visual, segment, live) in enumerate(slots):
+    for s, (text, visual, segment, live) in enumerate(opened):
         fields["text_index"].append(text)
         fields["visual_index"].append(visual)
         fields["is_visual"].append(int(visual != ANY))
         fields["segments"].append(segment if live else 0)
         fields["positions"].append(seen[segment] if live else 0)
         seen[segment] += live
-        next_text, next_visual, next_segment, _ = next((x for x in slots[s + 1 :] if x[3]), (ANY, ANY, ANY, True))
+        next_text, next_visual, next_segment, _ = next((x for x in opened[s + 1 :] if x[3]), (ANY, ANY, ANY, True))
         counts = live and next_visual == ANY and next_segment == segment and loss_mask[next_text]
         targets.append(tokens[next_text] if counts else 0)
     return {**fields, "targets": targets, "loss_mask": [int(target > 0) for target in targets]}
@@ -235,7 +235,7 @@ def test_every_budget_occurs_about_equally_often():
 
 
 def test_branches_go_on_from_the_shared_part():
-    """An image of two slots and a token are shared; two branches; then a conversation that is all branches."""
+    """An image of two tokens and a text token are shared; two branches; then a conversation that is all branches."""
     batch = Batch(
         tokens=np.array([[1, 0, 5, 6, 7, 8, 9, 3, 4]], np.int32),
         loss_mask=np.array([[0, 0, 0, 0, 1, 1, 1, 0, 1]], bool),
@@ -247,7 +247,7 @@ def test_branches_go_on_from_the_shared_part():
     row = layout(batch, None, 2)
     np.testing.assert_array_equal(row.branches, [[0, 0, 0, 0, 1, 1, 2, 2, 1, 1]])
     np.testing.assert_array_equal(row.positions, [[0, 1, 2, 3, 4, 5, 4, 5, 0, 1]])
-    # 8 opens branch 2 and is supervised, but the slot before it belongs to branch 1: nobody predicts it.
+    # 8 opens branch 2 and is supervised, but the token before it belongs to branch 1: nothing predicts it.
     np.testing.assert_array_equal(row.loss_mask, [[0, 0, 0, 0, 1, 0, 1, 0, 1, 0]])
     np.testing.assert_array_equal(row.targets, [[0, 0, 0, 0, 7, 0, 9, 0, 4, 0]])
 

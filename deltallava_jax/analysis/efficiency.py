@@ -65,22 +65,19 @@ def visual(cfg: ModelConfig) -> int:
     return systems.budgets(cfg.projector)[0]
 
 
-def stages(cfg: ModelConfig, text: int) -> list[tuple[tuple[int, int], int]]:
-    """((first, last) layers of the decoder, slots of a prompt in them), in order: more than one with FastV."""
-    slots = text + visual(cfg)
+def layer_slices(cfg: ModelConfig, text: int) -> list[tuple[tuple[int, int], int]]:
+    """((first, last) layers of the decoder, a prompt's tokens in them), in order: more than one with FastV."""
+    tokens = text + visual(cfg)
     if not cfg.fastv:
-        return [((0, cfg.decoder.layers), slots)]
-    kept = min(text + cfg.fastv.keep, slots)
-    return [
-        (layers, count)
-        for layers, count in zip(fastv.stages(cfg.decoder, cfg.fastv), (slots, slots, kept), strict=True)
-    ]
+        return [((0, cfg.decoder.layers), tokens)]
+    kept = fastv.kept_tokens(tokens, text, cfg.fastv)
+    return list(zip(fastv.layer_slices(cfg.decoder, cfg.fastv), (tokens, tokens, kept), strict=True))
 
 
 def cache_bytes(cfg: ModelConfig, text: int, new: int) -> int:
     """Bytes of all keys and values once the answer is there."""
     wide = 2 * cfg.decoder.kv_heads * cfg.decoder.head_dim * jnp.dtype(cfg.dtype).itemsize
-    return sum((last - first) * (slots + new) * wide for (first, last), slots in stages(cfg, text))
+    return sum((last - first) * (tokens + new) * wide for (first, last), tokens in layer_slices(cfg, text))
 
 
 # ------------------------------------------------------------------ the systems at a number of tokens
@@ -151,25 +148,25 @@ def exact(cfg: ModelConfig, text: int, new: int) -> dict[str, int]:
         places = layout(prompt, None, V)
         hidden, weights = vlm.merge(params, cfg, prompt, places, made), params["decoder"]
         if cfg.fastv:
-            hidden = fastv.run(weights, cfg.decoder, hidden, places, cfg.fastv, text + cfg.fastv.keep)[0]
+            hidden = fastv.forward(weights, cfg.decoder, hidden, places, cfg.fastv, text + cfg.fastv.keep)[0]
         else:
-            hidden, _ = decoder.run(weights, cfg.decoder, hidden, places)
+            hidden, _ = decoder.forward(weights, cfg.decoder, hidden, places)
         return score(params, hidden[:, -1:])
 
     def step(params, token, caches):
         hidden = decoder.embed(params["decoder"], cfg.decoder, token, cfg.dtype)
-        for (layers, _), cache in zip(stages(cfg, text), caches, strict=True):
-            slot = text_layout(token, jnp.ones_like(token))
-            hidden, _ = decoder.run(params["decoder"], cfg.decoder, hidden, slot, layers=layers, cache=cache)
+        for (layers, _), cache in zip(layer_slices(cfg, text), caches, strict=True):
+            row = text_layout(token, jnp.ones_like(token))
+            hidden, _ = decoder.forward(params["decoder"], cfg.decoder, hidden, row, layers=layers, cache=cache)
         return score(params, hidden)
 
     def nth(count: int) -> int:
         """Operations of the ``count``-th new token: linear in count."""
         caches = [
             jax.eval_shape(
-                functools.partial(decoder.init_cache, cfg.decoder, 1, slots + count, cfg.dtype, layers=last - first)
+                functools.partial(decoder.init_cache, cfg.decoder, 1, tokens + count, cfg.dtype, layers=last - first)
             )
-            for (first, last), slots in stages(cfg, text)
+            for (first, last), tokens in layer_slices(cfg, text)
         ]
         return _count(step, shapes, ints(1, 1), caches)
 
@@ -197,10 +194,10 @@ def paper(cfg: ModelConfig, text: int, new: int) -> dict[str, int]:
     seen = patches + (tower.family == "clip")
     stem = 2 * patches * 3 * tower.patch_size**2 * tower.width
     prefill = decode = 0
-    for (first, last), slots in stages(cfg, text):
-        prefill += (last - first) * _layer(slots, width, d.mlp_width)
-        # The n-th new token attends to the slots and the n - 1 before it.
-        attended = new * slots + new * (new - 1) // 2
+    for (first, last), tokens in layer_slices(cfg, text):
+        prefill += (last - first) * _layer(tokens, width, d.mlp_width)
+        # The n-th new token attends to the prompt and the n - 1 before it.
+        attended = new * tokens + new * (new - 1) // 2
         decode += (last - first) * (new * (8 * width**2 + 4 * width * d.mlp_width) + 4 * width * attended)
     return dict(
         vision=stem + tower.layers * _layer(seen, tower.width, tower.mlp_width),

@@ -45,17 +45,18 @@ def total(flops: Flops, passes: tuple[str, ...] = PASSES) -> int:
     return sum(counts[each] for counts in flops.values() for each in passes)
 
 
-def needed(flops: Flops, cfg: Config, slots: list[int]) -> int:
+def needed(flops: Flops, cfg: Config, row_lengths: list[int]) -> int:
     """Operations that a train step needs, the base of MFU: nothing twice, and no scores that the causal mask drops.
 
-    slots: of a row, for each of the step's budgets. Conversations that share a row see less still; that stays in."""
-    dropped = sum(masked(cfg.model.decoder, each) for each in slots) * cfg.data.rows
+    row_lengths: tokens of a row, for each of the step's budgets. What packed conversations do not attend to of each
+    other is counted."""
+    dropped = sum(masked(cfg.model.decoder, length) for length in row_lengths) * cfg.data.rows
     return total(flops, ("forward", "backward")) - 3 * dropped  # the backward pass has two products for each one
 
 
-def masked(cfg: DecoderConfig, slots: int) -> int:
-    """Operations of a row's forward pass on scores and values of slots that come later."""
-    return cfg.layers * 4 * (slots * (slots - 1) // 2) * cfg.width
+def masked(cfg: DecoderConfig, row_length: int) -> int:
+    """Operations of a row's forward pass on scores and values of later tokens."""
+    return cfg.layers * 4 * (row_length * (row_length - 1) // 2) * cfg.width
 
 
 class StepOperations:

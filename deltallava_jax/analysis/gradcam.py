@@ -121,14 +121,14 @@ def _heat(
 ) -> tuple[Float[Array, " V"], Float[Array, ""]]:
     """(heat of each token, the answer's log-probability)."""
     visual, valid, _ = vlm.visual_tokens(params, cfg, pixels, row, budget=budget)
-    slots = layout(row, None if valid is None else valid[None], budget)
+    opened = layout(row, None if valid is None else valid[None], budget)
     weights, shape = params["decoder"], cfg.decoder
 
     def log_probability(visual: Float[Array, "1 V d"]) -> Float[Array, ""]:
-        hidden, _ = decoder.run(weights, shape, vlm.merge(params, cfg, row, slots, visual), slots)
+        hidden, _ = decoder.forward(weights, shape, vlm.merge(params, cfg, row, opened, visual), opened)
         scores = decoder.logits(weights, shape, decoder.finish(weights, shape, hidden))
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), slots.targets[..., None], axis=-1)[..., 0]
-        return jnp.where(slots.loss_mask, chosen, 0.0).sum()
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), opened.targets[..., None], axis=-1)[..., 0]
+        return jnp.where(opened.loss_mask, chosen, 0.0).sum()
 
     value, gradient = jax.value_and_grad(log_probability)(visual)
     visual, gradient = visual[0].astype(jnp.float32), gradient[0].astype(jnp.float32)

@@ -28,7 +28,7 @@ class DataConfig:
     turns: int = 0  # easy_vqa: questions a conversation; 0: all of an image's questions
     independent_rounds: bool = False  # a conversation's questions see its image but not each other
     rows: int = 16  # rows of the global batch
-    row_length: int = 2048  # slots of a row, for text and visual tokens
+    row_length: int = 2048  # tokens of a row, text and visual
     packed: bool = True  # False: LLaVA-1.5's batches, a conversation a row, padded, grouped by modality
     images_per_row: int = 0  # places for images in a row; 0: chosen from the data for each budget
     workers: int = 1  # processes that load data; 0: in the training process

@@ -32,7 +32,7 @@ from deltallava_jax.convert.tensors import Tensor, equal, find
 from deltallava_jax.errors import ConfigError, ConversionError
 from deltallava_jax.models import systems, vlm
 from deltallava_jax.models.layers import Params
-from deltallava_jax.models.names import Entry, check, flatten, linear, prefixed, unflatten
+from deltallava_jax.models.names import Entry, flatten, linear, prefixed, require_match, unflatten
 from deltallava_jax.models.vision import check_needs
 from deltallava_jax.progress import progress_bar
 
@@ -116,7 +116,7 @@ def validate_projector(cfg: ProjectorConfig, params: Params) -> None:
     """Raises WeightMismatch with both sides where parameters are not those of a projector's config."""
     table = lambda tree: {f"projector/{path}": tuple(leaf.shape) for path, leaf in flatten(tree).items()}
     ours, theirs = table(jax.eval_shape(lambda: systems.init_params(cfg, jax.random.key(0)))), table(params)
-    check([Entry(path, path) for path in ours], theirs, ours)
+    require_match([Entry(path, path) for path in ours], theirs, ours)
 
 
 def validate_tower(cfg: ModelConfig) -> None:
@@ -372,7 +372,7 @@ def _load(cfg, layout, tensors, dtype, shard, progress, unstacked=False) -> tupl
     extra = {name: tensor for name, tensor in tensors.items() if is_extra(name) and name not in used}
     if cfg.decoder and cfg.decoder.tied_head:
         tensors = {name: t for name, t in tensors.items() if not name.endswith("lm_head.weight")}
-    check(table, {name: tensor.shape for name, tensor in tensors.items()}, shapes, is_extra)
+    require_match(table, {name: tensor.shape for name, tensor in tensors.items()}, shapes, is_extra)
     flat = {}
     for entry in progress_bar(table, "reading", unit="arrays", shown=progress):
         parts = [tensors[name] for name in entry.torch_names(shapes[entry.path])]

@@ -129,9 +129,9 @@ class Plan:
 #      even share of the rest, until none fits (_choose).
 
 # The image places tried, less the average row's. Measured, as is what follows, on lengths like easy-VQA's and LLaVA's:
-# more counts on either side change nothing, without the highest 3% of the slots stay empty.
+# more counts on either side change nothing, without the highest 3% of the tokens are padding.
 PLACES_TRIED = np.arange(-2, 2)
-# The share of live slots that is given up for fewer image places: each costs a pass of the tower, filled or not.
+# The share of tokens that is given up to padding for fewer image places: each costs a pass of the tower, filled or not.
 FILL_TOLERANCE = 0.005
 # The share of the records with an image that a row can hold whole. One in a thousand is cut: room for the very longest
 # would leave places for few images in every row.
@@ -142,12 +142,12 @@ SAMPLE = 4096
 # better, and let a record wait longer.
 POOL = 256
 # The oldest are taken while the row has room for so many average records after them. With 1 the last record has to fit
-# what the oldest happen to leave, with 2 more of a row goes by fit alone: both leave 0.5% of the slots more empty.
+# what the oldest happen to leave, with 2 more of a row goes by fit alone: both leave 0.5% more padding.
 ROOM_FOR_OLDEST = 1.5
 
 
 class PackPlan(Plan):
-    """Fills rows of S slots: sum of text lengths <= T, images <= I, T + I * (V - 1) = S for the step's budget V.
+    """Fills rows of S tokens: sum of text lengths <= T, images <= I, T + I * (V - 1) = S for the step's budget V.
 
     Where there are images, records without one share steps of their own, with T = S and no image: they are not cut at
     the shorter T and do not pay for the tower."""
@@ -202,7 +202,7 @@ class PackPlan(Plan):
         return int(counts[np.argmax(nearly_best)])
 
     def _fill_of_sample(self, budget: int, images: int) -> float:
-        """The share of live slots in rows of a sample with that many image places."""
+        """The share of tokens that are not padding, in rows of a sample with that many image places."""
         text = self.row_length - images * (budget - 1)
         if text < 2:
             return 0.0
@@ -305,7 +305,7 @@ class GroupedPlan(Plan):
         seed: int = 0,
         faults: dict[int, BadSample] = {},
     ):
-        """As PackPlan; ``row_length`` is the most slots of a row. Raises ConfigError if it cannot hold the images."""
+        """As PackPlan; ``row_length`` is the most tokens of a row. Raises ConfigError if it cannot hold the images."""
         super().__init__(lengths, images, budgets, rows, row_length, seed, faults)
         self._least = require_text_capacity(row_length, int(self.images[self.records].max()), max(budgets))
 

@@ -109,11 +109,11 @@ class Engine:
     ) -> Slots:
         """Slots that have read their prompts and said one token, one a row, with room for the longest answer.
 
-        capacity: slots of a row, if not as few as will do. Raises ValueError where the places for images are not as
+        capacity: tokens that a slot holds; 0: as few as will do. Raises ValueError where the image places are not as
         many as the images."""
         _check_places(prompts, len(visual))
         answer = max(row.max_new_tokens for row in sampling)
-        capacity = capacity or bucket(self.slots_of(prompts, visual.shape[1]) + answer)
+        capacity = capacity or bucket(self.row_length(prompts, visual.shape[1]) + answer)
         return device.prefill(
             self.params, self.cfg, prompts, visual, valid, controls(sampling, end), capacity=capacity
         )  # fmt: skip
@@ -132,7 +132,7 @@ class Engine:
         Raises ValueError as ``prefill``."""
         _check_places(prompts, len(visual))
         cache = slots.caches[0]
-        needed = int(cache.length[0]) + self.slots_of(prompts, visual.shape[1]) + sampling.max_new_tokens
+        needed = int(cache.length[0]) + self.row_length(prompts, visual.shape[1]) + sampling.max_new_tokens
         if needed > min(cache.live.shape[1] for cache in slots.caches):
             slots = device.insert(
                 device.empty(self.cfg, slots.controls, rows=1, capacity=bucket(needed)), slots, 0
@@ -167,8 +167,8 @@ class Engine:
         return answers
 
     @staticmethod
-    def slots_of(prompts: Batch, budget: int) -> int:
-        """Slots of a row whose images take ``budget`` each."""
+    def row_length(prompts: Batch, budget: int) -> int:
+        """Tokens of a row whose images take ``budget`` each."""
         return prompts.tokens.shape[1] + prompts.image_positions.shape[1] * (budget - 1)
 
 

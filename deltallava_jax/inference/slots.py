@@ -52,7 +52,7 @@ def encode(
 
 def stages(cfg: ModelConfig) -> tuple[tuple[int, int], ...]:
     """The slices of the decoder's layers that have a cache of their own."""
-    return fastv.stages(cfg.decoder, cfg.fastv) if cfg.fastv else ((0, cfg.decoder.layers),)
+    return fastv.layer_slices(cfg.decoder, cfg.fastv) if cfg.fastv else ((0, cfg.decoder.layers),)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "capacity"))
@@ -119,7 +119,7 @@ def decode(params: Params, cfg: ModelConfig, slots: Slots, steps: int) -> tuple[
         hidden = decoder.embed(params["decoder"], cfg.decoder, slots.token[:, None], cfg.dtype)
         caches = []
         for layers, cache in zip(stages(cfg), slots.caches, strict=True):
-            hidden, cache = decoder.run(params["decoder"], cfg.decoder, hidden, here, layers=layers, cache=cache)
+            hidden, cache = decoder.forward(params["decoder"], cfg.decoder, hidden, here, layers=layers, cache=cache)
             caches.append(cache)
         position = slots.position + slots.active
         after = _say(params, cfg, dataclasses.replace(slots, caches=tuple(caches), position=position), hidden)
@@ -173,12 +173,12 @@ def _read(params, cfg, slots: Slots, prompts: Batch, visual, valid, *, fresh: bo
     weights, caches = params["decoder"], slots.caches
     if cfg.fastv and fresh:
         kept = _kept(cfg, prompts, hidden.shape[1])
-        hidden, after, caches = fastv.run(weights, cfg.decoder, hidden, rows, cfg.fastv, kept, caches)
+        hidden, after, caches = fastv.forward(weights, cfg.decoder, hidden, rows, cfg.fastv, kept, caches)
     else:
         after = rows
         written = []
         for layers, cache in zip(stages(cfg), caches, strict=True):
-            hidden, cache = decoder.run(
+            hidden, cache = decoder.forward(
                 weights, cfg.decoder, hidden, rows, layers=layers, cache=cache, fresh=fresh
             )  # fmt: skip
             written.append(cache)
@@ -191,7 +191,7 @@ def _read(params, cfg, slots: Slots, prompts: Batch, visual, valid, *, fresh: bo
 
 
 def _kept(cfg: ModelConfig, prompts: Batch, S: int) -> int:
-    return fastv.kept_slots(S, prompts.tokens.shape[1], cfg.fastv)
+    return fastv.kept_tokens(S, prompts.tokens.shape[1], cfg.fastv)
 
 
 def _last(hidden: Float[Array, "B S d"], rows: Layout) -> Float[Array, "B 1 d"]:

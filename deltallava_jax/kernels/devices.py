@@ -22,7 +22,7 @@ def device() -> tuple[str, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def say(message: str) -> None:
+def log_once(message: str) -> None:
     """Logs a message once."""
     logging.getLogger(__name__).warning(message)
 

@@ -220,14 +220,14 @@ def layer(params: Params, cfg: DecoderConfig, index: int) -> Layer:
     return bind(Layer, cfg, jax.tree.map(lambda x: x[index], params["layers"]))
 
 
-def init_cache(cfg: DecoderConfig, rows: int, slots: int, dtype=jnp.float32, layers: int | None = None) -> Cache:
-    """An empty cache for ``rows`` rows of at most ``slots`` slots, for that many layers (all by default)."""
-    shape = (rows, slots, cfg.kv_heads, cfg.head_dim)
+def init_cache(cfg: DecoderConfig, rows: int, capacity: int, dtype=jnp.float32, layers: int | None = None) -> Cache:
+    """An empty cache for ``rows`` rows of at most ``capacity`` tokens, for that many layers (all by default)."""
+    shape = (rows, capacity, cfg.kv_heads, cfg.head_dim)
     count = cfg.layers if layers is None else layers
     return Cache(
         k=tuple(jnp.zeros(shape, dtype) for _ in range(count)),
         v=tuple(jnp.zeros(shape, dtype) for _ in range(count)),
-        live=jnp.zeros((rows, slots), bool),
+        live=jnp.zeros((rows, capacity), bool),
         length=jnp.zeros(rows, jnp.int32),
     )
 
@@ -241,7 +241,7 @@ def append(cache: Array, new: Array, at: Int[Array, " B"]) -> Array:
     return cache.at[rows, slots].set(new.astype(cache.dtype), mode="drop")
 
 
-def run(
+def forward(
     params: Params,
     cfg: DecoderConfig,
     hidden: Float[Array, "B Q d"],
@@ -261,11 +261,11 @@ def run(
     first, last = layers or (0, cfg.layers)
     with jax.named_scope(f"decoder_layers_{first}_{last}"):
         if cache is None:
-            return _run_rows(params, cfg, hidden, layout, range(first, last), remat), None
-        return _run_cached(params, cfg, hidden, layout, range(first, last), cache, fresh)
+            return _forward_rows(params, cfg, hidden, layout, range(first, last), remat), None
+        return _forward_cached(params, cfg, hidden, layout, range(first, last), cache, fresh)
 
 
-def _run_rows(
+def _forward_rows(
     params: Params, cfg: DecoderConfig, hidden: Float[Array, "B S d"], layout: Layout, layers: range, remat: str
 ) -> Float[Array, "B S d"]:
     """Whole rows through these layers: a scan over stacked layers, one after the other where they are unstacked."""
@@ -287,7 +287,7 @@ def _run_rows(
     return jax.lax.scan(REMAT[remat](body), hidden, stack)[0]
 
 
-def _run_cached(
+def _forward_cached(
     params: Params,
     cfg: DecoderConfig,
     hidden: Float[Array, "B Q d"],

@@ -18,12 +18,12 @@ from deltallava_jax.models.layers import Params
 from deltallava_jax.sequence import Layout
 
 
-def stages(cfg: DecoderConfig, fastv: FastVConfig) -> tuple[tuple[int, int], ...]:
+def layer_slices(cfg: DecoderConfig, fastv: FastVConfig) -> tuple[tuple[int, int], ...]:
     """The slices of the layers, each with a cache of its own: before the scoring layer, that layer, after pruning."""
     return ((0, fastv.layer - 1), (fastv.layer - 1, fastv.layer), (fastv.layer, cfg.layers))
 
 
-def kept_slots(slots: int, text: int, fastv: FastVConfig) -> int:
+def kept_tokens(slots: int, text: int, fastv: FastVConfig) -> int:
     """Slots of a row after pruning: its text tokens and the visual tokens that are kept."""
     return min(text + fastv.keep, slots)
 
@@ -40,7 +40,7 @@ def select(
     return order, jnp.take_along_axis(stays, order, axis=1)
 
 
-def run(
+def forward(
     params: Params,
     cfg: DecoderConfig,
     hidden: Float[Array, "B S d"],
@@ -52,17 +52,17 @@ def run(
     """All layers over whole prompts, one a row, with empty caches or none.
 
     Returns (hidden states of the slots that stay, their layout, the caches)."""
-    before, scoring, after = stages(cfg, fastv)
-    hidden, first = decoder.run(params, cfg, hidden, rows, layers=before, cache=caches[0], fresh=True)
+    before, scoring, after = layer_slices(cfg, fastv)
+    hidden, first = decoder.forward(params, cfg, hidden, rows, layers=before, cache=caches[0], fresh=True)
     with jax.named_scope("fastv"):
         live = rows.segments > 0
         last = live.shape[1] - 1 - jnp.argmax(live[:, ::-1], axis=1)
         scores = decoder.attention_row(params, cfg, hidden, rows, scoring[0], last)
-    hidden, second = decoder.run(params, cfg, hidden, rows, layers=scoring, cache=caches[1], fresh=True)
+    hidden, second = decoder.forward(params, cfg, hidden, rows, layers=scoring, cache=caches[1], fresh=True)
     with jax.named_scope("fastv"):
         order, stays = select(scores, rows.is_visual, live, fastv.keep, slots)
         rows = jax.tree.map(lambda x: jnp.take_along_axis(x, order, axis=1), rows)
         hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
         rows = dataclasses.replace(rows, segments=jnp.where(stays, rows.segments, 0))
-    hidden, third = decoder.run(params, cfg, hidden, rows, layers=after, cache=caches[2], fresh=True)
+    hidden, third = decoder.forward(params, cfg, hidden, rows, layers=after, cache=caches[2], fresh=True)
     return hidden, rows, (first, second, third)

@@ -1,6 +1,6 @@
 """LLaVolta (Beckschen/LLaVolta, llava_llama.py): while training, visual tokens are pooled before some decoder layer.
 
-A schedule of stages, each an equal part of the training, compresses less and less; the last one not at all, so that
+A schedule of phases, each an equal part of the training, compresses less and less; the last one not at all, so that
 the trained model is a plain one."""
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from deltallava_jax.sequence import Batch, Layout, layout
 Pooling = tuple[int, int]  # (stride, layer before which it happens)
 
 
-def stage_at(stages: tuple[Pooling, ...], step: int, steps: int) -> Pooling | None:
+def phase_at(phases: tuple[Pooling, ...], step: int, steps: int) -> Pooling | None:
     """The pooling of step ``step`` (from 0) of ``steps``; None where nothing is pooled."""
-    if not stages:
+    if not phases:
         return None
-    stride, layer = stages[min(step * len(stages) // steps, len(stages) - 1)]
+    stride, layer = phases[min(step * len(phases) // steps, len(phases) - 1)]
     return (stride, layer) if stride > 1 else None
 
 
-def check(cfg: Config) -> None:
-    """ConfigError unless every stage fits the decoder and every budget of the projector."""
+def validate(cfg: Config) -> None:
+    """ConfigError unless every phase fits the decoder and every budget of the projector."""
     for stride, layer in cfg.training.llavolta:
         if not 0 <= layer < cfg.model.decoder.layers:
             raise ConfigError(

@@ -89,7 +89,7 @@ def unflatten(flat: Mapping) -> Params:
     return tree
 
 
-def check(
+def require_match(
     table: list[Entry],
     theirs: Mapping[str, tuple[int, ...]],
     ours: Mapping[str, tuple[int, ...]],
@@ -118,9 +118,9 @@ def check(
 def from_torch(state: Mapping[str, np.ndarray], table: list[Entry], expected: Params, ignore=lambda name: False):
     """A torch state dict as our nested dict, float32; expected: the model's parameters or their shapes.
 
-    Raises WeightMismatch as ``check`` does."""
+    Raises WeightMismatch as ``require_match`` does."""
     ours = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
-    check(table, {name: np.shape(value) for name, value in state.items()}, ours, ignore)
+    require_match(table, {name: np.shape(value) for name, value in state.items()}, ours, ignore)
     flat = {}
     for entry in table:
         parts = [TRANSFORMS[entry.kind][0](np.asarray(state[name])) for name in entry.torch_names(ours[entry.path])]

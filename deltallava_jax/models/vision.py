@@ -183,7 +183,7 @@ def embed(params: Params, cfg: VisionConfig, pixels: Float[Array, "n H W 3"]) ->
         return bind(Embeddings, cfg, params["embeddings"])(pixels)
 
 
-def run(
+def forward(
     params: Params,
     cfg: VisionConfig,
     hidden: Float[Array, "n N C"],
@@ -199,7 +199,7 @@ def run(
         return jax.lax.scan(body, hidden, stack)[0]
 
 
-class Stage(NamedTuple):
+class PruningStep(NamedTuple):
     """What a system did in a layer that it ran itself.
 
     stay: which of the patches before are left, and their number for a token of many; None: all are.
@@ -213,7 +213,7 @@ class Stage(NamedTuple):
 
 # (stage, layer, its input [n, 1 + N, C], ``kept`` so far, None before the first stage) -> (its output, with CLS and as
 # many patches as are left, what was done)
-Prune = Callable[[int, Layer, Array, Array | None], tuple[Array, Stage]]
+Prune = Callable[[int, Layer, Array, Array | None], tuple[Array, PruningStep]]
 
 
 def check_needs(cfg: VisionConfig, needs: Needs) -> None:
@@ -251,7 +251,7 @@ def encode(
     layer = lambda index: bind(Layer, cfg, jax.tree.map(lambda x: x[index - 1], params["layers"]))
     for stop in sorted(wanted | set(needs.pruned)):
         if stop > at:
-            hidden, at = run(params, cfg, hidden, (at, stop), remat, kept), stop
+            hidden, at = forward(params, cfg, hidden, (at, stop), remat, kept), stop
         if stop in wanted:
             states[stop] = hidden
         if stop in needs.pruned:

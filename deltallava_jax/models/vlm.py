@@ -74,7 +74,7 @@ def question_states(params: Params, cfg: ModelConfig, batch: Batch) -> Float[Arr
     count, places = live.sum(1), jnp.broadcast_to(jnp.arange(asked.shape[1]), asked.shape)
     with jax.named_scope("question"):
         hidden = decoder.embed(weights, cfg.decoder, jnp.maximum(asked, 0), cfg.dtype)
-        hidden, _ = decoder.run(weights, cfg.decoder, hidden, text_layout(places, live.astype(jnp.int32)))
+        hidden, _ = decoder.forward(weights, cfg.decoder, hidden, text_layout(places, live.astype(jnp.int32)))
         last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         states = decoder.finish(weights, cfg.decoder, last)
     return jax.lax.stop_gradient(jnp.where((count > 0)[:, None], states, 0))
@@ -116,14 +116,14 @@ def hidden_states(
         visual, valid, penalty = jnp.zeros((0, budget, cfg.decoder.width), cfg.dtype), None, 0.0
     rows = layout(batch, None if valid is None else valid.reshape(B, I, budget), budget)
     hidden, start = merge(params, cfg, batch, rows, visual), 0
-    run = functools.partial(decoder.run, params["decoder"], cfg.decoder, remat=cfg.remat)
+    forward = functools.partial(decoder.forward, params["decoder"], cfg.decoder, remat=cfg.remat)
     if pooling and I:
         if valid is not None:
             raise ConfigError(f"training.llavolta pools tokens that are all there; {cfg.projector.name} drops some")
         stride, start = pooling
-        hidden, _ = run(hidden, rows, layers=(0, start))
+        hidden, _ = forward(hidden, rows, layers=(0, start))
         hidden, rows = llavolta.pool(hidden, rows, batch, budget, stride)
-    hidden, _ = run(hidden, rows, layers=(start, cfg.decoder.layers))
+    hidden, _ = forward(hidden, rows, layers=(start, cfg.decoder.layers))
     return decoder.finish(params["decoder"], cfg.decoder, hidden), rows, penalty
 
 

@@ -74,7 +74,7 @@ def train(
         try:
             for number, element in enumerate(data, start + 1):
                 batch = put_rows(element.batch, step.mesh)
-                pooling = llavolta.stage_at(settings.llavolta, number - 1, steps)
+                pooling = llavolta.phase_at(settings.llavolta, number - 1, steps)
                 trace.before(number)
                 state, values = step(state, batch, element.budget, pooling)
                 traced = trace.after(number, values)

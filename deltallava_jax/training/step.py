@@ -124,7 +124,7 @@ class TrainStep:
     is not finite the parameters are unchanged and metrics["finite"] is False."""
 
     def __init__(self, cfg: Config, mesh: Mesh, steps: int):
-        llavolta.check(cfg)
+        llavolta.validate(cfg)
         self.cfg = cfg
         self.mesh = mesh
         self.shapes = state_shapes(cfg, mesh, steps)
@@ -178,7 +178,7 @@ class TrainStep:
             "supervised": supervised,
             "conversations": batch.segments.max(axis=1).sum(),
             "images": images,
-            "tokens": (batch.segments > 0).sum() + images * (budget - 1),  # tokens that are not padding
+            "tokens": (batch.segments > 0).sum() + images * (budget - 1),  # without padding
         }
         state = TrainState(
             step=state.step + 1,

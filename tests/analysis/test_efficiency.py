@@ -45,11 +45,11 @@ def test_the_papers_numbers_at_68_tokens_of_text(budget):
         assert counted["projector"] <= 0.002
 
 
-def test_the_tokens_of_the_decode_stage_are_added_up():
+def test_the_tokens_of_decoding_are_added_up():
     cfg, d, f = SMALL, 64, 160
-    one = lambda slots: 5 * (8 * d * d + 4 * d * f + 4 * slots * d)
-    slots = 7 + efficiency.visual(cfg)
-    assert efficiency.paper(cfg, 7, 3)["decode"] == one(slots) + one(slots + 1) + one(slots + 2)
+    one = lambda tokens: 5 * (8 * d * d + 4 * d * f + 4 * tokens * d)
+    tokens = 7 + efficiency.visual(cfg)
+    assert efficiency.paper(cfg, 7, 3)["decode"] == one(tokens) + one(tokens + 1) + one(tokens + 2)
 
 
 # ------------------------------------------------------------------ every matrix product
@@ -69,7 +69,7 @@ def test_a_grouped_decoder_is_its_formula():
 def test_fastv_counts_what_its_layers_see_and_the_scores_that_choose():
     cfg = dataclasses.replace(SMALL, fastv=FastVConfig(layer=3, keep=1))
     matrices = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
-    layer = lambda slots: slots * matrices + 4 * slots * slots * 64
+    layer = lambda tokens: tokens * matrices + 4 * tokens * tokens * 64
     whole, kept = 9 + 4, 9 + 1
     scores = 2 * (64 * 64 + whole * 64 * 32 + whole * 64)  # the last token's query, all keys, their products
     counted = efficiency.exact(cfg, 9, 2)
@@ -81,19 +81,19 @@ def test_fastv_counts_what_its_layers_see_and_the_scores_that_choose():
     )
 
 
-def xla_layers(cfg, slots):
-    """XLA's count for one and for two layers over ``slots`` slots, without loops."""
+def xla_layers(cfg, tokens):
+    """XLA's count for one and for two layers over so many tokens, without loops."""
     counts = []
     for layers in (1, 2):
         small = dataclasses.replace(cfg, layers=layers)
         shapes = jax.eval_shape(lambda key, small=small: decoder.init_params(small, key), jax.random.key(0))
-        places = jnp.arange(slots)[None]
+        places = jnp.arange(tokens)[None]
 
         def prefill(params, hidden, small=small, places=places):
-            return decoder.run(params, small, hidden, text_layout(places, jnp.ones_like(places)))[0]
+            return decoder.forward(params, small, hidden, text_layout(places, jnp.ones_like(places)))[0]
 
         with unrolled():
-            hidden = jax.ShapeDtypeStruct((1, slots, cfg.width), jnp.bfloat16)
+            hidden = jax.ShapeDtypeStruct((1, tokens, cfg.width), jnp.bfloat16)
             lowered = jax.jit(prefill).lower(shapes, hidden)
         counts.append(lowered.compile().cost_analysis()["flops"])
     return counts
@@ -146,8 +146,8 @@ def test_cache_bytes_are_those_of_the_arrays():
     whole = decoder.init_cache(GROUPED, 1, 9 + 4 + 5, jnp.float32)
     assert by_convention(SMALL, 4, 9, 5)["exact"]["cache_bytes"] == held([whole])
     keep = FastVConfig(layer=3, keep=2)
-    stages = zip(fastv.stages(GROUPED, keep), (13 + 5, 13 + 5, 11 + 5), strict=True)
-    caches = [decoder.init_cache(GROUPED, 1, slots, jnp.float32, layers=b - a) for (a, b), slots in stages]
+    slices = zip(fastv.layer_slices(GROUPED, keep), (13 + 5, 13 + 5, 11 + 5), strict=True)
+    caches = [decoder.init_cache(GROUPED, 1, tokens, jnp.float32, layers=b - a) for (a, b), tokens in slices]
     row = by_convention(dataclasses.replace(SMALL, fastv=keep), 2, 9, 5)["exact"]
     assert row["cache_bytes"] == held(caches) and row["system"] == "fastv" and row["budget"] == 2
 

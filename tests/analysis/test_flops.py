@@ -18,7 +18,7 @@ from deltallava_jax.training.step import TrainStep, batch_shapes
 from tests.tiny import get_config
 
 GROUPED = DecoderConfig(vocab_size=96, width=64, layers=3, heads=4, kv_heads=2, mlp_width=160, qkv_bias=True)
-ROWS, SLOTS = 2, 24
+ROWS, LENGTH = 2, 24
 
 
 def one_device_mesh(cfg):
@@ -41,33 +41,33 @@ def test_decoder_is_its_formula():
     cfg = GROUPED
 
     def forward(params, hidden):
-        places = jnp.broadcast_to(jnp.arange(SLOTS), (ROWS, SLOTS))
-        hidden, _ = decoder.run(params, cfg, hidden, text_layout(places, jnp.ones_like(places)))
+        places = jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH))
+        hidden, _ = decoder.forward(params, cfg, hidden, text_layout(places, jnp.ones_like(places)))
         return decoder.logits(params, cfg, hidden)
 
     params = jax.eval_shape(lambda: decoder.init_params(cfg, jax.random.key(0)))
-    counted = flops.traced(jax.make_jaxpr(forward)(params, jax.ShapeDtypeStruct((ROWS, SLOTS, 64), jnp.float32)))
+    counted = flops.traced(jax.make_jaxpr(forward)(params, jax.ShapeDtypeStruct((ROWS, LENGTH, 64), jnp.float32)))
     queries_and_output, keys_and_values, gated_mlp = 2 * 64 * 64, 2 * 64 * 32, 3 * 64 * 160
-    matrices = 2 * SLOTS * (queries_and_output + keys_and_values + gated_mlp)
-    attention = 2 * 2 * SLOTS * SLOTS * 64  # scores and values, of all four heads
+    matrices = 2 * LENGTH * (queries_and_output + keys_and_values + gated_mlp)
+    attention = 2 * 2 * LENGTH * LENGTH * 64  # scores and values, of all four heads
     assert counted["decoder"] == dict(forward=ROWS * 3 * (matrices + attention), backward=0, recompute=0)
-    assert counted["logits"]["forward"] == ROWS * 2 * SLOTS * 64 * 96
-    # Of SLOTS^2 pairs a causal mask leaves SLOTS (SLOTS + 1) / 2.
-    assert 3 * attention - flops.masked(cfg, SLOTS) == 3 * 2 * 2 * (SLOTS * (SLOTS + 1) // 2) * 64
+    assert counted["logits"]["forward"] == ROWS * 2 * LENGTH * 64 * 96
+    # Of LENGTH^2 pairs a causal mask leaves LENGTH (LENGTH + 1) / 2.
+    assert 3 * attention - flops.masked(cfg, LENGTH) == 3 * 2 * 2 * (LENGTH * (LENGTH + 1) // 2) * 64
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)])
 def test_splash_attention_counts_as_dense_attention(monkeypatch, remat, mesh):
     """On a mesh too. What its backward kernels compute again is three products of the scores' size."""
-    cfg, slots = dataclasses.replace(GROUPED, layers=1), 128
+    cfg, length = dataclasses.replace(GROUPED, layers=1), 128
 
     def loss(params, hidden):
-        places = jnp.broadcast_to(jnp.arange(slots), (ROWS, slots))
-        return decoder.run(params, cfg, hidden, text_layout(places, jnp.ones_like(places)), remat=remat)[0].sum()
+        places = jnp.broadcast_to(jnp.arange(length), (ROWS, length))
+        return decoder.forward(params, cfg, hidden, text_layout(places, jnp.ones_like(places)), remat=remat)[0].sum()
 
     params = jax.eval_shape(lambda: decoder.init_params(cfg, jax.random.key(0)))
-    hidden = jax.ShapeDtypeStruct((ROWS, slots, 64), jnp.float32)
+    hidden = jax.ShapeDtypeStruct((ROWS, length, 64), jnp.float32)
     axis_types = (jax.sharding.AxisType.Auto,) * 3
     devices = jax.devices()[: mesh[1] * mesh[2]]
 
@@ -78,10 +78,10 @@ def test_splash_attention_counts_as_dense_attention(monkeypatch, remat, mesh):
 
     expected, _ = count()
     monkeypatch.setattr(kernels.devices, "device", lambda: ("tpu", "a kind"))
-    monkeypatch.setitem(dispatch.AUTOMATIC, "tpu", ("splash", slots))
+    monkeypatch.setitem(dispatch.AUTOMATIC, "tpu", ("splash", length))
     found, calls = count()
     assert calls == {"none": 3, "full": 4}[remat]
-    product = ROWS * 2 * slots * slots * 64
+    product = ROWS * 2 * length * length * 64
     expected["recompute"] += 3 * product
     assert found == pytest.approx(expected, rel=1e-3)  # a row's sum of output times gradient is a product here
 
@@ -111,10 +111,10 @@ def test_a_step_trains_for_twice_its_forward_pass_and_recomputes_by_policy():
 
 def test_needed_leaves_out_what_is_masked_or_computed_twice():
     cfg = configure("full")
-    counted, slots = flops.traced(trace(cfg).jaxpr), 60 + 2 * 3
-    masked = cfg.data.rows * cfg.model.decoder.layers * 4 * (slots * (slots - 1) // 2) * 32
+    counted, length = flops.traced(trace(cfg).jaxpr), 60 + 2 * 3
+    masked = cfg.data.rows * cfg.model.decoder.layers * 4 * (length * (length - 1) // 2) * 32
     recomputed = flops.total(counted, ("recompute",))
-    assert flops.needed(counted, cfg, [slots]) == flops.total(counted) - recomputed - 3 * masked
+    assert flops.needed(counted, cfg, [length]) == flops.total(counted) - recomputed - 3 * masked
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

@@ -128,7 +128,7 @@ def test_patches_that_a_tower_kept_lie_where_they_were(tokenizer, fuse, count):
     assert found.budget == count and set(np.flatnonzero(found.grid)) == set(kept)
 
 
-def test_stages_of_a_pruned_tower_follow_one_another(tokenizer):
+def test_the_steps_of_a_pruned_tower_follow_one_another(tokenizer):
     model = make(tokenizer, name="dynamicvit", keep_ratio=0.5, prune_layers=(0, 1), select_layer=-1)
     (found,) = gradcam.heat_maps(model, picture(), QUESTION, answer=ANSWER)
     assert found.budget == np.count_nonzero(found.grid) == 16

@@ -68,7 +68,7 @@ def test_parameters_lie_where_the_rules_say(measured):
 
 
 def test_the_first_batch_is_laid_out_for_the_length_of_text():
-    cfg = tiny.get_config()  # rows of 96 slots, 4 tokens an image
+    cfg = tiny.get_config()  # rows of 96 tokens, 4 tokens an image
     budget, T, I, conversations = plan.first_batch(cfg, 20)
     assert budget == 4 and T + I * (budget - 1) == 96 and 3 <= I <= 4  # 96 / (20 + 3) = 4.2
     assert cfg.data.rows * 3 <= conversations <= cfg.data.rows * I

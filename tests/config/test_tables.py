@@ -35,7 +35,7 @@ def test_it_loads_and_its_parts_fit(name):
     needs = systems.needs(projector, cfg.model.vision.layers)
     assert 0 < needs.last <= cfg.model.vision.layers
     assert systems.budgets(projector)[0] < cfg.data.row_length
-    llavolta.check(cfg)
+    llavolta.validate(cfg)
 
 
 @pytest.mark.parametrize("name", STAGED)

@@ -65,7 +65,7 @@ def ours(params: dict, forward, live: np.ndarray) -> Result:
 
 def decoder_logits(params, cfg, tokens, live):
     hidden = decoder.embed(params["decoder"], cfg, tokens)
-    hidden, _ = decoder.run(params["decoder"], cfg, hidden, text_layout(live))
+    hidden, _ = decoder.forward(params["decoder"], cfg, hidden, text_layout(live))
     return decoder.logits(params["decoder"], cfg, decoder.finish(params["decoder"], cfg, hidden))
 
 
@@ -177,7 +177,7 @@ def test_hidden_states_of_a_tower(name, opened):
     def run(params):
         hidden = [vision.embed(params, cfg, jnp.asarray(images))]
         for k in range(cfg.layers):
-            hidden.append(vision.run(params, cfg, hidden[-1], (k, k + 1)))
+            hidden.append(vision.forward(params, cfg, hidden[-1], (k, k + 1)))
         return hidden, vision.bind(vision.FinalNorm, cfg, params["final"])(hidden[-1])
 
     hidden, normed = run(params)

@@ -13,7 +13,7 @@ from deltallava_jax.kernels.attention import Seen, attention, causal, cudnn, dis
 from deltallava_jax.models import decoder
 from deltallava_jax.sequence import text_layout
 
-SEGMENTS = np.array([[1] * 70 + [2] * 60 + [0] * 20, [1] * 40 + [2] * 9 + [3] * 101])  # 150 slots: 256 with padding
+SEGMENTS = np.array([[1] * 70 + [2] * 60 + [0] * 20, [1] * 40 + [2] * 9 + [3] * 101])  # 150 tokens: 256 with padding
 
 
 def draw(rows=2, length=150, heads=4, key_heads=2, width=128, dtype="float32"):
@@ -86,7 +86,7 @@ def on(monkeypatch, platform="tpu"):
     """Makes the dispatch believe in a device, and splash attention run on a CPU."""
     monkeypatch.setattr(devices, "device", lambda: (platform, "a kind"))
     monkeypatch.setattr(splash, "attend", interpreted)
-    devices.say.cache_clear()
+    devices.log_once.cache_clear()
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)])
@@ -114,7 +114,7 @@ def test_a_decoder_through_splash_attention(monkeypatch):
     live = (SEGMENTS > 0)[..., None]
 
     def loss(params, hidden):
-        return jnp.square(jnp.where(live, decoder.run(params, cfg, hidden, rows, remat="full")[0], 0)).mean()
+        return jnp.square(jnp.where(live, decoder.forward(params, cfg, hidden, rows, remat="full")[0], 0)).mean()
 
     step = lambda: jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, hidden)
     expected = step()
@@ -158,7 +158,7 @@ def test_the_choice(monkeypatch, caplog):
     for _ in range(2):
         assert dispatch.choose(q[..., :20], k[..., :20], seen) == "xla"
     assert [record.message for record in caplog.records] == [
-        "attention of 1024 slots runs in XLA: splash takes heads of a multiple of 8, not 20"
+        "attention over 1024 tokens runs in XLA: splash takes heads of a multiple of 8, not 20"
     ]
 
 

@@ -78,8 +78,8 @@ DENSE = {"h100": ("cudnn", r"__cudnn\$fmha", 2), "v5e": ("splash", "tpu_custom_c
 
 
 @pytest.mark.parametrize("target", [machine for machine in MACHINES if machine.values[0].kind in DENSE])
-@pytest.mark.parametrize("packed, slots", [(True, 2048), (False, 577)])  # a decoder's rows, and CLIP's patches
-def test_dense_attention_on_four_devices(target, packed, slots):
+@pytest.mark.parametrize("packed, length", [(True, 2048), (False, 577)])  # a decoder's rows, and CLIP's patches
+def test_dense_attention_on_four_devices(target, packed, length):
     """Rows over fsdp and heads over tensor: each device runs the kernels on its own part and exchanges nothing."""
     targets.prepare(target)
     name, call, count = DENSE[target.kind]
@@ -87,9 +87,9 @@ def test_dense_attention_on_four_devices(target, packed, slots):
     mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
     spec = lambda *axes: NamedSharding(mesh, P(("data", "fsdp"), *axes))
     q, k = (
-        jax.ShapeDtypeStruct((ROWS, slots, heads, 128), "bfloat16", sharding=spec(None, "tensor")) for heads in (28, 4)
+        jax.ShapeDtypeStruct((ROWS, length, heads, 128), "bfloat16", sharding=spec(None, "tensor")) for heads in (28, 4)
     )
-    segments = jax.ShapeDtypeStruct((ROWS, slots), "int32", sharding=spec())
+    segments = jax.ShapeDtypeStruct((ROWS, length), "int32", sharding=spec())
 
     def run(q, k, v, do, segments):
         seen = causal(segments) if packed else None
@@ -101,5 +101,5 @@ def test_dense_attention_on_four_devices(target, packed, slots):
     text = program.as_text()
     assert len(re.findall(rf'custom_call_target="{call}', text)) == count
     assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", text)
-    scores = ROWS // 2 * 28 // 2 * slots**2 * 4
+    scores = ROWS // 2 * 28 // 2 * length**2 * 4
     assert program.memory_analysis().temp_size_in_bytes < scores / (4 if packed else 1)

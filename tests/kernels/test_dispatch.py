@@ -28,7 +28,7 @@ def on(monkeypatch):
     def device(platform, kind):
         monkeypatch.setattr(devices, "device", lambda: (platform, kind))
         monkeypatch.setattr(dispatch, "attend", attend)
-        devices.say.cache_clear()
+        devices.log_once.cache_clear()
         return calls
 
     return device

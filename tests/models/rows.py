@@ -47,9 +47,9 @@ def pack(rows: list[list[Conversation]], T: int, I: int) -> Batch:
     for b, conversations in enumerate(rows):
         at = place = 0
         for number, one in enumerate(conversations, start=1):
-            slots = slice(at, at + len(one.tokens))
-            batch.tokens[b, slots], batch.segments[b, slots] = one.tokens, number
-            batch.loss_mask[b, slots] = one.supervised
+            span = slice(at, at + len(one.tokens))
+            batch.tokens[b, span], batch.segments[b, span] = one.tokens, number
+            batch.loss_mask[b, span] = one.supervised
             for offset, pixels in zip(np.flatnonzero(np.equal(one.tokens, 0)), one.images, strict=True):
                 batch.image_positions[b, place], batch.images[b, place] = at + offset, pixels
                 place += 1

@@ -13,8 +13,8 @@ from tests.models.rows import random_params, text_layout
 
 CFG = DecoderConfig(vocab_size=50, width=32, layers=3, heads=4, kv_heads=2, mlp_width=48)
 PARAMS = random_params(decoder.init_params, CFG)
-LENGTHS = np.array([9, 6, 2])  # live slots of three rows
-ROW, SLOTS = 9, 15  # slots of a row, and of a cache
+LENGTHS = np.array([9, 6, 2])  # tokens of three rows, without padding
+ROW, CAPACITY = 9, 15  # tokens of a row, and of a cache
 close = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-5)
 
 
@@ -22,14 +22,14 @@ def random_hidden(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal((*shape, CFG.width)).astype(np.float32)
 
 
-def part(slots, start, stop):
-    """The layout of some of the slots."""
-    return jax.tree.map(lambda leaf: leaf[:, start:stop], slots)
+def part(rows, start, stop):
+    """The layout of some of the positions."""
+    return jax.tree.map(lambda leaf: leaf[:, start:stop], rows)
 
 
 @functools.partial(jax.jit, static_argnames="layers")
-def run(hidden, slots, cache=None, layers=None):
-    return decoder.run(PARAMS, CFG, hidden, slots, layers=layers, cache=cache)
+def run(hidden, rows, cache=None, layers=None):
+    return decoder.forward(PARAMS, CFG, hidden, rows, layers=layers, cache=cache)
 
 
 def forward(hidden, segments):
@@ -74,7 +74,7 @@ def test_cached_decoding_equals_the_uncached_forward():
     """Rows of unequal length prefilled together, then four single-token steps, against each row alone."""
     inputs = [random_hidden(n + 4, seed=n) for n in LENGTHS]
     expected = [alone(x) for x in inputs]
-    hidden, cache = run(*prompts(inputs), decoder.init_cache(CFG, rows=3, slots=SLOTS))
+    hidden, cache = run(*prompts(inputs), decoder.init_cache(CFG, rows=3, capacity=CAPACITY))
     for b, n in enumerate(LENGTHS):
         close(hidden[b, :n], expected[b][:n], err_msg=f"prefill of row {b}")
     for step in range(4):
@@ -92,7 +92,7 @@ def test_a_dead_step_leaves_no_trace():
     """A row whose step has segment 0 goes on as if the step had not been; its neighbours do not notice."""
     inputs = [random_hidden(n + 2, seed=n) for n in LENGTHS]
     expected = [alone(x) for x in inputs]
-    hidden, cache = run(*prompts(inputs), decoder.init_cache(CFG, rows=3, slots=SLOTS))
+    hidden, cache = run(*prompts(inputs), decoder.init_cache(CFG, rows=3, capacity=CAPACITY))
     at = LENGTHS.copy()
     for alive in ([1, 0, 1], [1, 1, 0]):
         token = np.stack([x[i] for x, i in zip(inputs, at, strict=True)])[:, None]
@@ -104,18 +104,19 @@ def test_a_dead_step_leaves_no_trace():
 
 
 def test_prefill_in_two_pieces_equals_one():
-    """Rows of unequal length, one with a dead slot inside; a fresh cache need not be attended to."""
+    """Rows of unequal length, one with a padding token inside; a fresh cache need not be attended to."""
     x = random_hidden(3, ROW)
     live = np.array([[1] * 9, [1, 1, 0] + [1] * 4 + [0] * 2, [1] * 7 + [0] * 2]) > 0
-    slots, empty = text_layout(live), decoder.init_cache(CFG, rows=3, slots=SLOTS)
-    expected, once = run(x, slots, empty)
-    fresh, again = decoder.run(PARAMS, CFG, x, slots, cache=empty, fresh=True)
-    first, cache = run(x[:, :5], part(slots, 0, 5), empty)
-    second, cache = run(x[:, 5:], part(slots, 5, 9), cache)
+    rows = text_layout(live)
+    empty = decoder.init_cache(CFG, rows=3, capacity=CAPACITY)
+    expected, once = run(x, rows, empty)
+    fresh, again = decoder.forward(PARAMS, CFG, x, rows, cache=empty, fresh=True)
+    first, cache = run(x[:, :5], part(rows, 0, 5), empty)
+    second, cache = run(x[:, 5:], part(rows, 5, 9), cache)
     close(np.concatenate([first, second], axis=1)[live], expected[live])
     close(fresh[live], expected[live])
     close(expected[0], alone(x[0]))
-    written = np.pad(live, ((0, 0), (0, SLOTS - ROW)))
+    written = np.pad(live, ((0, 0), (0, CAPACITY - ROW)))
     for one in (once, again, cache):
         np.testing.assert_array_equal(one.length, [9, 7, 7])
         np.testing.assert_array_equal(one.live, written)
@@ -125,9 +126,9 @@ def test_prefill_in_two_pieces_equals_one():
 
 
 def test_unstacked_layers_are_the_same_decoder():
-    x, slots = random_hidden(2, ROW), text_layout(np.ones((2, ROW)))
+    x, rows = random_hidden(2, ROW), text_layout(np.ones((2, ROW)))
     params = decoder.unstacked(PARAMS, CFG)
-    mine, reference = (jax.jit(lambda p: decoder.run(p, CFG, x, slots)[0])(p) for p in (params, PARAMS))
+    mine, reference = (jax.jit(lambda p: decoder.forward(p, CFG, x, rows)[0])(p) for p in (params, PARAMS))
     close(mine, reference)
     close(decoder.logits(params, CFG, mine), decoder.logits(PARAMS, CFG, reference))
     given = jax.tree.map(jnp.copy, PARAMS)
@@ -138,22 +139,22 @@ def test_unstacked_layers_are_the_same_decoder():
 def test_slices_of_layers_equal_all():
     """Layers 0 to 1, then 1 to 3, without caches and with a cache for each slice over a prefill and a step."""
     x, slices = random_hidden(1, ROW), ((0, 1), (1, 3))
-    slots = text_layout(np.ones((1, ROW)))
+    rows = text_layout(np.ones((1, ROW)))
     middle, expected = alone(x[0], layers=(0, 1)), alone(x[0])
 
     @jax.jit
     def uncached(x):
-        first = decoder.run(PARAMS, CFG, x, slots, layers=slices[0])[0]
-        return first, decoder.run(PARAMS, CFG, first, slots, layers=slices[1])[0]
+        first = decoder.forward(PARAMS, CFG, x, rows, layers=slices[0])[0]
+        return first, decoder.forward(PARAMS, CFG, first, rows, layers=slices[1])[0]
 
     @jax.jit
     def cached(x):
         caches = [decoder.init_cache(CFG, 1, ROW, layers=last - first) for first, last in slices]
         pieces = []
         for piece in (slice(0, 8), slice(8, 9)):
-            hidden, here = x[:, piece], part(slots, piece.start, piece.stop)
+            hidden, here = x[:, piece], part(rows, piece.start, piece.stop)
             for i, layers in enumerate(slices):
-                hidden, caches[i] = decoder.run(PARAMS, CFG, hidden, here, layers=layers, cache=caches[i])
+                hidden, caches[i] = decoder.forward(PARAMS, CFG, hidden, here, layers=layers, cache=caches[i])
             pieces.append(hidden)
         return jnp.concatenate(pieces, axis=1), caches
 
@@ -180,7 +181,7 @@ def test_packed_conversations_do_not_see_each_other():
 
 
 def test_padding_changes_nothing():
-    """Dead slots at the end and in the middle of a conversation, whatever they hold."""
+    """Padding at the end and in the middle of a conversation, whatever they hold."""
     x, live = random_hidden(1, 12), np.array([[1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 0]]) > 0
     padded = forward(x, live)
     close(padded[live], alone(x[live]))
@@ -190,14 +191,14 @@ def test_padding_changes_nothing():
 
 
 def test_causality():
-    """A changed slot leaves all before it bit-identical and reaches itself and all after."""
+    """A changed token leaves all before it bit-identical and reaches itself and all after."""
     x, segments = random_hidden(1, 12), np.ones((1, 12), int)
     before = forward(x, segments)
     for at in range(12):
         perturbed = x.copy()
         perturbed[:, at] += random_hidden(seed=8)
         change = np.abs(forward(perturbed, segments) - before)[0].max(-1)
-        assert (change[:at] == 0).all() and (change[at:] > 1e-4).all(), f"slot {at}"
+        assert (change[:at] == 0).all() and (change[at:] > 1e-4).all(), f"position {at}"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

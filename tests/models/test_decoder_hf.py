@@ -55,11 +55,11 @@ def both(request):
         "gradients": hf.llama(hf.gradients(model)),
     }
 
-    slots = text_layout(live)
+    rows = text_layout(live)
 
     def loss(params):
         first = decoder.embed(params, cfg, tokens)
-        hidden = [decoder.run(params, cfg, first, slots, layers=(0, k))[0] for k in range(cfg.layers + 1)]
+        hidden = [decoder.forward(params, cfg, first, rows, layers=(0, k))[0] for k in range(cfg.layers + 1)]
         hidden[-1] = decoder.finish(params, cfg, hidden[-1])
         logits = decoder.logits(params, cfg, hidden[-1])
         return (logits * weight).sum(), (hidden, logits)

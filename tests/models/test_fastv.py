@@ -56,8 +56,8 @@ def test_golden(keep):
     expected = golden.outputs("fastv")
     np.testing.assert_allclose(scores[0], expected["last_row_mean"], rtol=1e-5)
     is_visual = (np.arange(652) >= 35) & (np.arange(652) < 611)
-    live, slots = np.ones((1, 652), bool), 76 + keep
-    order, stays = fastv.select(scores, is_visual[None], live, keep, slots)
+    live = np.ones((1, 652), bool)
+    order, stays = fastv.select(scores, is_visual[None], live, keep, 76 + keep)
     assert stays.all()
     np.testing.assert_array_equal(order[0], expected[f"keep_k{keep}"])
 
@@ -77,21 +77,21 @@ def test_cached_decoding_is_the_forward_over_the_pruned_rows(layer, keep):
         one = jax.tree.map(lambda x, row=row: x[row : row + 1], batch)
         rows = layout(one, None, V)
         hidden = vlm.merge(PARAMS, CFG, one, rows, visual[row : row + 1])
-        before = decoder.run(weights, CFG.decoder, hidden, rows, layers=(0, layer - 1))[0]
-        # The score, written out: the attention of the last live slot in the layer before the cut.
+        before = decoder.forward(weights, CFG.decoder, hidden, rows, layers=(0, layer - 1))[0]
+        # The score, written out: the attention of the last token in the layer before the cut.
         live = np.flatnonzero(rows.segments[0])
         scores = np.asarray(attention_of_last(weights, before[:, live], rows.positions[:, live], layer - 1))
-        visible = [slot for slot in live if rows.is_visual[0, slot]]
-        best = sorted(visible, key=lambda slot: -scores[list(live).index(slot)])[:keep]
-        kept = [slot for slot in live if slot in best or slot not in visible]
+        visible = [at for at in live if rows.is_visual[0, at]]
+        best = sorted(visible, key=lambda at: -scores[list(live).index(at)])[:keep]
+        kept = [at for at in live if at in best or at not in visible]
         sequence, positions = hidden[:, live], rows.positions[:, live]
         for step in range(NEW):
             segments = jnp.ones(positions.shape, jnp.int32)
             full = text_layout_of(positions, segments)
-            middle = decoder.run(weights, CFG.decoder, sequence, full, layers=(0, layer))[0]
-            stay = np.array([list(live).index(slot) for slot in kept] + list(range(len(live), sequence.shape[1])))
+            middle = decoder.forward(weights, CFG.decoder, sequence, full, layers=(0, layer))[0]
+            stay = np.array([list(live).index(at) for at in kept] + list(range(len(live), sequence.shape[1])))
             pruned = text_layout_of(positions[:, stay], segments[:, stay])
-            final = decoder.run(weights, CFG.decoder, middle[:, stay], pruned, layers=(layer, 4))[0]
+            final = decoder.forward(weights, CFG.decoder, middle[:, stay], pruned, layers=(layer, 4))[0]
             normed = decoder.finish(weights, CFG.decoder, final[:, -1:])
             token = int(jnp.argmax(decoder.logits(weights, CFG.decoder, normed)[0, 0]))
             assert token == found[row, step], (row, step)
@@ -105,7 +105,7 @@ def text_layout_of(positions, segments):
 
 
 def attention_of_last(weights, hidden, positions, layer):
-    """Head mean of the last slot's attention over all slots, by plain numpy."""
+    """Head mean of the last token's attention over all tokens, by plain numpy."""
     layer = jax.tree.map(lambda x: np.asarray(x[layer], np.float64), weights["layers"])
     x = np.asarray(hidden[0], np.float64)
     y = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * layer["attention_norm"]["scale"]

@@ -51,7 +51,7 @@ def batch(stored: dict) -> Batch:
 
 @pytest.mark.parametrize("item", DECODERS)
 def test_llava(item):
-    """Visual tokens, logits at every live slot (the slots of both sides are the same), and the loss."""
+    """Visual tokens, logits at every token (the rows of both sides are the same), and the loss."""
     cfg = compose(VISION, DECODERS[item], dict(name="mlp"), dtype="float32", loss_chunk=10)
     params, stored = parameters(item), golden.outputs(item)
     rows = batch(stored)

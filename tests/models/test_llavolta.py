@@ -21,7 +21,7 @@ PARAMS = random_params(vlm.init_params, CFG)
 RNG = np.random.default_rng(1)
 TALKS = [conversation(RNG, 9, images=1), conversation(RNG, 8, images=1), conversation(RNG, 7)]
 BATCH = pack([TALKS[:2], [TALKS[1], TALKS[2]]], T, I)  # the second row leaves an image place unused
-STAGES = ((8, 2), (2, 2), (2, 1), (1, 0))
+PHASES = ((8, 2), (2, 2), (2, 1), (1, 0))
 
 
 def inputs(batch=BATCH):
@@ -50,7 +50,7 @@ def test_pooling_by_hand(stride, layer):
         for number, talk in enumerate(talks, start=1):
             one = pack([[talk]], len(talk.tokens), len(talk.images))
             hidden, alone = inputs(one)
-            hidden, _ = decoder.run(weights, DECODER, hidden, alone, layers=(0, layer))
+            hidden, _ = decoder.forward(weights, DECODER, hidden, alone, layers=(0, layer))
             x, positions = np.asarray(hidden[0]), np.arange(hidden.shape[1])
             if talk.images:
                 at = talk.tokens.index(0)
@@ -59,11 +59,11 @@ def test_pooling_by_hand(stride, layer):
                 middle = [int(np.floor(positions[cell].mean())) for cell in cells]
                 positions = np.concatenate([positions[:at], middle, positions[at + V :]])
             by_hand = text_layout(np.ones((1, len(x))), positions[None])
-            x, _ = decoder.run(weights, DECODER, jnp.asarray(x[None]), by_hand, layers=(layer, DECODER.layers))
+            x, _ = decoder.forward(weights, DECODER, jnp.asarray(x[None]), by_hand, layers=(layer, DECODER.layers))
             expected = decoder.finish(weights, DECODER, x)[0]
-            slots = np.asarray(rows.segments[row]) == number
-            np.testing.assert_array_equal(np.asarray(rows.positions[row])[slots], positions)
-            np.testing.assert_allclose(np.asarray(found[row])[slots], expected, atol=1e-5)
+            own = np.asarray(rows.segments[row]) == number
+            np.testing.assert_array_equal(np.asarray(rows.positions[row])[own], positions)
+            np.testing.assert_allclose(np.asarray(found[row])[own], expected, atol=1e-5)
 
 
 def test_the_same_tokens_are_supervised():
@@ -76,24 +76,24 @@ def test_the_same_tokens_are_supervised():
 
 
 def test_the_schedule_is_equal_parts_and_ends_plain():
-    stages = [llavolta.stage_at(STAGES, step, 10) for step in range(10)]
-    assert stages == [(8, 2)] * 3 + [(2, 2)] * 2 + [(2, 1)] * 3 + [None] * 2
-    assert [llavolta.stage_at((), step, 10) for step in range(10)] == [None] * 10
+    phases = [llavolta.phase_at(PHASES, step, 10) for step in range(10)]
+    assert phases == [(8, 2)] * 3 + [(2, 2)] * 2 + [(2, 1)] * 3 + [None] * 2
+    assert [llavolta.phase_at((), step, 10) for step in range(10)] == [None] * 10
 
 
 @pytest.mark.parametrize(
-    "stages, words",
+    "phases, words",
     [
         (((3, 1), (1, 0)), "stride 3 does not divide the 16 tokens of an image"),
         (((2, 3),), "pools before layer 3; the decoder has 3"),
     ],
 )
-def test_a_stage_that_does_not_fit_is_refused(stages, words):
+def test_a_phase_that_does_not_fit_is_refused(phases, words):
     with pytest.raises(ConfigError, match=words):
-        llavolta.check(Config(model=CFG, training=TrainingConfig(llavolta=stages)))
+        llavolta.validate(Config(model=CFG, training=TrainingConfig(llavolta=phases)))
 
 
-@pytest.mark.parametrize("stage", [(8,), (0, 2), (8, 2, 1)])
-def test_a_stage_is_a_stride_and_a_layer(stage):
+@pytest.mark.parametrize("phase", [(8,), (0, 2), (8, 2, 1)])
+def test_a_phase_is_a_stride_and_a_layer(phase):
     with pytest.raises(ConfigError, match="expected \\(stride, decoder layer\\)"):
-        TrainingConfig(llavolta=(stage,))
+        TrainingConfig(llavolta=(phase,))

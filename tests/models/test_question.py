@@ -50,7 +50,9 @@ def test_a_question_is_read_alone_and_its_last_state_taken():
     for place, asked in enumerate(rows.questions.reshape(4, 4)[:3]):
         tokens = jnp.asarray(asked[None, asked >= 0])
         hidden = decoder.embed(PARAMS["decoder"], CFG.decoder, tokens)
-        hidden, _ = decoder.run(PARAMS["decoder"], CFG.decoder, hidden, text_layout(np.ones(tokens.shape, np.int32)))
+        hidden, _ = decoder.forward(
+            PARAMS["decoder"], CFG.decoder, hidden, text_layout(np.ones(tokens.shape, np.int32))
+        )
         expected = decoder.finish(PARAMS["decoder"], CFG.decoder, hidden)[0, -1]
         np.testing.assert_allclose(found[place], expected, atol=1e-5)
 

@@ -94,12 +94,12 @@ def test_evit_by_hand(ratio, fuse, tokens):
     np.testing.assert_allclose(found.last, x[:, 1:], atol=2e-5)
 
 
-def torch_predictor(state, stage, x):
+def torch_predictor(state, step, x):
     """The original's predictor on patches that are all still there: (keep, drop) log-probabilities."""
     import torch
     from torch import nn
 
-    own = {name.removeprefix(f"score_predictor.{stage}."): torch.from_numpy(v.copy()) for name, v in state.items()}
+    own = {name.removeprefix(f"score_predictor.{step}."): torch.from_numpy(v.copy()) for name, v in state.items()}
     inner = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32), nn.GELU())
     outer = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 2))
     inner.load_state_dict({k[8:]: v for k, v in own.items() if k.startswith("in_conv.")})
@@ -173,7 +173,7 @@ def test_training_masks_what_is_dropped_and_asks_for_the_share():
         places = [int(np.abs(theirs - token).sum(1).argmin()) for token in np.asarray(tokens)[image][valid[image]]]
         assert places == sorted(set(places))
         np.testing.assert_allclose(np.asarray(tokens)[image][valid[image]], theirs[places], atol=1e-5)
-    # The second stage's share is a quarter; the first's, half, is of those the first stage kept.
+    # The second step's share is a quarter; the first's, half, is of those the first step kept.
     assert penalty >= PENALTY * ((kept.mean(1) - 0.25) ** 2).mean() / 2
     assert loss(params_of(CFG), key) != loss(params_of(CFG), jax.random.key(6))
     plain = loss(params_of(CFG), key, train=False)

@@ -25,7 +25,7 @@ def test_hidden_states(item):
     def ours(params):
         hidden = [vision.embed(params, cfg, images)]
         for k in range(cfg.layers):
-            hidden.append(vision.run(params, cfg, hidden[-1], (k, k + 1)))
+            hidden.append(vision.forward(params, cfg, hidden[-1], (k, k + 1)))
         return hidden, vision.bind(vision.FinalNorm, cfg, params["final"])(hidden[-1])
 
     hidden, normed = ours(hf.tower(golden.state_dict(item)))

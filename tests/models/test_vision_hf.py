@@ -70,7 +70,7 @@ def test_hidden_states(cfg):
     @jax.jit
     def ours(params):
         first = vision.embed(params, cfg, pixels(cfg))
-        hidden = [vision.run(params, cfg, first, (0, k)) for k in range(cfg.layers + 1)]
+        hidden = [vision.forward(params, cfg, first, (0, k)) for k in range(cfg.layers + 1)]
         return hidden, vision.bind(vision.FinalNorm, cfg, params["final"])(hidden[-1])
 
     hidden, normed = ours(hf.tower(hf.arrays(model)))

@@ -81,7 +81,7 @@ def test_loss_is_the_mean_and_zero_without_supervision():
 
 
 def test_chunks_change_neither_loss_nor_gradients():
-    """A row of 26 slots in chunks of 7, against all at once; chunks that divide it are tested with remat."""
+    """A row of 26 tokens in chunks of 7, against all at once; chunks that divide it are tested with remat."""
     assert_same(evaluate(TEXT, cfg=changed(loss_chunk=7)), evaluate(TEXT))
 
 

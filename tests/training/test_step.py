@@ -126,7 +126,7 @@ def test_llavoltas_last_phase_is_the_plain_step_and_the_others_are_not():
     batch = put_rows(next(elements(rows, plan, 0, 1, workers=0)).batch, mesh)
 
     def one(cfg, number):
-        pooling = llavolta.stage_at(cfg.training.llavolta, number, 9)
+        pooling = llavolta.phase_at(cfg.training.llavolta, number, 9)
         state, metrics = TrainStep(cfg, mesh, 9)(init_state(cfg, mesh, 9), batch, 4, pooling)
         return float(metrics["loss"]), flatten(state.trained)
 

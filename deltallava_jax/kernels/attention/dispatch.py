@@ -80,7 +80,7 @@ def choose(q, k, seen: Seen | None) -> str:
     if name == "xla" or q.shape[1] != k.shape[1] or k.shape[1] < least:
         return "xla"
     if reason := refusal(name, q, k, seen):
-        devices.say(f"attention of {q.shape[1]} slots runs in XLA: {name} {reason}")
+        devices.log_once(f"attention over {q.shape[1]} tokens runs in XLA: {name} {reason}")
         return "xla"
     return name
 

@@ -32,7 +32,7 @@ def windowed_attention(
     compiled for, or of jax's first device. Under a mesh the kernel runs per shard of the batch.
 
     Raises ValueError where the shapes do not fit, and where "pallas" cannot run."""
-    reference.check(q, k, v, window)
+    reference.validate(q, k, v, window)
     if implementation not in (None, "xla", "pallas"):
         raise ValueError(f'implementation={implementation!r}; expected "xla", "pallas" or None')
     if (implementation or choose(q, k, window)) == "xla":
@@ -63,14 +63,14 @@ def choose(q, k, window: int) -> str:
     if platform not in ("tpu", "gpu"):
         return "xla"
     if kind not in MEASURED:
-        devices.say(
+        devices.log_once(
             f"windowed attention runs in XLA: its kernel has not been measured on {kind} (benchmarks/kernels.py)"
         )
         return "xla"
     if (window * (k.shape[1] // q.shape[1])) ** 2 not in MEASURED[kind]:
         return "xla"
     if reason := refusal(platform, kind, q, k, window):
-        devices.say(f"windowed attention runs in XLA: {reason}")
+        devices.log_once(f"windowed attention runs in XLA: {reason}")
         return "xla"
     return "pallas"
 

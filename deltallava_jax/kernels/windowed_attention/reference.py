@@ -10,7 +10,7 @@ from jaxtyping import Float
 from deltallava_jax.arrays import Array
 
 
-def check(q, k, v, window: int) -> None:
+def validate(q, k, v, window: int) -> None:
     """Raises ValueError unless the arrays' shapes fit each other and the windows the grids."""
     shapes = f"{q.shape}, {k.shape} and {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 5 or q.shape[1] != q.shape[2] or k.shape[1] != k.shape[2]:
@@ -34,8 +34,8 @@ def windowed_attention(
     The query grid (side gq) lies over the patch grid (side g = s * gq), so a block of w x w queries sees
     (w * s) x (w * s) keys. Scale D**-0.5, softmax in float32. H may be a multiple of the key heads G, which
     neighbouring heads then share. Equations 9 and 10 of the paper; the release's local chunk attention is window=1.
-    Raises ValueError as check() does."""
-    check(q, k, v, window)
+    Raises ValueError as ``validate`` does."""
+    validate(q, k, v, window)
     rows, side = q.shape[1] // window, window * (k.shape[1] // q.shape[1])
     sizes = dict(i=rows, j=rows, h=k.shape[3])
     q = rearrange(q, "b (i p) (j r) (h f) d -> (b i j) h (p r f) d", **sizes)

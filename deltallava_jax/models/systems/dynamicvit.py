@@ -22,7 +22,7 @@ from deltallava_jax.models.layers import LayerNorm, Linear, gelu, trunc_normal
 from deltallava_jax.models.names import Entry, linear, norm
 from deltallava_jax.models.systems.evit import Pruned, PrunedConfig
 from deltallava_jax.models.systems.fastervlm import select
-from deltallava_jax.models.vision import Stage, VisionFeatures
+from deltallava_jax.models.vision import PruningStep, VisionFeatures
 
 EPS = 1e-5
 PENALTY = 2.0
@@ -75,12 +75,12 @@ class DynamicVit(Pruned):
         if key is None:
             stay = select(scores[..., 0], int(self.cfg.grid**2 * share))
             patches = jnp.take_along_axis(patches, stay[..., None], axis=1)
-            return layer(jnp.concatenate([x[:, :1], patches], axis=1)), Stage(stay)
+            return layer(jnp.concatenate([x[:, :1], patches], axis=1)), PruningStep(stay)
         noise = jax.random.gumbel(jax.random.fold_in(key, stage), scores.shape)
         soft = jax.nn.softmax(scores + noise, axis=-1)[..., 0]
         kept = kept * (soft + jax.lax.stop_gradient((soft > 0.5) - soft))
         penalty = PENALTY * ((kept.mean(1) - share) ** 2).mean() / len(self.cfg.prune_layers)
-        return layer(x, kept), Stage(kept=kept, penalty=penalty)
+        return layer(x, kept), PruningStep(kept=kept, penalty=penalty)
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None):
         x, kept = features.last, features.kept

@@ -19,7 +19,7 @@ from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.systems.base import Places, last_layer
 from deltallava_jax.models.systems.fastervlm import select
 from deltallava_jax.models.systems.mlp import PatchMlp
-from deltallava_jax.models.vision import Needs, Stage, VisionFeatures
+from deltallava_jax.models.vision import Needs, PruningStep, VisionFeatures
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Evit(Pruned):
                 chosen = jnp.concatenate([chosen, jnp.einsum("nj,njc->nc", dropped, patches)[:, None]], axis=1)
                 stay = jnp.pad(stay, ((0, 0), (0, 1)), constant_values=before)
             patches = chosen
-        return layer.feed(jnp.concatenate([x, patches], axis=1)), Stage(stay)
+        return layer.feed(jnp.concatenate([x, patches], axis=1)), PruningStep(stay)
 
     @staticmethod
     def budgets(cfg: EvitConfig) -> tuple[int, ...]:
