@@ -76,7 +76,7 @@ def test_dead_slots_have_no_position_and_no_target():
     )
     check(
         batch,
-        # Row 0: a hole in the first image, no second image. Row 1: an image begins and ends with missing tokens.
+        # Row 0: tokens missing inside the first image, and all of the second. Row 1: at the ends of an image.
         [[[1, 0, 1], [0, 0, 0]], [[0, 0, 1], [1, 1, 0]]],
         V=3,
         is_visual=[[0, 1, 1, 1, 0, 1, 1, 1, 0], [0, 1, 1, 1, 0, 1, 1, 1, 0]],
