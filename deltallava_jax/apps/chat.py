@@ -116,7 +116,7 @@ class Terminal:
         if not path:
             raise ConfigError("/image has no file; e.g. /image shape.png")
         if not self.model.cfg.whole:
-            raise ConfigError("the model has no vision tower, so it cannot read images")
+            raise ConfigError("the model has no vision tower, so it takes no images")
         self.model.pixels(path)
         self.images.append(path)
         kept = "; what was said and seen before is kept, /reset forgets it" if self.chat.last else ""

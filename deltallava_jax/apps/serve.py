@@ -96,7 +96,7 @@ def make_app(model, options: argparse.Namespace):
         on_piece = lambda text, end: loop.call_soon_threadsafe(pieces.put_nowait, (text, end))
         async with decoding:
             asked, pixels = await asyncio.to_thread(prompt_of, model, fields["messages"], options)
-        budget, room = fields.get("budget"), scheduler.room(asked, fields.get("budget"))
+        budget, room = fields.get("budget"), scheduler.answer_capacity(asked, fields.get("budget"))
         limit = fields.get("max_completion_tokens", fields.get("max_tokens", max(room, 1)))
         request = Request(asked, pixels, budget, sampling_of(fields, limit), on_piece)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}

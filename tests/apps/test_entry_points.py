@@ -81,8 +81,11 @@ def of_chat(one, turns, images, monkeypatch):
     chat, template = one.chat(), TEMPLATES[one.template]
     chat.stream(turns[0], images)
     chat.last = answer = Answer(one.engine, None, Text(one.tokenizer, one.end), GREEDY)
-    answer.slots, answer.said = "as if it had answered", [*one.tokenizer.encode(template.lead + turns[1])[0], one.end]
-    for token in answer.said:
+    answer.slots, answer.decoded = (
+        "as if it had answered",
+        [*one.tokenizer.encode(template.lead + turns[1])[0], one.end],
+    )
+    for token in answer.decoded:
         answer._text.add(token)
     chat.stream(turns[2])
     (first,), (batch,) = asked, following

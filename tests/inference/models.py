@@ -22,7 +22,7 @@ VOCAB = 384
 
 @functools.cache
 def model(fastv: bool = False, template: str = "brief", scale: float = 1.0) -> Model:
-    """Elastic: 16, 4 or 1 tokens an image. fastv: two of them stay in the second layer. Nobody changes it."""
+    """Elastic: 16, 4 or 1 tokens an image. fastv: two of them stay in the second layer. Cached: do not modify."""
     cfg = tiny.get_config().model
     cfg = dataclasses.replace(
         cfg,
