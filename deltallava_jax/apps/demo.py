@@ -70,8 +70,8 @@ def gradio():
     first, end = (".".join(map(str, version)) for version in KNOWN_GRADIO)
     if not KNOWN_GRADIO[0] <= tuple(map(int, gradio.__version__.split(".")[:2])) < KNOWN_GRADIO[1]:
         raise ConfigError(
-            f"gradio {gradio.__version__} is not supported, as the demo replaces its upload functions; expected {first} "
-            f"or later, below {end}: pip install -r requirements-demo.txt"
+            f"gradio {gradio.__version__} is not supported, as the demo replaces its upload functions; expected "
+            f"{first} or later, below {end}: pip install -r requirements-demo.txt"
         )
     return gradio
 

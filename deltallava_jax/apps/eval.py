@@ -92,9 +92,7 @@ def main(options: argparse.Namespace) -> None:
     params["decoder"] = decoder.unstacked(params["decoder"], cfg.model.decoder, cfg.model.dtype, donate=True)
 
     if own := [task for task in tasks if task in TASKS]:
-        show(
-            f"{'task':12} {'step':>6} {'budget':>6} {'images':8} {'accuracy':>8} {'n':>6} {'seconds':>8}  by type"
-        )
+        show(f"{'task':12} {'step':>6} {'budget':>6} {'images':8} {'accuracy':>8} {'n':>6} {'seconds':>8}  by type")
     for task in own:
         for budget in budgets:
             report = TASKS[task](

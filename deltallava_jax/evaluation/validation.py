@@ -14,9 +14,9 @@ from deltallava_jax.training.metrics import Metrics
 
 
 def validation(cfg: Config, tokenizer: Tokenizer) -> Callable[[Params, Metrics, int], float] | None:
-    """What the loop calls every training.eval_every steps: (params, metrics, step) -> the mean accuracy over the
-    budgets, each of which is told; None for a data set without questions to evaluate. Raises ConfigError where
-    training.keep_best needs them."""
+    """The function that the loop calls every training.eval_every steps: (params, metrics, step) -> the mean accuracy
+    over the budgets, each of which is logged; None for a data set without an evaluation. Raises ConfigError where
+    training.keep_best needs one."""
     if cfg.data.dataset not in TASKS:
         if cfg.training.keep_best:
             raise ConfigError(f"training.keep_best: no evaluation during training for data.dataset={cfg.data.dataset}")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deltallava_jax import __main__ as door
+from deltallava_jax import __main__ as command_line
 from deltallava_jax.analysis import gradcam
 from deltallava_jax.config import FastVConfig, renamed, settings_of
 from deltallava_jax.data import tokens
@@ -166,7 +166,7 @@ def test_systems_on_a_grid(tokenizer, name):
 def test_tokens_without_a_place_are_refused(tokenizer, name):
     cfg = tiny.get_config().model
     cfg = dataclasses.replace(cfg, projector=renamed(cfg.projector, {"name": name}))
-    with pytest.raises(ConfigError, match=f"where in the image the tokens of {name} lie is not known"):
+    with pytest.raises(ConfigError, match=f"the tokens of {name} have no known place in the image"):
         gradcam.heat_maps(Model(cfg, {}, tokenizer), picture(), QUESTION)
 
 
@@ -213,12 +213,12 @@ def test_the_door_writes_the_picture(tokenizer, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(deltallava_jax, "load", lambda path: make(tokenizer, name="m3", scale_factor=(2, 4)))
     picture().save(tmp_path / "in.png")
     asked = ["gradcam", "runs/m3", "--image", str(tmp_path / "in.png"), "--prompt", QUESTION, "--budgets", "16,4"]
-    options = door.parse([*asked, "--answer", ANSWER, "--out", str(tmp_path / "made" / "heat.png")])
+    options = command_line.parse([*asked, "--answer", ANSWER, "--out", str(tmp_path / "made" / "heat.png")])
     options.main(options)
     printed = capsys.readouterr().out
     assert "  16 tokens: circle" in printed and "   4 tokens: circle" in printed
     assert Image.open(tmp_path / "made" / "heat.png").width == 3 * (336 + 8) + 8
     for wrong, message in ((["--budgets", "x"], "expected numbers"), (["--out", "heat.jpg"], "ends in .png")):
-        options = door.parse([*asked, *wrong])
+        options = command_line.parse([*asked, *wrong])
         with pytest.raises(ConfigError, match=message):
             options.main(options)

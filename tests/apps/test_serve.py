@@ -13,7 +13,7 @@ import pytest
 from deltallava_jax.data.conversation import Conversation, Round
 from deltallava_jax.inference.sampling import Sampling
 from tests.apps.servers import PATH, QUESTION, app_of, messages, post, reply, running, uri
-from tests.inference.models import model, picture
+from tests.inference.models import decoder_alone, model, picture
 
 
 def answer(conversation, images=(), one=None, **settings):
@@ -66,8 +66,6 @@ def test_text_is_text_and_an_image_has_one_place(address):
 
 
 def test_a_decoder_alone_continues_a_text_and_needs_a_template_for_more():
-    from test_chat import decoder_alone
-
     bare = decoder_alone()
     turns = [{"role": role, "content": "red?"} for role in ("user", "assistant", "user")]
     with running(one=bare) as address:

@@ -33,6 +33,12 @@ def model(fastv: bool = False, template: str = "brief", scale: float = 1.0) -> M
     return Model(cfg, vlm.init_params(cfg, jax.random.key(0)), tokens.train(TEXTS, VOCAB), template)
 
 
+def decoder_alone(template=None):
+    whole = model()
+    cfg = dataclasses.replace(whole.cfg, vision=None, projector=None)
+    return Model(cfg, {"decoder": whole.params["decoder"]}, whole.tokenizer, template)
+
+
 def save_workdir(folder: Path) -> Path:
     """The model in a workdir, as train.py would leave it."""
     one = model()

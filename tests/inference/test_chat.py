@@ -1,6 +1,5 @@
 """Texts: streamed pieces, stop texts, cancelling; and chats, whose carried caches equal a fresh prefill."""
 
-import dataclasses
 import inspect
 import textwrap
 import time
@@ -17,7 +16,7 @@ from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.inference.generate import Clock, Engine, Text, bucket, prompt_batch
 from deltallava_jax.inference.model import Model
 from deltallava_jax.inference.sampling import Sampling
-from tests.inference.models import model, picture, visual
+from tests.inference.models import decoder_alone, model, picture, visual
 
 QUESTION = "what color is the shape?"
 
@@ -124,12 +123,6 @@ def test_compiling_is_timed_separately():
     with nested:
         jax.jit(lambda x: jax.jit(lambda y: jnp.cos(y) * 3.5)(x) - 1)(jnp.ones(4))
     assert nested.seconds >= 0 and nested.compiling <= time.perf_counter() - before  # nested spans count once
-
-
-def decoder_alone(template=None):
-    whole = model()
-    cfg = dataclasses.replace(whole.cfg, vision=None, projector=None)
-    return Model(cfg, {"decoder": whole.params["decoder"]}, whole.tokenizer, template)
 
 
 def test_a_decoder_alone_continues_one_text_and_needs_a_template_for_more():
