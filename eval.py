@@ -1,4 +1,4 @@
-"""Evaluates a workdir, as deltallava_jax/apps/eval.py says: python eval.py --workdir runs/easy_vqa"""
+"""Evaluates a workdir, see deltallava_jax/apps/eval.py: python eval.py --workdir runs/easy_vqa"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Trains a model, as deltallava_jax/apps/train.py says: python train.py --config configs/easy_vqa.py --workdir DIR"""
+"""Trains a model, see deltallava_jax/apps/train.py: python train.py --config configs/easy_vqa.py --workdir DIR"""
 
 import sys
 

@@ -1,6 +1,6 @@
 """The command line: deltallava COMMAND --help, or python -m deltallava_jax COMMAND --help
 
-From a copy of the repository train and eval are also train.py and eval.py."""
+In a copy of the repository, train.py and eval.py are the same as train and eval."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deltallava_jax import cli
 COMMANDS = {
     "train": ("deltallava_jax.apps.train", "trains a model"),
     "eval": ("deltallava_jax.apps.eval", "evaluates a workdir's newest checkpoint"),
-    "config": ("deltallava_jax.apps.config", "every setting of a configuration, and what it is for"),
+    "config": ("deltallava_jax.apps.config", "every setting of a configuration and its purpose"),
     "data": ("deltallava_jax.data.command", "LLaVA data sets: check them, build them into ArrayRecord"),
     "convert": ("deltallava_jax.convert.command", "checkpoints of Hugging Face, LLaVA and ours, into each other"),
     "plan": ("deltallava_jax.analysis.plan_command", "memory, operations and collectives of a run on a machine"),
@@ -25,7 +25,7 @@ COMMANDS = {
     "gradcam": ("deltallava_jax.analysis.gradcam_command", "where in an image an answer comes from, as a picture"),
 }
 
-PROCESSES = ("train", "eval")  # may be one of several processes, and have a run(arguments) of their own for that
+PROCESSES = ("train", "eval")  # may run as several processes, which their modules' run(arguments) supervises
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -35,15 +35,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, line) in COMMANDS.items():
-        asked = name in arguments[:1]
-        module = importlib.import_module(module) if asked else None
+        selected = name in arguments[:1]
+        module = importlib.import_module(module) if selected else None
         command = commands.add_parser(
             name,
             help=line,
-            description=module.__doc__ if asked else None,
+            description=module.__doc__ if selected else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if asked:
+        if selected:
             module.add_arguments(command)
             command.set_defaults(main=module.main)
     options, rest = parser.parse_known_args(arguments)
@@ -57,7 +57,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command of a command line."""
+    """Runs a command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in PROCESSES:
         return importlib.import_module(COMMANDS[arguments[0]][0]).run(arguments[1:])

@@ -1,4 +1,4 @@
-"""What the command-line doors share: errors a user can act on are one clear message, without a traceback."""
+"""Shared by the command-line entry points: an error that the user can fix is one message, without a traceback."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from pathlib import Path
 
 from deltallava_jax.errors import ConfigError, SaveFailed, UserError
 
-# What opening or making a file raises where its path is wrong.
+# Raised when a file is opened or created at a wrong path.
 PATHS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 def overrides(rest: list[str], command: str) -> dict[str, str]:
-    """{dotted key: text} of --config.KEY=VALUE or --config.KEY VALUE arguments. Raises ConfigError for any other,
-    with the command whose --help tells the rest."""
-    found, rest = {}, list(rest)
+    """{dotted key: text} of --config.KEY=VALUE or --config.KEY VALUE arguments. Raises ConfigError for any other
+    argument, naming the command whose --help lists them."""
+    found = {}
+    rest = list(rest)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         if not name.startswith("--config."):
@@ -35,25 +36,25 @@ def overrides(rest: list[str], command: str) -> dict[str, str]:
 
 
 def program() -> str:
-    """How the commands are called where this one was."""
+    """How to invoke the commands: as this process was invoked."""
     return "deltallava" if Path(sys.argv[0]).name == "deltallava" else "python -m deltallava_jax"
 
 
-def door(name: str) -> str:
-    """How a command is called from where this one was: "python train.py" beside the files, else "deltallava train"."""
+def invocation(name: str) -> str:
+    """How to invoke a command here: "python train.py" in a folder with the file, else "deltallava train"."""
     beside = Path(f"{name}.py").is_file() and program() != "deltallava"
     return f"python {name}.py" if beside else f"deltallava {name}"
 
 
-def say(line: str) -> None:
-    """A line for the person at the screen, apart from what the command prints for programs."""
+def log(line: str) -> None:
+    """Prints a line for the user, on stderr; stdout is for a command's results."""
     print(line, file=sys.stderr, flush=True)
 
 
 def libtpu_is_idle() -> bool:
     """Whether libtpu is installed, as ``plan`` needs it, where there is neither a TPU nor another accelerator's plugin.
 
-    JAX would start it all the same, and it would fill the screen with errors before the CPU is taken."""
+    JAX would initialize it anyway and print many errors before falling back to the CPU."""
     if os.environ.get("JAX_PLATFORMS") or importlib.util.find_spec("libtpu") is None:
         return False
     if importlib.util.find_spec("jax_plugins") or importlib.metadata.entry_points(group="jax_plugins"):
@@ -62,10 +63,10 @@ def libtpu_is_idle() -> bool:
 
 
 def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
-    """Runs a command's main with JAX's compiled programs kept between runs.
+    """Runs a command's main with a persistent cache of JAX's compiled programs.
 
-    A UserError, a path of the user's that cannot be used, or a disk that is full, is one line on stderr and exit code
-    2; Ctrl-C exits with 130; where another process of the run is gone that is said, with exit code 1."""
+    A UserError, an unusable path given by the user, or a full disk is one line on stderr and exit code 2; Ctrl-C exits
+    with 130; the loss of another process of the run is reported with exit code 1."""
     import jax
 
     from deltallava_jax.parallel import hosts
@@ -78,22 +79,20 @@ def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     try:
         main()
     except UserError as error:
-        # After a save that failed the event files of TensorBoard cannot be closed either.
+        # After a failed save TensorBoard's event files cannot be closed either.
         hosts.leave(f"error: {error}", 2, at_once=isinstance(error, SaveFailed))
     except KeyboardInterrupt:
         hosts.leave(interrupted, 130)
     except Exception as error:
-        if isinstance(error, PATHS) and _is_the_users(error.filename):
+        if isinstance(error, PATHS) and _is_user_path(error.filename):
             hosts.leave(f"error: {error.filename}: {error.strerror}", 2)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            hosts.leave(
-                f"error: {error}. Please make room on that disk and start the same command again", 2, at_once=True
-            )
+            hosts.leave(f"error: {error}. Free space on that disk and start the same command again", 2, at_once=True)
         if not jax.distributed.is_initialized():
             raise
         hosts.leave(hosts.lost(error) or traceback.format_exc(), 1)
 
 
-def _is_the_users(path) -> bool:
-    """Whether a path is no file of this package, whose absence is our mistake."""
+def _is_user_path(path) -> bool:
+    """Whether a path is the user's, not one of this package, whose absence would be a bug."""
     return path is not None and not Path(os.fsdecode(path)).resolve().is_relative_to(Path(__file__).parent)

@@ -133,7 +133,7 @@ class Workdir:
                 problem = "has changed"
             if init is None:
                 parts = ", ".join(sorted({path.split("/")[0] for path in kept}))
-                cli.say(
+                cli.log(
                     f"note: {cfg.init_from}, which {self} was initialized from, {problem}: its frozen parameters "
                     f"({parts}) are taken from the checkpoint of {self}, in bfloat16"
                 )

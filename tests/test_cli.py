@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import train as training_door
+import train as training
 from deltallava_jax.config import workdir_config
 from deltallava_jax.errors import ConfigError
 
@@ -52,8 +52,8 @@ def test_eval_of_a_folder_that_train_did_not_make(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_libtpu_beside_no_tpu_is_left_alone(tmp_path):
-    """Started, it says in six lines of errors that it finds none."""
+def test_libtpu_without_a_tpu_is_not_initialized(tmp_path):
+    """Initialized, it would print six lines of errors because it finds none."""
     (tmp_path / "libtpu.py").write_text("def get_library_path():\n    return ''\n")
     environment = {key: value for key, value in os.environ.items() if key not in ("JAX_PLATFORMS", "TPU_NAME")}
     code = "from deltallava_jax import cli; import jax; cli.run(lambda: print(jax.config.jax_platforms))"
@@ -64,18 +64,18 @@ def test_libtpu_beside_no_tpu_is_left_alone(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "cpu\n", "")
 
 
-@pytest.mark.parametrize("door", ["train.py", "eval.py"])
-def test_help_shows_an_example(door):
-    done = command(door, "--help")
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_help_shows_an_example(program):
+    done = command(program, "--help")
     assert done.returncode == 0 and done.stderr == ""
-    assert f"python {door} --" in done.stdout and "--workdir" in done.stdout and "runs/easy_vqa" in done.stdout
+    assert f"python {program} --" in done.stdout and "--workdir" in done.stdout and "runs/easy_vqa" in done.stdout
 
 
 # ------------------------------------------------------------------ arguments, in this process
 
 
 def parse(*arguments):
-    return training_door.parse(["--config", str(ROOT / "configs" / "easy_vqa.py"), "--workdir", "w", *arguments])
+    return training.parse(["--config", str(ROOT / "configs" / "easy_vqa.py"), "--workdir", "w", *arguments])
 
 
 def test_overrides_are_given_with_or_without_an_equals_sign():

@@ -56,7 +56,7 @@ def check(command: str) -> None:
             arguments = arguments[1:]
     if program == "train.py":
         arguments = ["configs/easy_vqa.py" if word == "CONFIG" else word for word in arguments if word != "--help"]
-        options, changes = training.read(["--workdir", "DIR", *arguments])
+        options, changes = training.parse_arguments(["--workdir", "DIR", *arguments])
         override(load_config(options.config), changes)
     elif program == "eval.py":
         override(load_config("configs/easy_vqa.py"), evaluation.parse(arguments).overrides)

@@ -1,4 +1,4 @@
-"""Workdirs that version 0.1.0 made (tests/testdata/v1) load, answer, and go on as they would have there."""
+"""Workdirs that version 0.1.0 made (tests/testdata/v1) load, answer, and resume as in that version."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import deltallava_jax
-import train as door
+import train as training
 from deltallava_jax.parallel import mesh
 from deltallava_jax.workdir import Workdir
 
@@ -41,11 +41,11 @@ def test_it_answers_as_it_did(name, home, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_it_goes_on_as_it_would_have(name, home, monkeypatch, capsys):
+def test_it_resumes_as_it_would_have(name, home, monkeypatch, capsys):
     make_mesh = mesh.make_mesh
     monkeypatch.setattr(mesh, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
-    door.main(
-        *door.parse(
+    training.main(
+        *training.parse(
             [
                 "--config",
                 "config.py",

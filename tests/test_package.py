@@ -26,7 +26,7 @@ print(load_config("configs/easy_vqa.py:m3").name, CONFIGS)
 
 
 def test_every_folder_of_the_package_is_packaged():
-    """pip leaves out what is not listed, without a word."""
+    """pip silently leaves out folders that are not listed."""
     found = {
         f"{prefix}{file.parent.relative_to(ROOT).as_posix().replace('/', '.')}"
         for folder, prefix in (("deltallava_jax", ""), ("configs", "deltallava_jax."))

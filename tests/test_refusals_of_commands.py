@@ -1,4 +1,4 @@
-"""Every command with what is missing, what cannot be read and what cannot be: one line, exit code 2, no traceback."""
+"""Every command with missing, unreadable and bad arguments: one line, exit code 2, no traceback."""
 
 import os
 import shutil
@@ -62,10 +62,10 @@ def home(tmp_path_factory):
 
 def main_of(arguments: list[str]):
     """What a command line of ``python`` runs."""
-    door, *rest = arguments
-    if door == "train.py":
+    program, *rest = arguments
+    if program == "train.py":
         return lambda: training.main(*training.parse(rest))
-    if door == "eval.py":
+    if program == "eval.py":
         return lambda: evaluation.main(evaluation.parse(rest))
     options = commands.parse(arguments)
     return lambda: options.main(options)
@@ -214,14 +214,14 @@ REFUSED = {
 
 
 def assert_one_line(code: int, err: str, words: str) -> None:
-    told = [line for line in err.splitlines() if not line.startswith("loading ")]
-    assert code == 2 and len(told) == 1 and told[0].startswith("error: ") and words in told[0], err
+    lines = [line for line in err.splitlines() if not line.startswith("loading ")]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], err
 
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_what_is_wrong_is_one_line(home, monkeypatch, capfd, line):
     monkeypatch.chdir(home)
-    monkeypatch.setattr(sys, "stdin", None)  # nobody to ask
+    monkeypatch.setattr(sys, "stdin", None)  # no interactive input
     before = sorted(home.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
         cli.run(main_of(line.split()))
@@ -253,9 +253,9 @@ def test_what_may_not_be_read_is_one_line(home, tmp_path, monkeypatch, capfd, li
         ("-m deltallava_jax gradcam first --prompt what? --image nowhere.png --out heat.png", "nowhere.png"),
     ],
 )
-def test_in_a_process_of_its_own(home, line, words):
-    door, *rest = line.split()
-    command = [sys.executable, str(ROOT / door) if door.endswith(".py") else door, *rest]
+def test_in_a_separate_process(home, line, words):
+    program, *rest = line.split()
+    command = [sys.executable, str(ROOT / program) if program.endswith(".py") else program, *rest]
     done = subprocess.run(
         command, cwd=home, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
     )

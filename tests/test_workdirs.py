@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import train as door
+import train as training
 from deltallava_jax.config import Config, OptimizerConfig, RopeScaling, override, to_dict
 from deltallava_jax.convert.read import Pretrained
 from deltallava_jax.convert.workdir import read_workdir, write_workdir
@@ -237,7 +237,10 @@ def test_the_number_of_tokens_and_how_it_is_trained_are_free(begun, tmp_path):
 def test_a_configuration_without_a_model_has_the_sources(begun, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("from deltallava_jax import config as c\n\n\ndef get_config():\n    return c.Config(name='mine')\n")
-    parse = lambda workdir, *more: door.parse(["--config", str(file), "--workdir", str(tmp_path / workdir), *more])[0]
+
+    def parse(workdir, *more):
+        return training.parse(["--config", str(file), "--workdir", str(tmp_path / workdir), *more])[0]
+
     from_source = (f"--config.init_from={begun}",)
     assert parse("new", *from_source).model == config().model
     elastic = parse("new", *from_source, "--config.model.projector.scale_factor=(2,4)").model

@@ -58,10 +58,10 @@ def ours(engine, batch, visual, new: int) -> tuple[float, float]:
     from deltallava_jax.inference.sampling import Sampling
 
     began = time.perf_counter()
-    slots = engine.begin(batch, *visual(), [Sampling(max_new_tokens=new)] * len(batch.tokens), -1)
+    slots = engine.prefill(batch, *visual(), [Sampling(max_new_tokens=new)] * len(batch.tokens), -1)
     np.asarray(slots.token)
     first = time.perf_counter()
-    while np.asarray(slots.going).any():
+    while np.asarray(slots.active).any():
         slots, _ = engine.decode(slots)
     return first - began, (time.perf_counter() - first) / (new - 1)
 

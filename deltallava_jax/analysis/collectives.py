@@ -1,4 +1,4 @@
-"""Which collectives a compiled program runs, how often, and how many bytes: read from its optimized HLO text.
+"""The collectives of a compiled program, their counts and bytes, parsed from its optimized HLO text.
 
 A collective in a loop's body counts once for each of the loop's iterations, loops within loops multiplied. Bytes are
 those of the collective's result on one device. An asynchronous pair (-start and -done) is one collective; so is one
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")  # fmt: skip
-BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4, "token": 0, "opaque": 0}  # of others: the number in the name
+BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4, "token": 0, "opaque": 0}  # others have it in their name
 
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$")
@@ -28,7 +28,7 @@ CALLED = re.compile(
 @dataclass(frozen=True)
 class Collective:
     """kind: of KINDS. count: how often a step runs it. bytes: of one result on one device. group: devices that take
-    part together. source: the model's operation that it belongs to."""
+    part together. source: the operation of the model that it belongs to."""
 
     kind: str
     count: int
@@ -47,12 +47,13 @@ class _Instruction:
 
 
 def collectives(hlo: str, devices: int) -> list[Collective]:
-    """The collectives of a program, those that run most bytes first.
+    """The collectives of a program, those that move most bytes first.
 
-    hlo: ``compiled.as_text()``. devices: of the program; the group of a collective that names none."""
+    hlo: ``compiled.as_text()``. devices: of the program, the group of a collective that states none."""
     computations, entry = _parse(hlo)
     times = _times(computations, entry)
-    found, spread = [], {}
+    found = []
+    spread = {}
     for name, instructions in computations.items():
         scatter = name.startswith("all-reduce-scatter")  # how the TPU compiler writes a reduce-scatter
         for each in instructions:
@@ -61,7 +62,8 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                 continue
             size = _bytes(_result(each))
             if scatter and kind == "all-reduce":
-                kind, size = "reduce-scatter", sum(_bytes(i.shape) for i in instructions if i.root)
+                kind = "reduce-scatter"
+                size = sum(_bytes(i.shape) for i in instructions if i.root)
             source = re.search(r'op_name="([^"]*)"', each.rest)
             one = Collective(kind, times[name], size, _group(each.rest, devices), source.group(1) if source else "")
             chain = re.search(r'chain_id="(\d+)"', each.rest)
@@ -136,13 +138,13 @@ def _times(computations: dict[str, list[_Instruction]], entry: str) -> dict[str,
 
 
 def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
-    """Iterations of a while loop. Raises ValueError where neither the loop nor its condition tells."""
+    """Iterations of a while loop. Raises ValueError where neither the loop nor its condition states them."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known.group(1))
-    name = lambda key: re.search(rf"{key}=%?([\w.-]+)", loop.rest).group(1)
-    condition, body = ({i.name: i for i in computations[name(key)]} for key in ("condition", "body"))
-    # A counted loop: from 0 while less than the condition's one constant, in steps of what the body adds to the counter
-    # that the condition reads; the TPU compiler takes two steps at once in loops of its own.
+    names = {key: re.search(rf"{key}=%?([\w.-]+)", loop.rest).group(1) for key in ("condition", "body")}
+    condition, body = ({i.name: i for i in computations[name]} for name in names.values())
+    # A counted loop: from 0 to the condition's only constant, in steps of what the body adds to the counter that the
+    # condition compares; the TPU compiler unrolls some loops by two.
     limits = {_integer(i) for i in condition.values() if _integer(i) is not None}
     counters = {m.group(1) for i in condition.values() if (m := re.search(r"index=(\d+)", i.rest))}
     after = next(_operands(i) for i in body.values() if i.root)
@@ -150,7 +152,7 @@ def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> i
     steps = {_integer(body[o]) for i in added if i.opcode == "add" for o in _operands(i)} - {None}
     if len(limits) != 1 or len(steps) != 1:
         raise ValueError(
-            f"the loop {loop.name} does not say how often it runs: {name('condition')} compares with {limits}, "
+            f"the number of iterations of loop {loop.name} is unknown: {names['condition']} compares with {limits}, "
             f"the body adds {steps}"
         )
     return -(-limits.pop() // steps.pop())
@@ -167,7 +169,7 @@ def _operands(each: _Instruction) -> list[str]:
 
 
 def _result(each: _Instruction) -> str:
-    """The shape of a collective's result: -start instructions give (operands, results, more) but for all-reduce."""
+    """The shape of a collective's result: -start instructions return (operands, results, more), except all-reduce."""
     if not each.opcode.endswith("-start") or each.opcode == "all-reduce-start":
         return each.shape
     return _elements(each.shape)[1]

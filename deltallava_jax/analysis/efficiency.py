@@ -1,8 +1,8 @@
-"""What an answer costs: the tower, the projector, the prompt and the new tokens, for any system and number of tokens.
+"""The cost of an answer: tower, projector, prefill and decoding, for any system and number of visual tokens.
 
-Two conventions, side by side. "exact" counts every matrix product of the programs that run (analysis/flops.py): gated
-MLPs, heads and their groups, all of a projector's layers, what a selection adds, the logits; of the tower the layers
-that are read. "paper" is the arithmetic behind Delta-LLaVA's Figure 3 and sections 5 and 6.5 (mzamini92/Delta-LLaVA,
+Two conventions. "exact" counts every matrix product of the programs that run (analysis/flops.py): gated
+MLPs, heads and their groups, all of a projector's layers, what a selection adds, the logits, and the tower layers that
+are used. "paper" is the arithmetic behind Delta-LLaVA's Figure 3 and sections 5 and 6.5 (mzamini92/Delta-LLaVA,
 llava/eval/analyze_speed_multi.py): an MLP of two matrices, no groups, no logits, all of the tower's layers, and of the
 projector its first two linear maps on the visual tokens alone.
 """
@@ -55,19 +55,19 @@ def rows(cfg: ModelConfig, budget: int, text: int = TEXT, new: int = NEW) -> lis
     return found
 
 
-def known() -> tuple[str, ...]:
+def system_names() -> tuple[str, ...]:
     """The systems that can be counted, by name."""
     return (*SYSTEMS, "fastv")
 
 
-def visual(cfg: ModelConfig) -> int:
-    """Visual tokens an image that enter the decoder."""
+def visual_tokens(cfg: ModelConfig) -> int:
+    """Visual tokens per image that enter the decoder."""
     return systems.budgets(cfg.projector)[0]
 
 
 def layer_slices(cfg: ModelConfig, text: int) -> list[tuple[tuple[int, int], int]]:
     """((first, last) layers of the decoder, a prompt's tokens in them), in order: more than one with FastV."""
-    tokens = text + visual(cfg)
+    tokens = text + visual_tokens(cfg)
     if not cfg.fastv:
         return [((0, cfg.decoder.layers), tokens)]
     kept = fastv.kept_tokens(tokens, text, cfg.fastv)
@@ -75,7 +75,7 @@ def layer_slices(cfg: ModelConfig, text: int) -> list[tuple[tuple[int, int], int
 
 
 def cache_bytes(cfg: ModelConfig, text: int, new: int) -> int:
-    """Bytes of all keys and values once the answer is there."""
+    """Bytes of all keys and values at the end of the answer."""
     wide = 2 * cfg.decoder.kv_heads * cfg.decoder.head_dim * jnp.dtype(cfg.dtype).itemsize
     return sum((last - first) * (tokens + new) * wide for (first, last), tokens in layer_slices(cfg, text))
 
@@ -85,12 +85,12 @@ def cache_bytes(cfg: ModelConfig, text: int, new: int) -> int:
 
 def with_system(cfg: ModelConfig, name: str) -> ModelConfig:
     """The model with another system between its tower and its decoder, as published."""
-    if name not in known():
-        raise ConfigError(f"unknown system {name!r}; known: {', '.join(known())}")
+    if name not in system_names():
+        raise ConfigError(f"unknown system {name!r}; known: {', '.join(system_names())}")
     own = "mlp" if name == "fastv" else name
     width = cfg.vision.width
     fitted = dict(grid=cfg.vision.grid, in_width=width, out_width=cfg.decoder.width, scale_factor=1)
-    # Heads that divide any width: how wide they are changes no count.
+    # Head sizes that divide any width; they do not affect the counts.
     fitted |= dict(head_dim=math.gcd(128, width), block_head_dim=math.gcd(32, width // 2))
     projector = system_config(own, **settings_of(own, fitted))
     keep = FastVConfig(keep=min(144, cfg.vision.grid**2)) if name == "fastv" else None
@@ -100,14 +100,14 @@ def with_system(cfg: ModelConfig, name: str) -> ModelConfig:
 def at_budget(cfg: ModelConfig, budget: int) -> ModelConfig:
     """The model set to make, or with FastV to keep, that many tokens. Raises ConfigError where it cannot."""
     if cfg.fastv:
-        if not 1 <= budget <= visual(cfg):
-            raise ConfigError(f"fastv keeps 1 to {visual(cfg)} tokens, not {budget}")
+        if not 1 <= budget <= visual_tokens(cfg):
+            raise ConfigError(f"fastv keeps 1 to {visual_tokens(cfg)} tokens, not {budget}")
         return dataclasses.replace(cfg, fastv=dataclasses.replace(cfg.fastv, keep=budget))
     return dataclasses.replace(cfg, projector=systems.at(cfg.projector, budget))
 
 
 def budgets_of(cfg: ModelConfig, wanted: tuple[int, ...]) -> list[int]:
-    """Those of the wanted budgets that the system can make; what it makes as it is set where there is none."""
+    """Those of the wanted budgets that the system can make; if none, the one that it is set to."""
     able = []
     for budget in wanted:
         try:
@@ -115,7 +115,7 @@ def budgets_of(cfg: ModelConfig, wanted: tuple[int, ...]) -> list[int]:
             able.append(budget)
         except ConfigError:
             pass
-    return able or [cfg.fastv.keep if cfg.fastv else visual(cfg)]
+    return able or [cfg.fastv.keep if cfg.fastv else visual_tokens(cfg)]
 
 
 # ------------------------------------------------------------------ every matrix product
@@ -124,22 +124,24 @@ def budgets_of(cfg: ModelConfig, wanted: tuple[int, ...]) -> list[int]:
 def exact(cfg: ModelConfig, text: int, new: int) -> dict[str, int]:
     """Operations by part of one image and an answer, counted in the traced programs.
 
-    A question that the projector reads (QueCC) belongs to the projector. Each of the ``new`` tokens passes the
-    decoder once, with as many keys as there are before it and itself."""
+    Encoding a question for the projector (QueCC) counts as the projector's. Each of the ``new`` tokens runs through the
+    decoder once, attending to all tokens before it and itself."""
     shapes = jax.eval_shape(functools.partial(vlm.init_params, cfg), jax.random.key(0))
-    size, V, needs = cfg.vision.image_size, visual(cfg), systems.needs(cfg.projector, cfg.vision.layers)
+    V = visual_tokens(cfg)
+    size = cfg.vision.image_size
+    needs = systems.needs(cfg.projector, cfg.vision.layers)
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
     made = jax.ShapeDtypeStruct((1, V, cfg.decoder.width), cfg.dtype)
-    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     prompt = Batch.shapes(1, text + 1, 1, question=systems.question_length(cfg.projector))
 
-    def see(params, images):
+    def encode(params, images):
         prune = systems.pruning(params["projector"], cfg.projector)
         return vision.encode(params["vision"], cfg.vision, images, needs, prune=prune, dtype=cfg.dtype)
 
     def project(params, features, prompt):
-        asked = vlm.question_states(params, cfg, prompt) if systems.reads_question(cfg.projector) else None
-        return systems.project(params["projector"], cfg.projector, features, asked)
+        question = vlm.question_states(params, cfg, prompt) if systems.reads_question(cfg.projector) else None
+        return systems.project(params["projector"], cfg.projector, features, question)
 
     def score(params, hidden):
         return decoder.logits(params["decoder"], cfg.decoder, decoder.finish(params["decoder"], cfg.decoder, hidden))
@@ -168,11 +170,11 @@ def exact(cfg: ModelConfig, text: int, new: int) -> dict[str, int]:
             )
             for (first, last), tokens in layer_slices(cfg, text)
         ]
-        return _count(step, shapes, ints(1, 1), caches)
+        return _count(step, shapes, token, caches)
 
     return dict(
-        vision=_count(see, shapes, images),
-        projector=_count(project, shapes, jax.eval_shape(see, shapes, images), prompt),
+        vision=_count(encode, shapes, images),
+        projector=_count(project, shapes, jax.eval_shape(encode, shapes, images), prompt),
         prefill=_count(prefill, shapes, prompt, made),
         decode=new * (nth(1) + nth(new)) // 2 if new else 0,
     )
@@ -188,10 +190,12 @@ def _count(program, *shapes) -> int:
 def paper(cfg: ModelConfig, text: int, new: int) -> dict[str, int]:
     """Operations by part in the paper's convention.
 
-    FastV, which the paper does not count, by its own rule: layers before ``fastv.layer`` see every token."""
-    tower, d, width = cfg.vision, cfg.decoder, cfg.decoder.width
+    FastV, which the paper does not count, by its own rule: layers before ``fastv.layer`` have every token."""
+    tower = cfg.vision
+    d = cfg.decoder
+    width = d.width
     patches = tower.grid**2
-    seen = patches + (tower.family == "clip")
+    tower_tokens = patches + (tower.family == "clip")
     stem = 2 * patches * 3 * tower.patch_size**2 * tower.width
     prefill = decode = 0
     for (first, last), tokens in layer_slices(cfg, text):
@@ -200,8 +204,8 @@ def paper(cfg: ModelConfig, text: int, new: int) -> dict[str, int]:
         attended = new * tokens + new * (new - 1) // 2
         decode += (last - first) * (new * (8 * width**2 + 4 * width * d.mlp_width) + 4 * width * attended)
     return dict(
-        vision=stem + tower.layers * _layer(seen, tower.width, tower.mlp_width),
-        projector=2 * visual(cfg) * sum(_first_two_maps(cfg.projector)),
+        vision=stem + tower.layers * _layer(tower_tokens, tower.width, tower.mlp_width),
+        projector=2 * visual_tokens(cfg) * sum(_first_two_maps(cfg.projector)),
         prefill=prefill,
         decode=decode,
     )

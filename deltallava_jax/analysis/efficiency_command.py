@@ -1,12 +1,12 @@
-"""What an answer costs in operations and in cache, by system and number of visual tokens: the paper's Figure 3.
+"""The operations and cache of an answer, by system and number of visual tokens: the paper's Figure 3.
 
     python -m deltallava_jax flops                                # LLaVA-1.5's MLP and Delta, CLIP-L/14-336, Vicuna-7B
     python -m deltallava_jax flops --config configs/finetune_13b.py --budgets 144,36,16 --json
     python -m deltallava_jax flops --decoder qwen2_7b --systems all --text 40 --new 10 --plots plots
 
-One image, a prompt of --text tokens beside it, --new tokens of answer. Each number is given twice: "exact" counts every
+One image, a prompt of --text tokens, --new tokens of answer. Each number is given twice: "exact" counts every
 matrix product of the programs that run, "paper" is the paper's own arithmetic (two matrices in the decoder's MLP where
-there are three, two maps of the projector), which gives its published numbers. Nothing is computed: it takes seconds.
+there are three, two maps of the projector), which gives its published numbers. Nothing is executed: it takes seconds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tower", help=f"instead of the configuration's: {', '.join(PRESETS[VisionConfig])}")
     parser.add_argument("--decoder", help=f"instead of the configuration's: {', '.join(PRESETS[DecoderConfig])}")
     parser.add_argument("--systems", default="", help="comma-separated, as published; or all")
-    parser.add_argument("--budgets", default="", help="visual tokens an image, comma-separated")
+    parser.add_argument("--budgets", default="", help="visual tokens per image, comma-separated")
     parser.add_argument("--text", type=int, default=68, metavar="T", help="tokens of text in the prompt (default: 68)")
     parser.add_argument("--new", type=int, default=30, metavar="G", help="tokens of the answer (default: 30)")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
@@ -64,21 +64,21 @@ def main(options: argparse.Namespace) -> None:
     model = base_model(options)
     grid = model.vision.grid
     squares = tuple((grid // s) ** 2 for s in range(1, grid + 1) if grid % s == 0)
-    asked = numbers(options.budgets)
+    requested = parse_budgets(options.budgets)
     rows = []
     for cfg in models(model, options):
-        usual = efficiency.BUDGETS if grid == 24 else squares
-        for budget in asked or efficiency.budgets_of(cfg, usual):
+        default = efficiency.BUDGETS if grid == 24 else squares
+        for budget in requested or efficiency.budgets_of(cfg, default):
             rows += efficiency.rows(cfg, budget, options.text, options.new)
-    print(json.dumps(rows, indent=2) if options.json else table(rows))
+    print(json.dumps(rows, indent=2) if options.json else format_table(rows))
     if options.plots:
         options.plots.mkdir(parents=True, exist_ok=True)
         plot(rows, options.plots / "flops.png")
-        cli.say(f"written to {options.plots / 'flops.png'}")
+        cli.log(f"written to {options.plots / 'flops.png'}")
 
 
 def base_model(options: argparse.Namespace):
-    """Tower, projector and decoder that were asked for; by default CLIP-L/14-336, Delta and Vicuna-7B."""
+    """The model with the given tower, projector and decoder; by default CLIP-L/14-336, Delta and Vicuna-7B."""
     cfg = load_config(options.config) if options.config else Config()
     cfg = override(cfg, cli.overrides(options.overrides, f"{cli.program()} flops")).model
     cfg.require_whole("a count of operations")
@@ -88,20 +88,20 @@ def base_model(options: argparse.Namespace):
     text = preset(DecoderConfig, options.decoder) if options.decoder else cfg.decoder
     fitted = dict(grid=vision.grid, in_width=vision.width, out_width=text.width, levels=())
     if cfg.projector.grid != vision.grid:
-        fitted |= dict(scale_factor=1)  # one that fits; the budgets set it
+        fitted |= dict(scale_factor=1)  # fits any grid; the budgets replace it
     projector = dataclasses.asdict(cfg.projector) | settings_of(cfg.projector.name, fitted)
     return compose(vision, text, projector, fastv=cfg.fastv, dtype=cfg.dtype)
 
 
 def models(model, options: argparse.Namespace) -> list:
-    """The systems that were asked for; else the configuration's own; without one the MLP and Delta."""
-    from deltallava_jax.analysis.efficiency import known, with_system
+    """The model with each of the given systems; by default the configuration's, without one the MLP and Delta."""
+    from deltallava_jax.analysis.efficiency import system_names, with_system
     from deltallava_jax.models import systems
     from deltallava_jax.models.vision import check_needs
 
     names = options.systems.split(",") if options.systems else ["mlp", "delta"]
     if options.systems == "all":
-        names = known()
+        names = system_names()
     elif options.config and not options.systems:
         return [model]
     found = []
@@ -112,21 +112,21 @@ def models(model, options: argparse.Namespace) -> list:
         except ConfigError as error:
             if options.systems != "all":
                 raise
-            cli.say(f"{name} is left out: {error}")
+            cli.log(f"{name} is left out: {error}")
             continue
         found.append(cfg)
     return found
 
 
-def numbers(text: str) -> list[int]:
+def parse_budgets(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")] if text else []
     except ValueError:
         raise ConfigError(f"--budgets {text!r}: expected numbers, e.g. 144,36,16") from None
 
 
-def table(rows: list[dict]) -> str:
-    """The rows for people: operations by part, and the cache."""
+def format_table(rows: list[dict]) -> str:
+    """The rows as text: operations by part, and the cache."""
     head = ["system", "tokens", "convention", "vision", "projector", "prefill", "decode", "total", "cache"]
     lines = [
         f"operations for an image, {rows[0]['text_tokens']} tokens of text and {rows[0]['new_tokens']} new ones",

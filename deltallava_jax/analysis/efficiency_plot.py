@@ -1,4 +1,4 @@
-"""The rows of analysis/efficiency.py as a picture, in the form of the paper's Figure 3."""
+"""A plot of the rows of analysis/efficiency.py, in the form of the paper's Figure 3."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deltallava_jax.errors import ConfigError
 
 PARTS = {"vision": "#4c72b0", "projector": "#dd8452", "prefill": "#55a868", "decode": "#c44e52"}
 TITLES = {"paper": "in the paper's convention", "exact": "every matrix product"}
-MOST_STACKED = 2  # systems whose parts are shown; of more the totals alone
+MOST_STACKED = 2  # with more systems only totals are plotted, not parts
 
 
 def require_matplotlib() -> None:
@@ -18,10 +18,10 @@ def require_matplotlib() -> None:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Writes a PNG, a panel a convention: the four parts of each answer stacked, or of many systems the total as a
-    curve over the number of tokens.
+    """Writes a PNG with a panel for each convention: the four parts of each answer stacked, or for many systems their
+    totals as curves over the number of tokens.
 
-    rows: of one length of text and of answers. Raises ConfigError without matplotlib."""
+    rows: of equal lengths of text and answers. Raises ConfigError without matplotlib."""
     require_matplotlib()
     import matplotlib
 
@@ -53,7 +53,7 @@ def _stack(axes, rows: list[dict], systems: list[str]) -> None:
         axes.annotate(f"{height:.3g}", (place, height), ha="center", va="bottom", fontsize=7)
     names = [f"{row['system']}\n{row['budget']}" if len(systems) > 1 else str(row["budget"]) for row in rows]
     axes.set_xticks(range(len(rows)), names)
-    axes.set(xlabel="visual tokens an image")
+    axes.set(xlabel="visual tokens per image")
 
 
 def _curves(axes, rows: list[dict], systems: list[str]) -> None:
@@ -67,4 +67,4 @@ def _curves(axes, rows: list[dict], systems: list[str]) -> None:
     budgets = sorted({row["budget"] for row in rows})
     axes.set_xticks(budgets, list(map(str, budgets)))
     axes.minorticks_off()
-    axes.set(xlabel="visual tokens an image")
+    axes.set(xlabel="visual tokens per image")

@@ -1,8 +1,8 @@
-"""Floating-point operations of a program's matrix products, counted in what JAX traced, before any compiler.
+"""Floating-point operations of a program's matrix products, counted in its jaxpr, before compilation.
 
 A multiply and an add are two operations; element-wise work (about 1 % of a train step) is left out. Exact for every
-system, since it is the program itself that is counted: a scan's body as often as it runs, what the backward pass
-computes again under its own name, attention as the whole square of scores that dense attention computes.
+system, since the program itself is counted: a scan's body as often as it runs, recomputation in the backward pass
+separately, attention as the whole square of scores that dense attention computes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from deltallava_jax.training.step import TrainStep
 PASSES = ("forward", "backward", "recompute")
 # Part of the model -> its named scopes; the first one found in an operation's scopes decides.
 PARTS = {"logits": "logits", "tower": "tower", "projector": "projector", "decoder": "decoder_layers|question"}
-# Splash attention's backward kernels (jax.experimental.pallas.ops.tpu) -> the share of their products that the forward
-# pass, or the other kernel, has had: of scores, dV, dP, dK the scores, of scores, dP, dQ the former two.
+# Splash attention's backward kernels (jax.experimental.pallas.ops.tpu) -> the recomputed share of their products: the
+# scores among scores, dV, dP, dK; scores and dP among scores, dP, dQ.
 RECOMPUTED = {"splash_mha_dkv": 1 / 4, "splash_mha_dq": 2 / 3}
-Flops = dict[str, dict[str, int]]  # part -> pass -> operations; "other" for what lies in no part
+Flops = dict[str, dict[str, int]]  # part -> pass -> operations; "other" for operations outside the parts
 
 
 def traced(program) -> Flops:
     """Operations by part and pass of a program: ``jax.make_jaxpr(f)(...)`` or ``jax.jit(f).trace(...).jaxpr``.
 
-    Raises ValueError for a loop whose number of iterations the program does not tell."""
+    Raises ValueError for a loop with an unknown number of iterations."""
     counts = {part: dict.fromkeys(PASSES, 0) for part in (*PARTS, "other")}
     for scopes, operations in _products(program.jaxpr, "", 1):
         part = next((part for part, pattern in PARTS.items() if re.search(pattern, scopes)), "other")
@@ -46,7 +46,7 @@ def total(flops: Flops, passes: tuple[str, ...] = PASSES) -> int:
 
 
 def needed(flops: Flops, cfg: Config, row_lengths: list[int]) -> int:
-    """Operations that a train step needs, the base of MFU: nothing twice, and no scores that the causal mask drops.
+    """Operations that a train step needs, the base of MFU: without recomputation and scores dropped by the causal mask.
 
     row_lengths: tokens of a row, for each of the step's budgets. What packed conversations do not attend to of each
     other is counted."""
@@ -60,25 +60,29 @@ def masked(cfg: DecoderConfig, row_length: int) -> int:
 
 
 class StepOperations:
-    """What a train step ``needs`` on a batch, counted once for each of its programs."""
+    """The ``needed`` operations of a train step on a batch, counted once for each of its programs."""
 
     def __init__(self, step: TrainStep):
-        self._step, self._counted = step, {}
+        self._step = step
+        self._counted = {}
 
     def __call__(self, batch: Batch, budget: int, pooling: llavolta.Pooling | None = None) -> int:
-        text, images = batch.tokens.shape[1], batch.image_positions.shape[1]
+        text = batch.tokens.shape[1]
+        images = batch.image_positions.shape[1]
         signature = (text, images, budget, pooling)
         if signature not in self._counted:
-            cfg, program = self._step.cfg, traced(self._step.trace(batch, budget, pooling).jaxpr)
-            taken = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
-            self._counted[signature] = needed(program, cfg, [text + images * (each - 1) for each in taken])
+            cfg = self._step.cfg
+            program = traced(self._step.trace(batch, budget, pooling).jaxpr)
+            budgets = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
+            self._counted[signature] = needed(program, cfg, [text + images * (each - 1) for each in budgets])
         return self._counted[signature]
 
 
 def _products(jaxpr: jax.extend.core.Jaxpr, scopes: str, times: int) -> Iterator[tuple[str, int]]:
     """(named scopes, operations) of every matrix product and convolution, inner programs included."""
     for eqn in jaxpr.eqns:
-        name, inside = eqn.primitive.name, f"{scopes}/{eqn.source_info.name_stack}"
+        name = eqn.primitive.name
+        inside = f"{scopes}/{eqn.source_info.name_stack}"
         shapes = [getattr(v.aval, "shape", ()) for v in (*eqn.invars[:2], eqn.outvars[0])] if eqn.outvars else []
         if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -89,14 +93,14 @@ def _products(jaxpr: jax.extend.core.Jaxpr, scopes: str, times: int) -> Iterator
         inner = [each for value in eqn.params.values() for each in _jaxprs(value)]
         runs = times * _runs(eqn)
         if name == "while" and any(True for each in inner for _ in _products(each, inside, 1)):
-            raise ValueError(f"a while loop in {inside} has matrix products, and nobody knows how often it runs")
-        again = next((share for kernel, share in RECOMPUTED.items() if kernel in eqn.params.get("name", "")), 0)
+            raise ValueError(f"a while loop in {inside} has matrix products but an unknown number of iterations")
+        recomputed = next((share for kernel, share in RECOMPUTED.items() if kernel in eqn.params.get("name", "")), 0)
         for each in inner:
             for scope, operations in _products(each, inside, runs):
-                if again and name == "pallas_call":
-                    once_more = round(operations * again)
-                    yield f"{scope}/rematted", once_more
-                    operations -= once_more
+                if recomputed and name == "pallas_call":
+                    repeated = round(operations * recomputed)
+                    yield f"{scope}/rematted", repeated
+                    operations -= repeated
                 yield scope, operations
 
 

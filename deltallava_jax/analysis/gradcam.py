@@ -4,8 +4,8 @@ The answer's log-probability is differentiated at the projector's output. A toke
     relevance  |token . its gradient|: how much the log-probability changes, to first order, where the token is scaled;
     gradcam    the positive part of the token's channels weighted by their mean gradient over all tokens (Selvaraju et
                al., 2017), which the paper's figure shows (mzamini92/Delta-LLaVA, llava/eval/gradcam_visualization.py;
-               there of the logit of the first token alone). Where few tokens differ from the rest, the mean says little
-               of them: on easy-VQA it finds the shape less often (docs/results.md).
+               there of the first token's logit). Where few tokens differ from the rest, the mean hardly reflects them:
+               on easy-VQA it finds the shape less often (docs/results.md).
 Tokens must have a place in the image: a cell of a grid, or the patch that a selection kept.
 """
 
@@ -33,7 +33,7 @@ from deltallava_jax.models.layers import Params
 from deltallava_jax.models.systems.base import Places
 from deltallava_jax.sequence import Batch, layout
 
-LENGTH_STEP = 64  # texts are padded to a multiple, so that few lengths are compiled
+LENGTH_STEP = 64  # texts are padded to a multiple of this, so that few lengths are compiled
 METHODS = ("relevance", "gradcam")
 HEAT = 0.45  # the colours' share in an overlay
 SHOWN = 336  # pixels a side of an overlay, at least
@@ -41,8 +41,8 @@ SHOWN = 336  # pixels a side of an overlay, at least
 
 @dataclass(frozen=True)
 class HeatMap:
-    """grid: heat of each cell, 0 or more, rows from the top; that of a selection is the patches', 0 where none is kept.
-    log_probability: of the whole answer, with what closes it."""
+    """grid: heat of each cell, 0 or more, rows from the top; for a selection the cells are patches, 0 where dropped.
+    log_probability: of the whole answer with its end token."""
 
     grid: Float[np.ndarray, "h w"]
     budget: int
@@ -50,16 +50,16 @@ class HeatMap:
     log_probability: float
 
 
-def check(cfg: ModelConfig) -> None:
-    """ConfigError unless every visual token has a place that is known."""
+def require_places(cfg: ModelConfig) -> None:
+    """Raises ConfigError unless every visual token has a known place in the image."""
     cfg.require_whole("a heat map")
     if systems.system(cfg.projector).places is None:
         raise ConfigError(
-            f"no heat map: where in the image the tokens of {cfg.projector.name} lie is not known, as that of learned "
-            "queries is not"
+            f"no heat map: the tokens of {cfg.projector.name} have no known place in the image; use a system whose "
+            "tokens are grid cells or selected patches"
         )
     if cfg.fastv:
-        raise ConfigError("no heat map: FastV drops visual tokens inside the decoder; ask the model without it")
+        raise ConfigError("no heat map: FastV drops visual tokens inside the decoder; use the model without it")
 
 
 def heat_maps(
@@ -72,33 +72,35 @@ def heat_maps(
     method: str = "relevance",
     max_new_tokens: int = 64,
 ) -> list[HeatMap]:
-    """A heat map for each budget (the projector's largest by default), of ``answer``, or of what the model says itself.
+    """A heat map for each budget (the projector's largest by default), of ``answer``, or of the model's own.
 
         model = deltallava_jax.load("runs/easy_vqa")
-        overlay(seen(model, "shape.png"), heat_maps(model, "shape.png", "what shape is present?")[0]).save("heat.png")
+        (heat,) = heat_maps(model, "shape.png", "what shape is present?")
+        overlay(tower_image(model, "shape.png"), heat).save("heat.png")
 
-    Raises ConfigError for a budget or a system that cannot be, BadSample for an image that cannot be read."""
-    check(model.cfg)
+    Raises ConfigError for a bad budget or a system without places, BadSample for an image that cannot be read."""
+    require_places(model.cfg)
     if method not in METHODS:
         raise ConfigError(f"method is {method!r}; known: {', '.join(METHODS)}")
     if model.tokenizer is None:
         raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
     budgets = [systems.check_budget(model.cfg.projector, budget) for budget in budgets or (None,)]
     prompt_conversation([(prompt, None)], 1)
-    pixels, found = _pixels(model, image)[None], []
+    pixels = _pixels(model, image)[None]
+    found = []
     for budget in budgets:
-        said = answer
-        if said is None:
-            said = model.generate(image, prompt, budget=budget, max_new_tokens=max_new_tokens)
+        text = answer
+        if text is None:
+            text = model.generate(image, prompt, budget=budget, max_new_tokens=max_new_tokens)
         row = _row(
             tokenize(
-                prompt_conversation([(prompt, said)], 1), TEMPLATES[model.template], model.tokenizer,
+                prompt_conversation([(prompt, text)], 1), TEMPLATES[model.template], model.tokenizer,
                 question_length=systems.question_length(model.cfg.projector),
             )
         )  # fmt: skip
         heat, log_probability = _heat(model.params, model.cfg, pixels, row, budget=budget, method=method)
         places = _places(model.params, model.cfg, pixels, budget)
-        found.append(HeatMap(_on_grid(heat, places), budget, said, float(log_probability)))
+        found.append(HeatMap(_on_grid(heat, places), budget, text, float(log_probability)))
     return found
 
 
@@ -107,7 +109,7 @@ def _pixels(model: Model, image) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def _row(text: Tokenized) -> Batch:
-    """One row with the answer's tokens marked, padded to a length of few."""
+    """One row with the answer's tokens in the loss mask, padded to a multiple of LENGTH_STEP."""
     T = -(-len(text.ids) // LENGTH_STEP) * LENGTH_STEP
     row = prompt_batch([text], T)
     row.loss_mask[0, : len(text.ids)] = text.loss_mask
@@ -120,14 +122,14 @@ def _heat(
 ) -> tuple[Float[Array, " V"], Float[Array, ""]]:
     """(heat of each token, the answer's log-probability)."""
     visual, valid, _ = vlm.visual_tokens(params, cfg, pixels, row, budget=budget)
-    opened = layout(row, None if valid is None else valid[None], budget)
-    weights, shape = params["decoder"], cfg.decoder
+    row_layout = layout(row, None if valid is None else valid[None], budget)
+    weights = params["decoder"]
 
     def log_probability(visual: Float[Array, "1 V d"]) -> Float[Array, ""]:
-        hidden, _ = decoder.forward(weights, shape, vlm.merge(params, cfg, row, opened, visual), opened)
-        scores = decoder.logits(weights, shape, decoder.finish(weights, shape, hidden))
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), opened.targets[..., None], axis=-1)[..., 0]
-        return jnp.where(opened.loss_mask, chosen, 0.0).sum()
+        hidden, _ = decoder.forward(weights, cfg.decoder, vlm.merge(params, cfg, row, row_layout, visual), row_layout)
+        scores = decoder.logits(weights, cfg.decoder, decoder.finish(weights, cfg.decoder, hidden))
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), row_layout.targets[..., None], axis=-1)[..., 0]
+        return jnp.where(row_layout.loss_mask, chosen, 0.0).sum()
 
     value, gradient = jax.value_and_grad(log_probability)(visual)
     visual, gradient = visual[0].astype(jnp.float32), gradient[0].astype(jnp.float32)
@@ -142,8 +144,9 @@ def _heat(
 
 @functools.partial(jax.jit, static_argnames=("cfg", "budget"))
 def _places(params: Params, cfg: ModelConfig, pixels: UInt8[Array, "1 H W 3"], budget: int) -> Places:
-    """Where the tokens of the image lie."""
-    needs, weights = systems.needs(cfg.projector, cfg.vision.layers), params["projector"]
+    """The places of the tokens in the image."""
+    needs = systems.needs(cfg.projector, cfg.vision.layers)
+    weights = params["projector"]
     prune = systems.pruning(weights, cfg.projector)
     features = vision.encode(params["vision"], cfg.vision, pixels, needs, prune=prune, dtype=cfg.dtype)
     return systems.places(weights, cfg.projector, features, budget)
@@ -158,8 +161,8 @@ def _on_grid(heat: Float[Array, " V"], places: Places) -> Float[np.ndarray, "h w
 # ------------------------------------------------------------------ pictures
 
 
-def seen(model: Model, image: str | Path | bytes | Image.Image) -> Image.Image:
-    """The square that the tower sees of an image, large enough to look at; what its patches leave out is cut off."""
+def tower_image(model: Model, image: str | Path | bytes | Image.Image) -> Image.Image:
+    """The square of an image that the tower's patches cover, enlarged to at least SHOWN pixels."""
     covered = model.cfg.vision.grid * model.cfg.vision.patch_size
     square = Image.fromarray(_pixels(model, image)[:covered, :covered])
     side = max(SHOWN, covered)
@@ -167,7 +170,7 @@ def seen(model: Model, image: str | Path | bytes | Image.Image) -> Image.Image:
 
 
 def overlay(image: Image.Image, heat: HeatMap) -> Image.Image:
-    """The heat over an image (what ``seen`` returns) in colours from blue to red, a block a token."""
+    """The heat over an image (what ``tower_image`` returns) in colours from blue to red, a block for each token."""
     largest = heat.grid.max()
     grid = heat.grid / largest if largest > 0 else heat.grid
     x = 4 * grid[..., None] - np.array([3.0, 2.0, 1.0])  # "jet": red, green and blue, each a plateau with slopes

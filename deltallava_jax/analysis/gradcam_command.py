@@ -4,7 +4,7 @@
     python -m deltallava_jax gradcam runs/elastic --image taxi.jpg --prompt "What is weird here?" \\
         --budgets 16,64,144 --out weird.png
 
-Writes a PNG: the image as the tower sees it, and for each budget the heat of its tokens over it, with the answer below.
+Writes a PNG: the tower's input image, and for each budget the heat of its tokens over it, with the answer below.
 The heat comes from the gradient of the answer's log-probability at the projector's output: each token times its own
 gradient (relevance), or weighted by the mean gradient of all, as in the paper's figure (gradcam). For systems whose
 tokens have places in the image.
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a workdir of train.py, or a folder in Hugging Face's or LLaVA's layout")
     parser.add_argument("--image", required=True, type=Path)
     parser.add_argument("--prompt", required=True, help="the question")
-    parser.add_argument("--budgets", default="", help="visual tokens an image, comma-separated (default: the most)")
+    parser.add_argument("--budgets", default="", help="visual tokens per image, comma-separated (default: the most)")
     parser.add_argument("--answer", help="explain this answer instead of the model's own")
     parser.add_argument("--method", choices=("relevance", "gradcam"), default="relevance")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
@@ -47,5 +47,5 @@ def main(options: argparse.Namespace) -> None:
     for heat in maps:
         print(f"{heat.budget:4} tokens: {heat.answer}  (log-probability {heat.log_probability:.3f})")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    gradcam.figure(gradcam.seen(model, options.image), maps).save(options.out)
+    gradcam.figure(gradcam.tower_image(model, options.image), maps).save(options.out)
     print(f"written to {options.out}")

@@ -1,5 +1,5 @@
-"""What a run will hold, before its first step: the parameter table, the memory of the compiled step, and what the same
-step needs on a machine that one does not have: compiled for it by its compiler, and read."""
+"""A run before its first step: its parameters, the memory of the compiled step, and the plan of the same step on
+another machine, compiled by that machine's compiler."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from deltallava_jax import cli
 from deltallava_jax.analysis import flops, targets, units
 from deltallava_jax.analysis.collectives import Collective, collectives, received_bytes, summary
 from deltallava_jax.analysis.targets import Target
-from deltallava_jax.cli import say
 from deltallava_jax.config import Config, MeshConfig
 from deltallava_jax.data.packing import plan_for
 from deltallava_jax.models import systems
@@ -31,13 +31,15 @@ from deltallava_jax.parallel.mesh import AXES, compiler_options, make_mesh
 from deltallava_jax.training.step import TrainState, TrainStep, batch_shapes
 
 STEPS = 1000  # of the run: only constants of the learning rate's schedule depend on it
-TEXTS = {"plain": 40}  # tokens of text an image, about, in LLaVA's two stages: captions, and by default
+TEXTS = {"plain": 40}  # rough tokens of text per image in LLaVA's two stages: captions, and by default
 CONVERSATION = 300
-UNROLLED_WITH = ("0.10", "0.11")  # versions of jax in which ``unrolled`` is known to reach every scan of a step
-MFU = 0.5  # of the peak: assumed of products of these sizes; MaxText reports 0.45 to 0.65 (github.com/AI-Hypercomputer)
+UNROLLED_WITH = ("0.10", "0.11")  # versions of jax in which ``unrolled`` replaces every scan of a step
+MFU = (
+    0.5  # of the peak, assumed for products of these sizes; MaxText reports 0.45 to 0.65 (github.com/AI-Hypercomputer)
+)
 
 
-def parameter_table(shapes: TrainState) -> str:
+def format_parameters(shapes: TrainState) -> str:
     """Parameters, dtype, shape and sharding of every array, trained and frozen, with the sums."""
     rows = []
     for kind, tree in (("trained", shapes.trained), ("frozen", shapes.frozen)):
@@ -50,11 +52,11 @@ def parameter_table(shapes: TrainState) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [header, *rows]
     ]
-    return "\n".join([*lines, parameter_sums(shapes)])
+    return "\n".join([*lines, format_parameter_counts(shapes)])
 
 
-def parameter_sums(shapes: TrainState) -> str:
-    """How many parameters each part of the model has, trained and frozen, and all."""
+def format_parameter_counts(shapes: TrainState) -> str:
+    """The number of parameters of each part of the model, trained and frozen, and in all."""
     parts: dict[str, int] = {}
     for kind, tree in (("trained", shapes.trained), ("frozen", shapes.frozen)):
         for path, leaf in sorted(flatten(tree).items()):
@@ -70,8 +72,8 @@ def device_bytes(tree) -> int:
     return int(np.sum(sizes, dtype=np.int64))
 
 
-def memory_table(shapes: TrainState, program: jax.stages.Compiled) -> str:
-    """Memory of one device: what the state holds, and what the compiled step needs beside it."""
+def format_memory(shapes: TrainState, program: jax.stages.Compiled) -> str:
+    """Memory of one device: the state, and what the compiled step allocates in addition."""
     rows = {
         "parameters": device_bytes((shapes.trained, shapes.frozen)),
         "optimizer": device_bytes(shapes.optimizer),
@@ -84,12 +86,12 @@ def memory_table(shapes: TrainState, program: jax.stages.Compiled) -> str:
 
 
 def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> dict:
-    """The plan as one JSON object. text: tokens of text an image (0: by the template). count: compile for the
-    compiler's count of operations, too.
+    """The plan as one JSON object. text: tokens of text per image (0: by the template). count: also compile for
+    the compiler's count of operations.
 
-    Raises ConfigError if the target's compiler is not there or the configuration does not fit the mesh."""
+    Raises ConfigError if the target's compiler is missing or the configuration does not fit the mesh."""
     cfg.model.require_whole("a plan")
-    with compiler_output():  # libtpu says at length that there is no TPU
+    with compiler_output():  # libtpu prints many lines because there is no TPU
         mesh = make_mesh(cfg, targets.devices(target))
     text = text or TEXTS.get(cfg.data.template, CONVERSATION)
     budget, T, I, conversations = first_batch(cfg, text)
@@ -97,7 +99,7 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
     traced = step.trace(batch_shapes(cfg, mesh, T, I), budget)
     by_part = flops.traced(traced.jaxpr)
     budgets = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
-    say(f"compiling {cfg.name} for {target}; this takes minutes")
+    cli.log(f"compiling {cfg.name} for {target}; this takes minutes")
     with compiler_output() as output:
         began = time.monotonic()
         lowered = traced.lower()
@@ -105,11 +107,11 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
         seconds = time.monotonic() - began
     counted = None
     if count and not can_unroll():
-        say(
-            f"XLA's own count is left out: it is known for jax {' and '.join(UNROLLED_WITH)}, this is {jax.__version__}"
+        cli.log(
+            f"XLA's count is left out: it is tested with jax {' and '.join(UNROLLED_WITH)}, this is {jax.__version__}"
         )
     elif count:
-        say(f"compiled in {units.seconds(seconds)}; counting operations")
+        cli.log(f"compiled in {units.seconds(seconds)}; counting operations")
         with compiler_output():
             counted = compiler_flops(cfg, mesh, T, I, budget)
     found = [] if program is None else collectives(program.as_text(), mesh.size)
@@ -139,8 +141,8 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
 
 
 def first_batch(cfg: Config, text: int) -> tuple[int, int, int, int]:
-    """(budget, T, I, conversations): the largest budget's batch as the data plan would lay it out for conversations
-    of one image and about ``text`` tokens of text, half as much more or less."""
+    """(budget, T, I, conversations): the largest budget's batch as the data plan makes it for conversations of one
+    image and ``text`` tokens of text, more or less by up to a half."""
     lengths = np.linspace(0.5 * text, 1.5 * text, 2048).round().astype(int).clip(2)
     budget = systems.budgets(cfg.model.projector)[0]
     plan = plan_for(cfg.data, lengths, np.ones_like(lengths), (budget,), cfg.seed)
@@ -160,8 +162,8 @@ def compile_or_size(lowered: jax.stages.Lowered, options: dict[str, str]) -> tup
 
 
 def memory(step: TrainStep, program: jax.stages.Compiled | None, used: int, target: Target) -> dict[str, int]:
-    """Bytes of one device. Gradients are counted, not read: float32, sharded as their parameters, and once more where
-    microbatches are added up; activations are what else the temporaries hold."""
+    """Bytes of one device. Gradients are computed, not measured: float32, sharded as their parameters, and twice
+    with accumulation; activations are the rest of the temporaries."""
     state = step.shapes
     parameters, optimizer = device_bytes((state.trained, state.frozen)), device_bytes(state.optimizer)
     if program is None:
@@ -184,8 +186,8 @@ def compiler_flops(cfg: Config, mesh: Mesh, text: int, images: int, budget: int)
     """Operations of a step as XLA counts them in its optimized program, element-wise work included.
 
     It counts a loop's body once, so one and two decoder layers are compiled without loops, for the rows of one device,
-    and their difference stands for the others. By XLA's CPU compiler: that of GPUs gives no count where there is no
-    GPU, and that of TPUs takes many minutes for a program without loops."""
+    and their difference stands for the others. By XLA's CPU compiler: that of GPUs gives no count without a GPU, and
+    that of TPUs takes many minutes for a program without loops."""
     share = mesh.shape["data"] * mesh.shape["fsdp"]
     counts = []
     for layers in (1, 2):
@@ -205,22 +207,25 @@ def compiler_flops(cfg: Config, mesh: Mesh, text: int, images: int, budget: int)
 
 
 def can_unroll() -> bool:
-    """Whether ``unrolled`` is known for this version of jax. Tests run it; a new version is added when they pass."""
+    """Whether ``unrolled`` is tested with this version of jax. Add a new version when its tests pass."""
     return ".".join(jax.__version__.split(".")[:2]) in UNROLLED_WITH
 
 
 @contextlib.contextmanager
 def unrolled() -> Iterator[None]:
-    """Within it every scan is traced as a straight line: jax.lax.scan is replaced, for ``can_unroll`` versions."""
+    """Within it every scan is traced unrolled: jax.lax.scan is replaced, for ``can_unroll`` versions."""
     with mock.patch.object(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True)):
         yield
 
 
 def step_seconds(operations: int, found: list[Collective], target: Target) -> dict[str, float | str]:
-    """An estimate from the stated peaks: products at MFU of the peak, collectives at the link's whole rate."""
+    """An estimate from the stated peaks: products at MFU of the peak, collectives at the link's full rate."""
     chip = target.chip
     compute = operations / (target.count * chip.peak_flops * MFU)
-    rate = lambda one: chip.network if chip.per_host and one.group > chip.per_host else chip.link
+
+    def rate(one: Collective) -> float:
+        return chip.network if chip.per_host and one.group > chip.per_host else chip.link
+
     moved = sum(one.count * received_bytes(one) / rate(one) for one in found)
     return dict(estimate=max(compute, moved), compute=compute, collectives=moved, assumption=(
         f"{MFU:.0%} of {chip.peak_flops / 1e12:g} TFLOP/s a device; collectives at {chip.link / 1e9:g} GB/s"
@@ -231,7 +236,7 @@ def step_seconds(operations: int, found: list[Collective], target: Target) -> di
 
 @contextlib.contextmanager
 def compiler_output() -> Iterator[list[str]]:
-    """Keeps what compilers write to the process's standard error off the screen: in the list, at the end."""
+    """Captures what compilers write to the process's standard error; it is in the list at the end."""
     with tempfile.TemporaryFile() as file:
         sys.stderr.flush()
         screen, written = os.dup(2), []

@@ -1,11 +1,11 @@
-"""What a run needs on a machine, before it is rented: the very step that train.py runs, compiled for the machine.
+"""The cost of a run on a machine that is not there: the step that train.py runs, compiled for the machine.
 
     python -m deltallava_jax plan --config configs/finetune_7b.py --target h100:8
     python -m deltallava_jax plan --config configs/finetune_7b.py --target v5e:4x4 --mesh data=2,fsdp=8 \\
         --config.data.rows=32 --json
 
 Targets: cpu:8, v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8, h100:2x8 (hosts x GPUs). TPUs need libtpu (requirements-plan.txt),
-GPUs JAX's CUDA plugin ('jax[cuda13]'); neither needs the hardware. Prints the memory of a device against what it has,
+GPUs JAX's CUDA plugin ('jax[cuda13]'); neither needs the hardware. Prints the memory of a device against its capacity,
 operations, collectives, an estimate of the step's time, and, if it does not fit, the nearest setting that does.
 """
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a Python file with get_config(), as for train.py")
     parser.add_argument("--target", required=True, help="the machine: KIND:SHAPE")
     parser.add_argument("--mesh", default="", metavar="data=1,fsdp=8", help="instead of the configuration's mesh")
-    parser.add_argument("--text", type=int, default=0, metavar="N", help="tokens of text an image in the data, about")
+    parser.add_argument("--text", type=int, default=0, metavar="N", help="approximate tokens of text per image")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
     parser.set_defaults(overrides=[])
@@ -40,7 +40,7 @@ def main(options: argparse.Namespace) -> None:
     if options.mesh:
         cfg = replace(cfg, mesh=parse_mesh(options.mesh))
     if options.text < 0:
-        raise ConfigError(f"--text {options.text}: expected tokens, 0 or more")
+        raise ConfigError(f"--text {options.text}: expected a number of tokens, 0 or more")
     cfg.validate_devices(target.count)
     prepare(target)
     from deltallava_jax.analysis.plan import measure
@@ -48,7 +48,7 @@ def main(options: argparse.Namespace) -> None:
     plan = measure(cfg, target, options.text)
     if not plan["fits"]:
         plan["nearest"] = nearest(cfg, target, plan, options.text)
-    print(json.dumps(plan, indent=2) if options.json else report(plan))
+    print(json.dumps(plan, indent=2) if options.json else format_plan(plan))
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -63,31 +63,32 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def nearest(cfg: Config, target: Target, plan: dict, text: int) -> dict | None:
-    """The first of the settings next to this one that fits, compiled as well: what to change, and its memory."""
-    from deltallava_jax.analysis.plan import measure, say
+    """The first of the neighbouring settings that fits when compiled: what to change, and its memory."""
+    from deltallava_jax.analysis.plan import measure
 
-    for words, other, machine in candidates(cfg, target, plan):
-        say(f"does not fit; trying {words}")
+    for change, other, machine in candidates(cfg, target, plan):
+        cli.log(f"does not fit; trying {change}")
         tried = measure(other, machine, text, count=False)
         if tried["fits"]:
-            return dict(change=words, target=str(machine), per_device=tried["per_device"])
+            return dict(change=change, target=str(machine), per_device=tried["per_device"])
     return None
 
 
 def candidates(cfg: Config, target: Target, plan: dict) -> Iterator[tuple[str, Config, Target]]:
-    """(what changes, configuration, target), the least change first: recomputing, microbatches, sharding, devices."""
+    """(change, configuration, target), the least change first: recomputing, microbatches, sharding, devices."""
     sharded = replace(cfg, mesh=MeshConfig(data=1, fsdp=-1))
     fixed = plan["per_device"]["total_bytes"] - plan["per_device"]["activation_bytes"]
-    if fixed < plan["per_device"]["capacity_bytes"]:  # else no setting of the activations helps
-        words = ""
+    if fixed < plan["per_device"]["capacity_bytes"]:  # otherwise smaller activations do not suffice
+        change = ""
         if cfg.model.remat != "full":
-            cfg, words = replace(cfg, model=replace(cfg.model, remat="full")), "--config.model.remat=full"
-            yield words, cfg, target
+            cfg = replace(cfg, model=replace(cfg.model, remat="full"))
+            change = "--config.model.remat=full"
+            yield change, cfg, target
         data, fsdp, _ = cfg.mesh.sizes(target.count)
         whole = cfg.data.rows // (data * fsdp)  # microbatches of a row a device
         for parts in (n for n in (2, 4, 8) if n > cfg.optimizer.accumulation and whole % n == 0):
             fewer = replace(cfg, optimizer=replace(cfg.optimizer, accumulation=parts))
-            yield f"{words} --config.optimizer.accumulation={parts}".strip(), fewer, target
+            yield f"{change} --config.optimizer.accumulation={parts}".strip(), fewer, target
     if cfg.mesh.sizes(target.count) != sharded.mesh.sizes(target.count):
         yield "--mesh data=1,fsdp=-1", sharded, target
     larger = target
@@ -98,8 +99,8 @@ def candidates(cfg: Config, target: Target, plan: dict) -> Iterator[tuple[str, C
         yield f"--target {larger} --mesh data=1,fsdp=-1 --config.data.rows={rows}", other, larger
 
 
-def report(plan: dict) -> str:
-    """The plan for people."""
+def format_plan(plan: dict) -> str:
+    """The plan as text."""
     memory, batch, mesh = plan["per_device"], plan["batch"], plan["mesh"]
     lines = [
         f"{plan['config']} on {plan['target']}: {plan['devices']} devices, mesh "
@@ -125,7 +126,7 @@ def report(plan: dict) -> str:
     if plan["compiler_flops_per_step"] is not None:
         lines.append(f"  XLA counts {operations(plan['compiler_flops_per_step'])}, element-wise work included")
     if plan["collectives"] is not None:
-        lines += ["", "collectives of a step on a device; bytes of the results, loops multiplied out"]
+        lines += ["", "collectives of a step on a device; bytes of the results, loop iterations included"]
         for one in plan["collectives"]:
             lines.append(f"  {one['kind']:<20} {one['count']:>7,} x {size(one['bytes']):>14}")
     if step := plan["step_seconds"]:
@@ -136,12 +137,12 @@ def report(plan: dict) -> str:
         ]
     lines += ["", f"compiled in {seconds(plan['seconds_to_compile'])} with jax {plan['jax']}"]
     if plan["rematerialization_warnings"]:
-        lines.append(f"the compiler warns {plan['rematerialization_warnings']} times that it replicates an array whole")
+        lines.append(f"the compiler warns {plan['rematerialization_warnings']} times that it replicates a whole array")
     if not plan["fits"]:
         near = plan["nearest"]
         lines.append(
             f"nearest setting that fits: {near['change']} ({size(near['per_device']['total_bytes'])} a device)"
             if near
-            else "none of the settings next to it fits either"
+            else "none of the neighbouring settings fits either"
         )
     return "\n".join(lines)

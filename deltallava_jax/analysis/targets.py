@@ -1,4 +1,4 @@
-"""The machines that a step can be compiled for without having one: what they are, and devices to build a mesh from."""
+"""The machines that a step can be compiled for without having one: their properties, and devices for a mesh."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """What one device has.
+    """The properties of one device.
 
-    capacity: bytes of memory that a program can use. peak_flops: operations a second of dense bfloat16 products.
-    link: bytes a second that a device can receive from the others; where ``per_host`` is set, from more devices than
-    that only ``network``."""
+    capacity: bytes of memory that a program can use. peak_flops: operations per second of dense bfloat16 products.
+    link: bytes per second that a device receives from others; ``network``: across hosts, in groups of more than
+    ``per_host`` devices."""
 
     name: str
     capacity: int
@@ -33,7 +33,7 @@ class Chip:
     source: str = ""
 
 
-TPU_NOTE = "the limit that the TPU compiler is known to name; not seen here"
+TPU_NOTE = "the limit that the TPU compiler is known to report; not verified here"
 TPU_SOURCE = "cloud.google.com/tpu/docs/{}: half of the bidirectional interconnect bandwidth, all links of a chip busy"
 CHIPS = {
     chip.name: chip
@@ -48,17 +48,17 @@ CHIPS = {
         ),
     )
 }  # fmt: skip
-# What jax calls the devices that are there.
+# jax's device kinds.
 _KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "NVIDIA H100": "h100", "NVIDIA H200": "h100"}
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Operations a second of dense bfloat16 products of a jax device's kind; None for one that is not in CHIPS."""
+    """Operations per second of dense bfloat16 products of a jax device's kind; None for one that is not in CHIPS."""
     known = [kind for kind in _KINDS if device_kind.startswith(kind)]
     return CHIPS[_KINDS[max(known, key=len)]].peak_flops if known else None
 
 
-# The GPU compiler asks a GPU for the fastest tiling of each product; without one it takes cuBLAS for them all.
+# The GPU compiler measures the fastest tiling of each product on a GPU; without one it uses cuBLAS for all.
 GPU_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 EXAMPLES = "cpu:8, v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8, h100:2x8 (hosts x GPUs)"
 
@@ -100,7 +100,7 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """ "v5e:4x4" -> Target. Raises ConfigError naming what is known."""
+    """ "v5e:4x4" -> Target. Raises ConfigError naming the known ones."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
     known = ("cpu", *CHIPS)
     if not match or match.group(1) not in known:
@@ -115,17 +115,17 @@ def parse_target(text: str) -> Target:
 
 
 def prepare(target: Target) -> None:
-    """Settings that JAX reads when it first looks for devices: this process computes on the CPU alone and compiles for
-    the target. To be called before."""
+    """Makes this process compute on the CPU and compile for the target. To be called before JAX initializes its
+    devices."""
     import jax
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu: this is no TPU machine
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # processes that compile share nothing
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # for libtpu: not a TPU machine
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if target.kind == "h100":
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {GPU_FLAGS}".strip()
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # compile times and warnings are to be seen
+    jax.config.update("jax_enable_compilation_cache", False)  # for actual compile times and warnings
     if target.kind == "cpu" and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", target.count)
 
@@ -157,6 +157,6 @@ def devices(target: Target) -> list:
 
 
 def installed(target: Target) -> bool:
-    """Whether the target's compiler is there: libtpu, or JAX's CUDA plugin."""
+    """Whether the target's compiler is installed: libtpu, or JAX's CUDA plugin."""
     plugins = {"cpu": ("jaxlib",), "h100": ("jax_cuda13_plugin", "jax_cuda12_plugin")}.get(target.kind, ("libtpu",))
     return any(importlib.util.find_spec(name) for name in plugins)

@@ -1,4 +1,4 @@
-"""Quantities for people: a number of three digits with the unit that fits it, from a toy to a pod."""
+"""Readable quantities: three digits with a fitting unit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def operations(count: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time: "4.56 ms"; from a second on in seconds."""
+    """A time: "4.56 ms"; one second and more in seconds."""
     if value >= 1:
         return _scaled(value, 1e9, ("s", "s"))
     return _scaled(1e9 * value, 1000, ("ns", "µs", "ms", "s"))
@@ -23,6 +23,7 @@ def seconds(value: float) -> str:
 def _scaled(value: float, base: float, units: tuple[str, ...]) -> str:
     place = 0
     while place < len(units) - 1 and round(value) >= base:
-        value, place = value / base, place + 1
+        value /= base
+        place += 1
     digits = 0 if value == int(value) and place == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{value:,.{digits}f} {units[place]}"

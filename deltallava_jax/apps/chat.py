@@ -1,12 +1,12 @@
-"""A conversation with a model in the terminal; the answers come as they are made.
+"""A chat with a model in the terminal; the answers are streamed.
 
     python -m deltallava_jax chat runs/easy_vqa --image shape.png
 
 The model is a workdir of train.py, or a Hugging Face or LLaVA folder. While it runs:
-    /image PATH    the next question is about this image; several for several
-    /budget K      K visual tokens an image; the conversation begins anew
-    /reset         forget the conversation and its images: a model trained on single questions needs it between two
-    /help, /quit   Ctrl-C ends an answer early, Ctrl-D ends the program"""
+    /image PATH    ask the next question about this image; repeat it for several images
+    /budget K      use K visual tokens per image and start a new conversation
+    /reset         start a new conversation without images: needed between questions to a model trained on single ones
+    /help, /quit   Ctrl-C stops an answer, Ctrl-D exits"""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ COMMANDS = __doc__.partition("While it runs:\n")[2]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_model(parser)
     parser.add_argument("--image", type=Path, action="append", default=[], help="for the first question; repeatable")
-    parser.add_argument("--budget", type=int, help="visual tokens an image; the projector's largest by default")
+    parser.add_argument("--budget", type=int, help="visual tokens per image; the projector's largest by default")
     parser.add_argument("--stop", action="append", default=[], help="a text that ends an answer; repeatable")
     for field in fields(Sampling):
         if field.name != "stop":
             kind = int if field.name == "seed" else type(field.default)
-            usual = "another for each answer" if field.name == "seed" else field.default
+            default = "a new one for each answer" if field.name == "seed" else field.default
             name = "--" + field.name.replace("_", "-")
-            parser.add_argument(name, type=kind, default=field.default, help=f"{usual} by default")
+            parser.add_argument(name, type=kind, default=field.default, help=f"{default} by default")
 
 
 def sampling(options: argparse.Namespace) -> dict:
@@ -44,7 +44,7 @@ def sampling(options: argparse.Namespace) -> dict:
 
 def main(options: argparse.Namespace) -> None:
     with suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401  # input() then has the arrow keys and a history
+        import readline  # noqa: F401  # gives input() arrow keys and a history
     settings = sampling(options)
     Sampling(**settings)
     terminal = Terminal(shared.load_model(options), options.budget, settings)
@@ -63,22 +63,25 @@ def main(options: argparse.Namespace) -> None:
         if line == "/quit":
             break
         try:
-            terminal.read(line)
+            terminal.execute(line)
         except UserError as error:
             print(f"error: {error}")
 
 
 class Terminal:
-    """What a line of the terminal does."""
+    """A chat session in the terminal."""
 
     def __init__(self, model, budget: int | None, settings: dict):
-        self.model, self.settings, self.images, self.shown = model, settings, [], []
-        self.begin(budget)
+        self.model = model
+        self.settings = settings
+        self.images, self.shown = [], []
+        self.start(budget)
 
-    def begin(self, budget: int | None) -> None:
+    def start(self, budget: int | None) -> None:
         if self.model.cfg.whole:
             budget = self.model.engine.budget(budget)
-        self.budget, self.chat = budget, self.model.chat(budget=budget, **self.settings)
+        self.budget = budget
+        self.chat = self.model.chat(budget=budget, **self.settings)
 
     @property
     def about(self) -> str:
@@ -87,24 +90,24 @@ class Terminal:
         if not self.model.cfg.whole:
             return "a decoder alone, without images" + ("" if self.model.template else ": it continues texts")
         known = ", ".join(map(str, systems.budgets(self.model.cfg.projector)))
-        return f"{self.budget} visual tokens an image (of {known})"
+        return f"{self.budget} visual tokens per image (of {known})"
 
-    def read(self, line: str) -> None:
-        """Raises UserError for what cannot be done."""
+    def execute(self, line: str) -> None:
+        """Executes a line. Raises UserError."""
         command, _, value = line.partition(" ")
         if command == "/image":
             self.image(value.strip().strip("'\""))
         elif command == "/budget":
             if not value.strip().isdecimal():
                 raise ConfigError(f"/budget {value.strip()!r}: expected a number of visual tokens, e.g. /budget 16")
-            self.begin(int(value))
+            self.start(int(value))
             self.images, self.shown = self.images or self.shown, []
-            again = f", about {len(self.images)} image(s) as before" if self.images else ""
-            print(f"{self.about}; the conversation begins anew{again}")
+            about_images = f", still about {len(self.images)} image(s)" if self.images else ""
+            print(f"{self.about}; new conversation{about_images}")
         elif command == "/reset":
-            self.begin(self.budget)
+            self.start(self.budget)
             self.images, self.shown = [], []
-            print("the conversation begins anew")
+            print("new conversation")
         elif command == "/help":
             print(COMMANDS)
         elif command.startswith("/"):
@@ -114,12 +117,12 @@ class Terminal:
 
     def image(self, path: str) -> None:
         if not path:
-            raise ConfigError("/image has no file; e.g. /image shape.png")
+            raise ConfigError("/image: expected a file, e.g. /image shape.png")
         if not self.model.cfg.whole:
-            raise ConfigError("the model has no vision tower, so it cannot read images")
+            raise ConfigError("the model has no vision tower, so it takes no images")
         self.model.pixels(path)
         self.images.append(path)
-        kept = "; what was said and seen before is kept, /reset forgets it" if self.chat.last else ""
+        kept = "; the conversation so far is kept, /reset clears it" if self.chat.last else ""
         print(f"the next question is about {', '.join(self.images)}{kept}")
 
     def answer(self, question: str) -> None:
@@ -134,7 +137,7 @@ class Terminal:
 
 
 def speed(answer) -> str:
-    """A line about an answer's tokens and seconds; those of compiling apart."""
+    """A line about an answer's tokens and seconds, compiling separately."""
     line = f"{answer.tokens} tokens, the first after {duration(answer.seconds_to_first)}"
     if answer.tokens > 1:
         steady = (answer.tokens - 1) / max(answer.seconds - answer.seconds_to_first, 1e-9)
@@ -150,7 +153,7 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def interrupts(stop):
-    """Ctrl-C calls ``stop`` meanwhile."""
+    """Within it Ctrl-C calls ``stop``."""
     before = signal.signal(signal.SIGINT, lambda *_: stop())
     try:
         yield

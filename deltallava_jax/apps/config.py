@@ -1,9 +1,9 @@
-"""What a configuration sets.
+"""The settings of a configuration.
 
     python -m deltallava_jax config show configs/llava.py:mqt-finetune
     python -m deltallava_jax config show configs/easy_vqa.py --config.model.projector.name=mqt     # with overrides
 
-Prints every setting with its type, its value, its default where that is another, and what it is for.
+Prints every setting with its type, its value, its default where that differs, and its purpose.
 """
 
 from __future__ import annotations

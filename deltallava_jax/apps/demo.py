@@ -1,11 +1,11 @@
-"""A web page to ask a model about pictures: the answer as it is made, its speed, and where in a picture it comes from.
+"""A web page to ask a model about pictures: the streamed answer, its speed, and a heat map of where it comes from.
 
     python -m deltallava_jax demo runs/easy_vqa        # then open http://127.0.0.1:7860
 
 Needs requirements-demo.txt. The model is a workdir of train.py, or a Hugging Face or LLaVA folder. An elastic model has
-a slider for its visual tokens an image; the answers before stay on the page, to compare. The page asks no other server
-for anything, and only this machine can open it unless --host says otherwise. Uploads are deleted within two hours, and
-all pictures when it ends."""
+a slider for its visual tokens per image; earlier answers stay on the page for comparison. The page contacts no other
+server, and only this machine can open it without --host. Uploads are deleted within two hours, and all pictures on
+exit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from deltallava_jax.apps import options as shared
 from deltallava_jax.apps.chat import speed
-from deltallava_jax.apps.serve import check_pixels
+from deltallava_jax.apps.serve import validate_image_size
 from deltallava_jax.errors import BadSample, ConfigError, UserError
 from deltallava_jax.inference.sampling import Sampling
 
@@ -40,7 +40,7 @@ STYLE = """
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_model(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 admits other machines")
     parser.add_argument("--port", type=shared.port, default=7860)
     parser.add_argument("--max-bytes", type=int, default=2**23, help="of an uploaded file")
     parser.add_argument("--max-pixels", type=int, default=2**24, help="of an image")
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    # Ends it as Ctrl-C does, with the folder of the pictures; gradio itself leaves some of those that it makes.
+    # Exit as on Ctrl-C, which deletes the folder of pictures; gradio itself leaves some of its files.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="deltallava_demo_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
@@ -56,12 +56,12 @@ def main(options: argparse.Namespace) -> None:
         Sampling(max_new_tokens=options.max_new_tokens)
         page = make_page(shared.load_model(options), options)
         _, address, _ = launch(page, options)
-        print(f"open {address}  (Ctrl-C ends it; the first answer at each number of tokens compiles)", flush=True)
+        print(f"open {address}  (Ctrl-C stops it; the first answer at each number of tokens compiles)", flush=True)
         page.block_thread()
 
 
 def gradio():
-    """The module, told to ask nobody. Raises ConfigError where it is not installed or of a version not known."""
+    """The module, without telemetry. Raises ConfigError where it is missing or not a supported version."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     try:
         import gradio
@@ -70,14 +70,14 @@ def gradio():
     first, end = (".".join(map(str, version)) for version in KNOWN_GRADIO)
     if not KNOWN_GRADIO[0] <= tuple(map(int, gradio.__version__.split(".")[:2])) < KNOWN_GRADIO[1]:
         raise ConfigError(
-            f"gradio {gradio.__version__} is not known to guard uploads as the demo does; expected {first} or later, "
-            f"below {end}: pip install -r requirements-demo.txt"
+            f"gradio {gradio.__version__} is not supported, as the demo replaces its upload functions; expected "
+            f"{first} or later, below {end}: pip install -r requirements-demo.txt"
         )
     return gradio
 
 
 def launch(page, options: argparse.Namespace):
-    """Serves the page from a thread: (application, its address, None). Raises ConfigError for a port that is taken."""
+    """Serves the page in a thread: (application, its address, None). Raises ConfigError for a port in use."""
     try:
         return page.launch(
             server_name=options.host, server_port=options.port, max_file_size=options.max_bytes, share=False,
@@ -85,12 +85,14 @@ def launch(page, options: argparse.Namespace):
             theme=gradio().themes.Soft(font=["ui-sans-serif", "system-ui", "sans-serif"]),
         )  # fmt: skip
     except OSError as error:
-        where = f"{options.host}:{options.port}"
-        raise ConfigError(f"{where} is taken or no address of this machine; see --port and --host") from error
+        address = f"{options.host}:{options.port}"
+        raise ConfigError(
+            f"{address} is in use or not an address of this machine; choose another --port or --host"
+        ) from error
 
 
 def make_page(model, options: argparse.Namespace):
-    """gradio's Blocks. Raises ConfigError for a model that cannot read images or answer."""
+    """gradio's Blocks. Raises ConfigError for a model without a tower or decoder."""
     gr = gradio()
     from deltallava_jax.analysis import gradcam
     from deltallava_jax.models import systems
@@ -98,53 +100,55 @@ def make_page(model, options: argparse.Namespace):
     model.cfg.require_whole("the demo")
     budgets = systems.budgets(model.cfg.projector)[::-1]
     try:
-        gradcam.check(model.cfg)
-        placeless = ""
+        gradcam.require_places(model.cfg)
+        no_heat_map = ""
     except ConfigError as error:
-        placeless = str(error)
+        no_heat_map = str(error)
 
     @contextmanager
     def messages():
-        """What cannot be done is said on the page."""
+        """Shows a UserError on the page."""
         try:
             yield
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    def read(file: str | None) -> bytes:
+    def read_image(file: str | None) -> bytes:
         if not file:
             raise BadSample("choose a picture first", "missing")
         data = Path(file).read_bytes()
-        check_pixels(data, options.max_pixels)
+        validate_image_size(data, options.max_pixels)
         model.pixels(data)
         return data
 
-    def look(file: str | None) -> None:
+    def validate_upload(file: str | None) -> None:
         with messages():
-            read(file)
+            read_image(file)
 
     def ask(file: str | None, question: str, place: float, earlier: list):
-        """place: of the budget among the model's, fewest tokens first."""
+        """place: index of the budget, fewest tokens first."""
         with messages():
-            image, budget = read(file), budgets[int(place)]
+            image = read_image(file)
+            budget = budgets[int(place)]
             if not question.strip():
-                raise ConfigError("ask something")
+                raise ConfigError("enter a question")
             answer = model.stream(image, question, budget=budget, max_new_tokens=options.max_new_tokens)
             yield "", "", None, gr.skip(), gr.skip()
             for _ in answer:
                 yield answer.text, speed(answer), gr.skip(), gr.skip(), gr.skip()
             pace = speed(answer)
             yield answer.text, pace, gr.skip(), gr.skip(), gr.skip()
-            if placeless:
+            if no_heat_map:
                 return
             (heat,) = gradcam.heat_maps(model, image, question, budgets=[budget], answer=answer.text)
-            overlay = gradcam.overlay(gradcam.seen(model, image), heat)
+            overlay = gradcam.overlay(gradcam.tower_image(model, image), heat)
             earlier = [(overlay, f"{budget}: {question} {answer.text}"), *earlier][:EARLIER]
             yield answer.text, pace, overlay, gr.update(value=earlier, visible=len(earlier) > 1), earlier
 
-    name, elastic = options.model.resolve().name, len(budgets) > 1
+    name = options.model.resolve().name
+    elastic = len(budgets) > 1
     with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(HOUR, HOUR)) as page:
-        gr.Markdown(f"# {name}\n{', '.join(map(str, budgets))} visual tokens an image, by {model.cfg.projector.name}")
+        gr.Markdown(f"# {name}\n{', '.join(map(str, budgets))} visual tokens per image, by {model.cfg.projector.name}")
         earlier = gr.State([])
         with gr.Row():
             with gr.Column():
@@ -155,7 +159,7 @@ def make_page(model, options: argparse.Namespace):
                 question = gr.Textbox(label="Question", placeholder="what color is the shape?")
                 with gr.Group(visible=elastic, elem_id="tokens"):
                     place = gr.Slider(
-                        0, max(len(budgets) - 1, 1), len(budgets) - 1, step=1, label="Visual tokens an image",
+                        0, max(len(budgets) - 1, 1), len(budgets) - 1, step=1, label="Visual tokens per image",
                         elem_id="budget",
                     )  # fmt: skip
                     marks = "".join(f"<span>{budget}</span>" for budget in budgets)
@@ -167,29 +171,28 @@ def make_page(model, options: argparse.Namespace):
                 heat_map = gr.Image(
                     label="Where the answer comes from", interactive=False, height=360,
                     format="png", elem_classes="picture", buttons=["download", "fullscreen"],
-                    placeholder=placeless or None,
+                    placeholder=no_heat_map or None,
                 )  # fmt: skip
-                said = gr.Textbox(label="Answer", lines=2, elem_id="answer", interactive=False)
-                below = gr.Markdown(elem_id="speed")
+                text = gr.Textbox(label="Answer", lines=2, elem_id="answer", interactive=False)
+                pace_line = gr.Markdown(elem_id="speed")
         gallery = gr.Gallery(
             label="Answers so far", visible=False, columns=6, height="auto", object_fit="contain", interactive=False,
             buttons=[], elem_id="earlier",
         )  # fmt: skip
 
         guard(picture)
-        picture.upload(look, picture, api_visibility="private").failure(lambda: None, None, picture)
-        asked = gr.on(
+        picture.upload(validate_upload, picture, api_visibility="private").failure(lambda: None, None, picture)
+        asking = gr.on(
             [button.click, question.submit], ask, [picture, question, place, earlier],
-            [said, below, heat_map, gallery, earlier], api_name="ask", concurrency_limit=1, show_progress="minimal",
+            [text, pace_line, heat_map, gallery, earlier], api_name="ask", concurrency_limit=1, show_progress="minimal",
         )  # fmt: skip
-        stop.click(None, cancels=asked)
+        stop.click(None, cancels=asking)
     return page.queue(max_size=32)
 
 
 def guard(picture) -> None:
-    """Replaces how gradio's image component takes a file, so that none is opened unseen or fetched from elsewhere.
-
-    Raises ConfigError where the component has no such methods: replacing them would guard nothing."""
+    """Replaces how gradio's image component handles a file, so that none is opened before its size is checked or
+    fetched from another server. Raises ConfigError where the component lacks these methods."""
     for name, ours in (("preprocess", path), ("async_move_resource_to_block_cache", uploaded)):
         theirs = getattr(picture, name, None)
         if (
@@ -198,19 +201,19 @@ def guard(picture) -> None:
             or inspect.iscoroutinefunction(theirs) != inspect.iscoroutinefunction(ours)
         ):
             raise ConfigError(
-                f"gradio {gradio().__version__} has no {name} as the demo expects it, so uploads cannot be guarded; "
+                f"gradio {gradio().__version__} has no {name} as the demo expects it, so uploads cannot be checked; "
                 "pip install gradio==6.31"
             )
         setattr(picture, name, ours)
 
 
 def path(payload) -> str | None:
-    """In place of gradio's own preprocess, which opens the file before its size has been looked at."""
+    """Replaces gradio's preprocess, which opens the file before its size is checked."""
     return payload and payload.path
 
 
 async def uploaded(file: str) -> str:
-    """In place of gradio's own, which fetches what is the address of a file elsewhere."""
+    """Replaces gradio's function, which downloads a file given by its URL."""
     if not Path(file).is_file():
-        raise gradio().Error(f"{file} is no uploaded file", print_exception=False)
+        raise gradio().Error(f"{file} is not an uploaded file", print_exception=False)
     return file

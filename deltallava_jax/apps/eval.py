@@ -1,14 +1,14 @@
 """Evaluates a workdir's newest checkpoint: python eval.py --workdir runs/easy_vqa
 
-Prints a table and writes one JSON a task to WORKDIR/eval/, the last evaluation of the task, and one for each budget.
-The controls, in which each question is asked about another image's picture or about noise, and a part of the questions
-(--limit) have files of their own:
+Prints a table and writes to WORKDIR/eval/ a JSON file for each task, with its last evaluation, and one for each budget.
+Controls (--control), which ask each question about another image or about noise, and partial evaluations (--limit)
+are written to separate files:
     python eval.py --workdir runs/easy_vqa --tasks easy_vqa --budgets 16,4 [--control shuffled|noise]
 The paper's benchmarks run through lmms-eval (requirements-eval.txt), on local copies of their data with --offline, and
-go on where they were stopped:
+resume where they were stopped:
     python eval.py --workdir runs/delta --budgets 144,36,16,4,1 --tasks \\
         gqa,mmbench_en_dev,mme,pope,scienceqa_img,textvqa_val,vqav2_val,vizwiz_vqa_val,nocaps_val,flickr30k_test
-Settings can be overridden, for methods that need no training of their own:
+Settings can be overridden, for methods that need no training:
     python eval.py --workdir runs/mlp --config.model.projector.name=fastervlm --budgets 16
     python eval.py --workdir runs/mlp --config.model.fastv.keep=16
 """
@@ -26,15 +26,17 @@ from deltallava_jax.parallel import hosts
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog=cli.door("eval"),
+        prog=cli.invocation("eval"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--workdir", required=True, type=Path, help="where train.py put its checkpoints")
-    parser.add_argument("--tasks", default="", help="comma-separated; the data set that was trained on by default")
-    parser.add_argument("--budgets", default="", help="visual tokens an image, comma-separated; all that were trained")
-    parser.add_argument("--control", choices=("shuffled", "noise"), default="", help="not the image: another one")
+    parser.add_argument("--tasks", default="", help="comma-separated; by default that of the training")
+    parser.add_argument("--budgets", default="", help="visual tokens per image, comma-separated; default: all")
+    parser.add_argument(
+        "--control", choices=("shuffled", "noise"), default="", help="replaces each image: by another one, or noise"
+    )
     parser.add_argument("--blind", action="store_const", const="noise", dest="control", help="--control noise")
     parser.add_argument("--limit", type=int, default=0, help="only so many questions (easy_vqa: spread evenly); 0: all")
     parser.add_argument("--offline", type=Path, metavar="DIR", help="local copies of lmms-eval's data, DIR/TASK")
@@ -43,7 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
     hosts.add_arguments(parser)
     options, rest = parser.parse_known_args(arguments)
-    options.overrides = cli.overrides(rest, cli.door("eval"))
+    options.overrides = cli.overrides(rest, cli.invocation("eval"))
     return options
 
 
@@ -51,7 +53,7 @@ def main(options: argparse.Namespace) -> None:
     hosts.connect(options)
     from deltallava_jax.data.conversation import known_template
     from deltallava_jax.evaluation import TASKS
-    from deltallava_jax.evaluation.tasks import require
+    from deltallava_jax.evaluation.tasks import require_installed
     from deltallava_jax.models import decoder, systems
     from deltallava_jax.workdir import Workdir
 
@@ -59,15 +61,21 @@ def main(options: argparse.Namespace) -> None:
     for name, least in (("limit", 0), ("batch", 1)):
         if (value := getattr(options, name)) < least:
             raise ConfigError(f"--{name} {value}: expected {least} or more")
-    say = print if hosts.leads() else lambda _: None
+
+    def show(line: str) -> None:
+        if hosts.leads():
+            print(line)
+
     cfg = override(workdir.config, options.overrides)
     cfg.model.require_whole("evaluation")
     known_template(cfg.data.template, setting="data.template")
     tasks = options.tasks.split(",") if options.tasks else [cfg.data.dataset]
     if official := [task for task in tasks if task not in TASKS]:
-        require(official)
+        require_installed(official)
         if options.control:
-            raise ConfigError(f"--control {options.control} is of {', '.join(TASKS)}, not of {official[0]}")
+            raise ConfigError(
+                f"--control {options.control}: expected one of the tasks {', '.join(TASKS)}, not {official[0]}"
+            )
     budgets = list(systems.budgets(cfg.model.projector))
     if options.budgets:
         try:
@@ -77,13 +85,14 @@ def main(options: argparse.Namespace) -> None:
     for budget in budgets:
         systems.check_budget(cfg.model.projector, budget)
 
-    tokenizer, checkpoints = workdir.tokenizer, workdir.checkpoints
+    tokenizer = workdir.tokenizer
+    checkpoints = workdir.checkpoints
     step = checkpoints.latest()
     params = checkpoints.restore_params(step, cfg.model)
     params["decoder"] = decoder.unstacked(params["decoder"], cfg.model.decoder, cfg.model.dtype, donate=True)
 
     if own := [task for task in tasks if task in TASKS]:
-        say(f"{'task':12} {'step':>6} {'budget':>6} {'images':8} {'accuracy':>8} {'n':>6} {'seconds':>8}  by type")
+        show(f"{'task':12} {'step':>6} {'budget':>6} {'images':8} {'accuracy':>8} {'n':>6} {'seconds':>8}  by type")
     for task in own:
         for budget in budgets:
             report = TASKS[task](
@@ -94,23 +103,23 @@ def main(options: argparse.Namespace) -> None:
             if hosts.leads():
                 workdir.write_report(report, *([options.control] if options.control else []))
             by_type = ", ".join(f"{kind} {score['accuracy']:.4f}" for kind, score in report["by_type"].items())
-            say(
+            show(
                 f"{task:12} {step:6} {budget:6} {report['images']:8} {report['accuracy']:8.4f} "
                 f"{report['n']:6} {report['seconds']:8.1f}  {by_type}"
             )
     if official:
-        from deltallava_jax.evaluation.benchmarks import run
-        from deltallava_jax.evaluation.table import table
+        from deltallava_jax.evaluation.benchmarks import evaluate_tasks
+        from deltallava_jax.evaluation.table import format_table
         from deltallava_jax.inference.model import Model
 
         model = Model(cfg.model, params, tokenizer, cfg.data.template, cfg.data.aspect)
-        run(model, cfg, official, budgets, workdir, step=step, options=options)
-        say(table([options.workdir, *options.beside]))
+        evaluate_tasks(model, cfg, official, budgets, workdir, step=step, options=options)
+        show(format_table([options.workdir, *options.beside]))
     if hosts.leads():
-        cli.say(f"written to {workdir.results}")
+        cli.log(f"written to {workdir.results}")
 
 
 def run(arguments: list[str]) -> None:
-    """The command, in a process of its own."""
+    """Runs the command in a supervised process."""
     hosts.supervise(arguments)
     cli.run(lambda: main(parse(arguments)))

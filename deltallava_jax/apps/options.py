@@ -1,4 +1,4 @@
-"""What chat, demo and serve ask of the command line: which model, and how it is read."""
+"""Options of chat, demo and serve that select and load a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def port(text: str) -> int:
-    """A port number; beyond the last one the system would take another without a word."""
+    """A port number; the system would silently replace one that is too large."""
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r}; expected 0 to 65535")
     return int(text)

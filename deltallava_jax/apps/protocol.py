@@ -1,7 +1,7 @@
-"""OpenAI's chat completions as the server reads them: one table of the fields of a request.
+"""OpenAI's chat completions as the server parses them: one table of the fields of a request.
 
-``FIELDS`` says of each field how it is read; those that the server does not honour have the values that ask for
-nothing. null is as if a field were not there. Anything else is refused by name."""
+``FIELDS`` has a parser for each field; one that the server does not support accepts only values without effect. null
+counts as an absent field. Anything else is refused by name."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from deltallava_jax.inference.sampling import Sampling
 
 @dataclass(frozen=True)
 class Field:
-    """read(name, value): the value as it is used; raises RequestRefused. about: what the documentation says of it."""
+    """parse(name, value): the parsed value; raises RequestRefused. about: its documentation."""
 
-    read: Callable[[str, object], object]
+    parse: Callable[[str, object], object]
     about: str
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one role says before another does. images: files, before the text."""
+    """Consecutive messages of one role. images: files, before the text."""
 
     role: str
     text: str
     images: tuple[bytes, ...] = ()
 
 
-def read(body: bytes) -> dict:
+def parse(body: bytes) -> dict:
     """{name: value} of the fields that a request gives, ``messages`` as turns. Raises RequestRefused."""
     try:
         given = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise RequestRefused(400, f"the body is no JSON: {error}") from error
+        raise RequestRefused(400, f"the body is not JSON: {error}") from error
     fields = members("the body", given, FIELDS)
     if "messages" not in fields:
         raise RequestRefused(400, "messages: expected a list that is not empty")
@@ -47,48 +47,48 @@ def read(body: bytes) -> dict:
 
 
 def members(name: str, given: object, table: dict[str, Field], prefix: str = "") -> dict:
-    """Each member of an object, read by its line of a table."""
+    """The members of an object, each parsed by its entry in a table."""
     if not isinstance(given, dict):
         raise refused(name, given, "an object (JSON)")
     given = {key: value for key, value in given.items() if value is not None}
     for key in given:
         if key not in table:
             raise RequestRefused(400, f"{prefix}{reprlib.repr(key)} is not known here{nearest(key, table)}")
-    return {key: table[key].read(prefix + key, value) for key, value in given.items()}
+    return {key: table[key].parse(prefix + key, value) for key, value in given.items()}
 
 
 def refused(name: str, value: object, expected: str) -> RequestRefused:
     return RequestRefused(400, f"{name}={reprlib.repr(value)}; expected {expected}")
 
 
-# ------------------------------------------------------------------ how values are read
+# ------------------------------------------------------------------ parsers
 
 
 def kind(one: type, expected: str) -> Callable[[str, object], object]:
-    def check(name: str, value: object):
+    def parse_value(name: str, value: object):
         if not isinstance(value, one) or isinstance(value, bool) != (one is bool):
             raise refused(name, value, expected)
         return value
 
-    return check
+    return parse_value
 
 
 def only(*neutral, why: str = "is not offered here") -> Field:
-    """A field that the server does not honour, with the values that ask for nothing beside null."""
+    """A field that the server does not support, with its values without effect besides null."""
     values = ", ".join(json.dumps(value) for value in (*neutral, None))
 
-    def check(name: str, value: object) -> object:
+    def parse_value(name: str, value: object) -> object:
         if not any(isinstance(value, bool) == isinstance(one, bool) and value == one for one in neutral):
             raise RequestRefused(400, f"{name}={reprlib.repr(value)} {why}; accepted: {values}")
         return value
 
-    return Field(check, f"only {values}")
+    return Field(parse_value, f"only {values}")
 
 
 def setting(field: str, unset: int | None = None, instead: object = None) -> Callable[[str, object], object]:
-    """A field of ``Sampling``, with its bounds; ``unset`` stands for ``instead``."""
+    """A field of ``Sampling``, with its bounds; ``unset`` is replaced by ``instead``."""
 
-    def check(name: str, value: object) -> object:
+    def parse_value(name: str, value: object) -> object:
         if unset is not None and not isinstance(value, bool) and value == unset:
             return instead
         try:
@@ -96,7 +96,7 @@ def setting(field: str, unset: int | None = None, instead: object = None) -> Cal
         except ConfigError as error:
             raise RequestRefused(400, f"{name}{str(error).removeprefix(field)}") from error
 
-    return check
+    return parse_value
 
 
 def stream_options(name: str, value: object) -> dict:
@@ -115,7 +115,7 @@ def turns(name: str, value: object) -> list[Turn]:
         role = "system" if given.get("role") == "developer" else given.get("role")
         if role not in ("system", "user", "assistant"):
             raise refused(f"{path}.role", given.get("role"), "system, developer, user or assistant")
-        text, images = content(f"{path}.content", given.get("content"), may_show=role == "user")
+        text, images = content(f"{path}.content", given.get("content"), may_have_images=role == "user")
         before = found[-1] if found else None
         if before and before.role == role:
             found[-1] = Turn(role, f"{before.text}\n{text}", before.images + images)
@@ -128,7 +128,7 @@ def turns(name: str, value: object) -> list[Turn]:
     return found
 
 
-def content(name: str, value: object, may_show: bool) -> tuple[str, tuple[bytes, ...]]:
+def content(name: str, value: object, may_have_images: bool) -> tuple[str, tuple[bytes, ...]]:
     """(the text, the images) of a message."""
     if isinstance(value, str):
         return value, ()
@@ -138,13 +138,13 @@ def content(name: str, value: object, may_show: bool) -> tuple[str, tuple[bytes,
     for number, part in enumerate(value):
         path = f"{name}[{number}]"
         given = members(path, part, PART, f"{path}.")
-        expected = "text or image_url" if may_show else "text"
+        expected = "text or image_url" if may_have_images else "text"
         if given.get("type") == "text" and "text" in given and "image_url" not in given:
             texts.append(given["text"])
-        elif given.get("type") == "image_url" and "image_url" in given and "text" not in given and may_show:
+        elif given.get("type") == "image_url" and "image_url" in given and "text" not in given and may_have_images:
             images.append(given["image_url"])
         else:
-            raise refused(f"{path}.type", given.get("type"), f"{expected}, and beside it what it names")
+            raise refused(f"{path}.type", given.get("type"), f"{expected}, with a field of that name")
     return "\n".join(texts), tuple(images)
 
 
@@ -157,12 +157,14 @@ def image_url(name: str, value: object) -> bytes:
     try:
         return base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RequestRefused(400, f"{name}: no base64: {error}") from error
+        raise RequestRefused(400, f"{name}: not base64: {error}") from error
 
 
 # ------------------------------------------------------------------ the tables
 
-text, flag, number = kind(str, "a text"), kind(bool, "true or false"), kind(int, "a whole number")
+text = kind(str, "a text")
+flag = kind(bool, "true or false")
+number = kind(int, "a whole number")
 
 FIELDS = {
     "messages": Field(
@@ -170,10 +172,10 @@ FIELDS = {
         "system (or developer) texts, then user and assistant in turns, the user's last; several of one role in "
         "a row are joined; a user's parts may be images",
     ),
-    "model": Field(text, "the served name; null or an empty text is that, too"),
-    "max_completion_tokens": Field(setting("max_new_tokens"), "tokens of the answer at most"),
+    "model": Field(text, "the served name, null or an empty text"),
+    "max_completion_tokens": Field(setting("max_new_tokens"), "maximum number of tokens of the answer"),
     "max_tokens": Field(
-        setting("max_new_tokens"), "the same, its older name; without either, the room left in the slot"
+        setting("max_new_tokens"), "older name of the same; without either, the space left in the slot"
     ),
     "temperature": Field(setting("temperature"), "0, greedy, by default"),
     "top_p": Field(setting("top_p"), "1, all tokens, by default"),
@@ -181,10 +183,10 @@ FIELDS = {
     "repetition_penalty": Field(setting("repetition_penalty"), "1, none, by default"),
     "seed": Field(
         setting("seed", -1),
-        "a whole number below 2^32; without one, or with -1, each answer has another, which its `seed` says",
+        "a whole number below 2^32; without one, or with -1, a random one, returned as the answer's `seed`",
     ),
-    "stop": Field(setting("stop"), "a text or a list of texts that end the answer and are no part of it"),
-    "budget": Field(number, "visual tokens an image, the projector's most by default"),
+    "stop": Field(setting("stop"), "a text or a list of texts that end the answer and are not part of it"),
+    "budget": Field(number, "visual tokens per image, the projector's most by default"),
     "stream": Field(flag, "true: server-sent events"),
     "stream_options": Field(stream_options, "`include_usage`: true or false"),
     "n": only(1),
@@ -235,9 +237,9 @@ FIELDS = {
     "store": only(False),
     "priority": only(0),
     "parallel_tool_calls": Field(flag, "true or false: there are no tools"),
-    "metadata": Field(kind(dict, "an object (JSON)"), "an object, not looked at"),
+    "metadata": Field(kind(dict, "an object (JSON)"), "an object, ignored"),
     **{
-        name: Field(text, "a text, not looked at")
+        name: Field(text, "a text, ignored")
         for name in ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "request_id")
     },
 }
@@ -260,14 +262,14 @@ IMAGE_URL = {
 }
 
 
-def table() -> str:
-    """``FIELDS`` in Markdown; fields of which the same is said share a line."""
+def format_fields() -> str:
+    """``FIELDS`` as a Markdown table; fields with the same documentation share a line."""
     lines: dict[str, list[str]] = {}
     for name, field in FIELDS.items():
         lines.setdefault(field.about, []).append(f"`{name}`")
     return "\n".join(
         [
-            "| Field | What it may be |",
+            "| Field | Accepted values |",
             "|---|---|",
             *(f"| {', '.join(names)} | {about} |" for about, names in lines.items()),
         ]

@@ -1,14 +1,14 @@
-"""A server with OpenAI's protocol: chat completions with texts and images, streamed or whole, for many at a time.
+"""An OpenAI-compatible server: chat completions with texts and images, streamed or whole, for many clients at a time.
 
     python -m deltallava_jax serve runs/easy_vqa --port 8000
     curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,'$(base64 -w0 shape.png)'"}},
         {"type": "text", "text": "what color is the shape?"}]}]}'
 
-Needs requirements-serve.txt. Images come as data URIs (image_url). Beside OpenAI's fields a request may hold budget
-(visual tokens an image), top_k and repetition_penalty; temperature is 0 by default; a field that is not honoured is
-refused (docs/serving.md lists all). /health and /metrics (Prometheus) watch it; an API key is asked for if --api-key or
-DELTALLAVA_API_KEY gives one. SIGTERM answers what was asked first."""
+Needs requirements-serve.txt. Images are data URIs (image_url). Besides OpenAI's fields a request may have budget
+(visual tokens per image), top_k and repetition_penalty; temperature is 0 by default; unsupported fields are refused
+(docs/serving.md lists all). /health and /metrics (Prometheus) are for monitoring; an API key is required if --api-key
+or DELTALLAVA_API_KEY gives one. On SIGTERM it answers pending requests before it exits."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from deltallava_jax.inference.sampling import Sampling
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_model(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 admits other machines")
     parser.add_argument("--port", type=shared.port, default=8000)
     parser.add_argument("--name", help="of the model in the protocol; the folder's by default")
-    parser.add_argument("--api-key", default=os.environ.get("DELTALLAVA_API_KEY"), help="asked of every request")
-    parser.add_argument("--cors", nargs="+", default=[], metavar="ORIGIN", help="web pages that may ask; * for all")
+    parser.add_argument("--api-key", default=os.environ.get("DELTALLAVA_API_KEY"), help="required of every request")
+    parser.add_argument("--cors", nargs="+", default=[], metavar="ORIGIN", help="web pages to admit; * for all")
     parser.add_argument("--slots", type=int, default=8, help="requests answered at a time")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a prompt and its answer, images included")
     parser.add_argument("--waiting", type=int, default=256, help="requests that may wait; further ones get 429")
@@ -56,7 +56,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def make_app(model, options: argparse.Namespace):
-    """The ASGI application; its scheduler lives as long as it does."""
+    """The ASGI application; its scheduler runs until the application shuts down."""
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.cors import CORSMiddleware
@@ -65,7 +65,8 @@ def make_app(model, options: argparse.Namespace):
 
     from deltallava_jax.inference.scheduler import Request, Scheduler
 
-    name, created = options.name or options.model.resolve().name, int(time.time())
+    name = options.name or options.model.resolve().name
+    created = int(time.time())
     scheduler = Scheduler(model, rows=options.slots, context=options.context, waiting=options.waiting)
     decoding = asyncio.Semaphore(2)  # images in memory at a time
     refused: dict[int, int] = {}
@@ -90,42 +91,50 @@ def make_app(model, options: argparse.Namespace):
         return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
 
     async def completions(http):
-        fields = protocol.read(await body_of(http, options.max_body))
-        served(fields.get("model"))
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
-        on_piece = lambda text, end: loop.call_soon_threadsafe(pieces.put_nowait, (text, end))
+        fields = protocol.parse(await body_of(http, options.max_body))
+        describe_model(fields.get("model"))
+        loop = asyncio.get_running_loop()
+        pieces = asyncio.Queue()
+
+        def on_piece(text: str, end: str | None) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, (text, end))
+
         async with decoding:
-            asked, pixels = await asyncio.to_thread(prompt_of, model, fields["messages"], options)
-        budget, room = fields.get("budget"), scheduler.room(asked, fields.get("budget"))
-        limit = fields.get("max_completion_tokens", fields.get("max_tokens", max(room, 1)))
-        request = Request(asked, pixels, budget, sampling_of(fields, limit), on_piece)
+            prompt, pixels = await asyncio.to_thread(prompt_of, model, fields["messages"], options)
+        budget = fields.get("budget")
+        capacity = scheduler.answer_capacity(prompt, budget)
+        limit = fields.get("max_completion_tokens", fields.get("max_tokens", max(capacity, 1)))
+        request = Request(prompt, pixels, budget, sampling_of(fields, limit), on_piece)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         about["seed"] = request.sampling.seed
-        read = len(asked.ids) + len(pixels) * (model.engine.budget(budget) - 1)
-        usage = lambda: {
-            "prompt_tokens": read,
-            "completion_tokens": request.tokens,
-            "total_tokens": read + request.tokens,
-        }
+        prompt_tokens = len(prompt.ids) + len(pixels) * (model.engine.budget(budget) - 1)
+
+        def usage() -> dict[str, int]:
+            return {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": request.tokens,
+                "total_tokens": prompt_tokens + request.tokens,
+            }
+
         if fields.get("stream"):
-            asks_usage = fields.get("stream_options", {}).get("include_usage")
-            answer = Events(request, streamed(pieces, about, usage if asks_usage else None))
+            include_usage = fields.get("stream_options", {}).get("include_usage")
+            answer = Events(request, streamed(pieces, about, usage if include_usage else None))
             scheduler.submit(request)
             return answer
         scheduler.submit(request)
         try:
             text, end = await whole(http, pieces)
         finally:
-            request.cancelled = True  # an answer that nobody waits for any more; no matter to one that has ended
+            request.cancelled = True  # of a client that disconnected; without effect on a finished answer
         if end == "error":
             return failure(500, text)
         if end is None:
-            return failure(499, "the client went away")
+            return failure(499, "the client disconnected")
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": end}
         return JSONResponse({**about, "object": "chat.completion", "choices": [choice], "usage": usage()})
 
     class Events(StreamingResponse):
-        """A stream whose request is cancelled however it ends, before its first event too."""
+        """A stream whose request is cancelled however it ends, even before its first event."""
 
         def __init__(self, request, events):
             super().__init__(events, media_type="text/event-stream")
@@ -137,16 +146,16 @@ def make_app(model, options: argparse.Namespace):
             finally:
                 self.request.cancelled = True
 
-    def served(asked: str | None) -> dict:
-        """What the protocol says of the model, if it is the one that is asked for."""
-        if asked and asked != name:
-            raise RequestRefused(404, f"model {reprlib.repr(asked)} is not served here; {name!r} is")
+    def describe_model(requested: str | None) -> dict:
+        """The protocol's description of the model. Raises RequestRefused where another one is requested."""
+        if requested and requested != name:
+            raise RequestRefused(404, f"model {reprlib.repr(requested)} is not served here; {name!r} is")
         return {"id": name, "object": "model", "created": created, "owned_by": "deltallava_jax"}
 
     async def models(http):
         if "name" in http.path_params:
-            return JSONResponse(served(http.path_params["name"]))
-        return JSONResponse({"object": "list", "data": [served(name)]})
+            return JSONResponse(describe_model(http.path_params["name"]))
+        return JSONResponse({"object": "list", "data": [describe_model(name)]})
 
     async def health(_):
         return PlainTextResponse("ok" if scheduler.alive else "dead", 200 if scheduler.alive else 503)
@@ -174,7 +183,7 @@ def make_app(model, options: argparse.Namespace):
 
 
 async def whole(http, pieces: asyncio.Queue) -> tuple[str, str | None]:
-    """(the answer or what went wrong, how it ended), None for a client that has gone away before the end."""
+    """(the answer or an error message, its finish reason); the reason is None where the client disconnected."""
     text = ""
     while True:
         try:
@@ -192,10 +201,13 @@ async def whole(http, pieces: asyncio.Queue) -> tuple[str, str | None]:
 
 async def streamed(pieces: asyncio.Queue, about: dict, usage):
     """Server-sent events of an answer."""
-    event = lambda choices, **more: (
-        f"data: {json.dumps({**about, 'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n"
-    )
-    choice = lambda delta, end=None: [{"index": 0, "delta": delta, "finish_reason": end}]
+
+    def event(choices: list, **more) -> str:
+        return f"data: {json.dumps({**about, 'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n"
+
+    def choice(delta: dict, end: str | None = None) -> list[dict]:
+        return [{"index": 0, "delta": delta, "finish_reason": end}]
+
     yield event(choice({"role": "assistant", "content": ""}))
     end = None
     while end is None:
@@ -211,26 +223,26 @@ async def streamed(pieces: asyncio.Queue, about: dict, usage):
     yield "data: [DONE]\n\n"
 
 
-# ------------------------------------------------------------------ what a request asks
+# ------------------------------------------------------------------ parts of a request
 
 
 def prompt_of(model, turns: list[protocol.Turn], options: argparse.Namespace):
     """(the tokenized conversation, its images' pixels). Raises UserError."""
     images = [image for turn in turns for image in turn.images]
     if len(images) > options.max_images:
-        raise ConfigError(f"messages: {len(images)} images; at most {options.max_images} are read")
+        raise ConfigError(f"messages: {len(images)} images; at most {options.max_images} are accepted")
     prompt = model.prompt(conversation(turns))
     for image in images:
-        check_pixels(image, options.max_pixels)
+        validate_image_size(image, options.max_pixels)
     return prompt, model.pixels(images)
 
 
 def conversation(turns: list[protocol.Turn]) -> Conversation:
-    """What the turns say, their images before their texts, each on a line of its own."""
+    """The turns as a conversation, each image on a separate line before the text."""
     system = turns[0].text if turns[0].role == "system" else None
-    said = turns[system is not None :]
+    dialogue = turns[system is not None :]
     rounds = []
-    for question, answer in itertools.zip_longest(said[::2], said[1::2]):
+    for question, answer in itertools.zip_longest(dialogue[::2], dialogue[1::2]):
         lines = ("",) + ("\n",) * len(question.images)
         rounds.append(Round((*lines[:-1], lines[-1] + question.text), answer and answer.text))
     return Conversation(tuple(rounds), system)
@@ -241,7 +253,7 @@ async def body_of(http, limit: int) -> bytes:
     async for part in http.stream():
         body += part
         if len(body) > limit:
-            raise RequestRefused(413, f"a body of more than {limit:,} bytes")
+            raise RequestRefused(413, f"the body has more than {limit:,} bytes")
     return bytes(body)
 
 
@@ -250,8 +262,8 @@ def sampling_of(fields: dict, limit: int) -> Sampling:
     return Sampling(max_new_tokens=limit, **{name: fields[name] for name in names if name in fields})
 
 
-def check_pixels(data: bytes, limit: int) -> None:
-    """By the header alone, before anything is unpacked."""
+def validate_image_size(data: bytes, limit: int) -> None:
+    """Raises BadSample for an image that is too large or cannot be read, by its header, before it is decoded."""
     import warnings
 
     from PIL import Image
@@ -260,10 +272,10 @@ def check_pixels(data: bytes, limit: int) -> None:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the size, which is looked at here
+            warnings.simplefilter("ignore")  # about the size, which is checked here
             with Image.open(BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
     except Exception as error:
         raise BadSample(f"an image of {len(data):,} bytes cannot be read; expected {', '.join(FORMATS)}") from error
     if width * height > limit:
-        raise BadSample(f"an image of {width} x {height} pixels; at most {limit:,} are read")
+        raise BadSample(f"an image of {width} x {height} pixels; at most {limit:,} are accepted")

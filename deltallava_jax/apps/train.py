@@ -2,7 +2,7 @@
 
 The same command with the same --workdir resumes from the newest checkpoint. Any setting can be overridden:
     python train.py --config configs/easy_vqa.py --workdir runs/s4 --config.model.projector.scale_factor=4
-Beside a --config, --help prints all of its settings too:
+With a --config, --help also prints all of its settings:
     python train.py --config configs/easy_vqa.py --help
 """
 
@@ -21,11 +21,11 @@ from deltallava_jax.config.show import show
 from deltallava_jax.parallel import hosts
 
 
-def read(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, str]]:
+def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, str]]:
     """(options, overrides of settings by dotted key) of a command line. Raises ConfigError."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
-        prog=cli.door("train"),
+        prog=cli.invocation("train"),
         description=__doc__,
         epilog=_settings(arguments),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -37,11 +37,11 @@ def read(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[s
     parser.add_argument("--profile", metavar="N:M", help="writes a profiler trace of steps N to M to WORKDIR/profile")
     hosts.add_arguments(parser)
     options, rest = parser.parse_known_args(arguments)
-    return options, cli.overrides(rest, cli.door("train"))
+    return options, cli.overrides(rest, cli.invocation("train"))
 
 
 def _settings(arguments: list[str]) -> str | None:
-    """What --help prints after the options: the settings of the configuration, where one is named."""
+    """The settings of the given configuration, which --help prints after the options."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", nargs="?")
@@ -51,9 +51,9 @@ def _settings(arguments: list[str]) -> str | None:
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     """(config, the other options) of a command line. Raises ConfigError."""
-    options, changes = read(arguments)
+    options, changes = parse_arguments(arguments)
     cfg = load_config(options.config)
-    if cfg.model == ModelConfig():  # it names none
+    if cfg.model == ModelConfig():  # none is given
         from deltallava_jax.workdir import Workdir
 
         model = Workdir(options.workdir).model_for(changes.get("init_from", cfg.init_from))
@@ -65,7 +65,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     import jax
 
     from deltallava_jax.analysis.flops import StepOperations
-    from deltallava_jax.analysis.plan import memory_table, parameter_sums, parameter_table
+    from deltallava_jax.analysis.plan import format_memory, format_parameter_counts, format_parameters
     from deltallava_jax.analysis.targets import peak_flops
     from deltallava_jax.data.pipeline import Rows
     from deltallava_jax.data.sources import training_source
@@ -78,14 +78,15 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     from deltallava_jax.training.step import TrainStep, batch_shapes
     from deltallava_jax.workdir import Workdir
 
-    began, workdir = time.monotonic(), Workdir(options.workdir)
+    began = time.monotonic()
+    workdir = Workdir(options.workdir)
     cfg.model.require_whole("training")
     cfg.data.validate_dataset_settings()
     profile = parse_steps(options.profile) if options.profile else None
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         if hosts.leads():
-            cli.say(line)
+            cli.log(line)
 
     # ---------------------------------------------------------------- processes and devices
     hosts.connect(options)
@@ -95,30 +96,29 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     # ---------------------------------------------------------------- data
     source = training_source(cfg.data)
     for note in workdir.begin(cfg, source.texts):
-        say(note)
+        log(note)
     tokenizer = workdir.tokenizer
     evaluate = validation(cfg, tokenizer)
     rows = Rows(source, tokenizer, cfg.data, cfg.model.vision, systems.question_length(cfg.model.projector))
     plan = rows.plan(budgets[:1] if cfg.training.every_budget else budgets, cfg.seed)
-    for line in faults.judge(plan, cfg.data.max_bad_fraction, workdir.path):
-        say(line)
+    for line in faults.validate_plan(plan, cfg.data.max_bad_fraction, workdir.path):
+        log(line)
     steps = cfg.training.steps or plan.steps_for(cfg.training.epochs)
 
     # ---------------------------------------------------------------- model
     step = TrainStep(cfg, mesh, steps)
     if hosts.leads():
-        workdir.parameters.write_text(parameter_table(step.shapes) + "\n")
-    say(parameter_sums(step.shapes))
-    say(
+        workdir.parameters.write_text(format_parameters(step.shapes) + "\n")
+    log(format_parameter_counts(step.shapes))
+    log(
         f"{len(plan.records):,} conversations, {len(plan.records) / plan.steps_for(1):.1f} a step, {steps:,} steps, "
         f"budgets {budgets}, mesh {dict(mesh.shape)}"
     )
     first = plan.step(0)
     if plan.cut:
-        say(
-            f"{plan.cut:,} conversations are longer than a row's {plan.text_capacity.min()} text tokens and will be cut"
-        )
-    say(memory_table(step.shapes, step.compile(batch_shapes(cfg, mesh, first.text, first.images), first.budget)))
+        limit = plan.text_capacity.min()
+        log(f"{plan.cut:,} conversations are longer than a row's {limit} text tokens and will be truncated")
+    log(format_memory(step.shapes, step.compile(batch_shapes(cfg, mesh, first.text, first.images), first.budget)))
 
     # ---------------------------------------------------------------- training
     finished = train(
@@ -128,13 +128,13 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     if finished:
         minutes = (time.monotonic() - began) / 60
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
-        say(
-            f"done in {minutes:.1f} min, {peak:.1f} GiB at most"
-            + (f"; next: {cli.door('eval')} --workdir {workdir}" if evaluate else "")
+        log(
+            f"done in {minutes:.1f} min, peak memory {peak:.1f} GiB"
+            + (f"; next: {cli.invocation('eval')} --workdir {workdir}" if evaluate else "")
         )
 
 
 def run(arguments: list[str]) -> None:
-    """The command, in a process of its own."""
+    """Runs the command in a supervised process."""
     hosts.supervise(arguments)
-    cli.run(lambda: main(*parse(arguments)), "interrupted, and nothing is lost; the same command goes on")
+    cli.run(lambda: main(*parse(arguments)), "interrupted; nothing is lost, run the same command again")

@@ -58,7 +58,7 @@ def read_workdir(path: Path) -> Pretrained:
     origin_aspect = "square"
     kept = [path / name for name in ("tokenizer.json", "tokenizer_config.json") if (path / name).is_file()]
     if source is None and home.missing_init:
-        cli.say(
+        cli.log(
             f"note: {home.missing_init}, which {path} was initialized from, is missing, and so are its source files"
         )
     if source is not None:

@@ -1,4 +1,4 @@
-"""Greedy answers to many questions about images, a batch at a time: what a benchmark asks of a model."""
+"""Greedy answers to the many questions of a benchmark about images, in batches."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from deltallava_jax.inference.model import Model
 from deltallava_jax.inference.sampling import Sampling
 from deltallava_jax.models import systems
 
-ROWS = 16  # questions a batch, where nothing is said
+ROWS = 16  # questions per batch by default
 Question = tuple[Sequence[Image.Image], str]  # images, which go before the text, and the text
 
 
 class Answerer:
-    """A model over all devices of this process: each has its parameters and a share of a batch's rows."""
+    """A model replicated over the devices of this process, each of which answers a share of a batch's rows."""
 
     def __init__(self, model: Model, *, budget: int | None = None, rows: int | str = ROWS):
-        """rows: questions a batch, rounded up to a multiple of the devices; also as text, "auto" for ROWS. Raises
-        ConfigError for what is no number above 0, for a budget that the projector does not make, and for a model that
-        is not whole or has no tokenizer."""
+        """rows: questions per batch, rounded up to a multiple of the devices; also as text, "auto" for ROWS. Raises
+        ConfigError for rows below 1, for a budget that the projector does not make, and for a model that is not whole
+        or has no tokenizer."""
         rows = _whole(rows)
         model.cfg.require_whole("a benchmark")
         if model.tokenizer is None:
@@ -42,37 +42,39 @@ class Answerer:
         self._engine = Engine(jax.device_put(model.params, shared), model.cfg)
 
     def __call__(self, questions: Sequence[Question], max_new_tokens: int) -> list[str | BadSample]:
-        """An answer to each, in order. Questions with as many images, up to ``rows`` of them, are one batch, filled up
-        by its last question: few shapes, few compiles. An image that cannot be read is answered with the BadSample
-        that says why."""
-        seen = [self._pixels(images) for images, _ in questions]
-        answers = [found if isinstance(found, BadSample) else "" for found in seen]
+        """An answer to each, in order. A batch has questions with equally many images and is filled up to ``rows`` with
+        its last question, so that few shapes are compiled. Where an image cannot be read the answer is the BadSample
+        with the reason."""
+        loaded = [self._pixels(images) for images, _ in questions]
+        answers = [found if isinstance(found, BadSample) else "" for found in loaded]
         for count in sorted({len(images) for images, _ in questions}):
             able = [place for place, answer in enumerate(answers) if not isinstance(answer, BadSample)]
             places = [place for place in able if len(questions[place][0]) == count]
             for start in range(0, len(places), self.rows):
                 chosen = places[start : start + self.rows]
                 filled = chosen + chosen[-1:] * (self.rows - len(chosen))
-                texts, pixels = [questions[place][1] for place in filled], [seen[place] for place in filled]
+                texts = [questions[place][1] for place in filled]
+                pixels = [loaded[place] for place in filled]
                 found = self._batch(texts, pixels, count, max_new_tokens)
                 for place, answer in zip(chosen, found[: len(chosen)], strict=True):
                     answers[place] = answer
         return answers
 
     def _pixels(self, images: Sequence[Image.Image]) -> list[np.ndarray] | BadSample:
-        size, fill = self.model.cfg.vision.image_size, self.model.cfg.vision.mean_color
+        vision = self.model.cfg.vision
         try:
-            return [load_image(image, size, self.model.aspect, fill) for image in images]
+            return [load_image(image, vision.image_size, self.model.aspect, vision.mean_color) for image in images]
         except BadSample as error:
             return error
 
     def _batch(
         self, questions: list[str], pixels: list[list[np.ndarray]], images: int, max_new_tokens: int
     ) -> list[str]:
-        model, template = self.model, TEMPLATES[self.model.template]
+        model = self.model
+        template = TEMPLATES[model.template]
         conversations = [prompt_conversation([(text.replace(IMAGE, ""), None)], images) for text in questions]
-        read = systems.question_length(model.cfg.projector)
-        prompts = [tokenize(each, template, model.tokenizer, question_length=read) for each in conversations]
+        question_length = systems.question_length(model.cfg.projector)
+        prompts = [tokenize(each, template, model.tokenizer, question_length=question_length) for each in conversations]
         length = bucket(max(len(prompt.ids) for prompt in prompts))
         batch = jax.device_put(prompt_batch(prompts, length), self._split)
         visual = None, None
@@ -96,15 +98,15 @@ def _whole(rows: int | str) -> int:
     return count
 
 
-class Kept:
-    """Answers in files of a folder, one a process, a line an answer: what a killed evaluation has finished."""
+class SavedAnswers:
+    """Finished answers in a folder, one file per process and one line per answer, for resuming a killed evaluation."""
 
     def __init__(self, folder: Path | None, process: int = 0):
-        """folder: None keeps nothing."""
+        """folder: None saves nothing."""
         self._folder, self._process = folder, process
 
     def read(self) -> dict[str, str]:
-        """{key: answer} of all processes' files. A line that was cut short by a kill is left out."""
+        """{key: answer} of all processes' files. A line truncated by a kill is skipped."""
         found = {}
         for file in sorted(self._folder.glob("*.jsonl")) if self._folder else ():
             for line in file.read_text().splitlines():
@@ -120,7 +122,7 @@ class Kept:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{self._process}.jsonl"
-        broken = path.exists() and not path.read_bytes().endswith(b"\n")  # the kill left half a line
+        broken = path.exists() and not path.read_bytes().endswith(b"\n")  # a kill truncated the last line
         with path.open("a") as file:
             file.write("\n" if broken else "")
             file.writelines(json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items())

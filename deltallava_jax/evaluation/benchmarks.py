@@ -1,4 +1,4 @@
-"""The paper's benchmarks of one checkpoint at several budgets, with everything that a result needs to be compared."""
+"""The paper's benchmarks of one checkpoint at several budgets, with the metadata needed to compare results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from deltallava_jax.workdir import Workdir
 PACKAGES = ("jax", "flax", "numpy", "pillow", "tokenizers", "transformers", "lmms-eval", "datasets", "torch")
 
 
-def run(
+def evaluate_tasks(
     model: Model,
     cfg: Config,
     tasks: Sequence[str],
@@ -36,23 +36,23 @@ def run(
 ) -> None:
     """Writes a result for each task and budget (``Workdir.write_report``).
 
-    Answers are kept in WORKDIR/eval/answers: a killed run goes on with them, and asks nothing twice. options:
+    Answers are saved in WORKDIR/eval/answers, from which a killed evaluation resumes. options:
     eval.py's offline, limit, batch and overrides. Raises ConfigError as evaluation/lmms.py does."""
-    if options.offline:  # before anything imports the library that looks at them
+    if options.offline:  # read when the libraries are imported
         os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
     from deltallava_jax.evaluation import lmms
 
     folder = workdir.results
     for budget in budgets:
         began = time.monotonic()
-        # Another step or setting gives other answers; what is asked is part of each answer's key.
+        # Answers depend on the step and the settings; the question is part of each answer's key.
         state = hashlib.sha256(json.dumps([step, budget, to_dict(cfg.model)]).encode()).hexdigest()[:16]
-        asked = lmms.DeltaLlava(
+        adapter = lmms.DeltaLlava(
             model, budget=budget, batch_size=options.batch, answers=folder / "answers" / f"{budget}-{state}"
         )
-        # Every process scores all answers, in a folder of its own; the first one writes the results.
+        # Every process scores all answers, in a separate folder; the first one writes the results.
         scratch = folder / "lmms" / str(jax.process_index())
-        scored = lmms.evaluate(asked, tasks, scratch, offline=options.offline, limit=options.limit)
+        scored = lmms.evaluate(adapter, tasks, scratch, offline=options.offline, limit=options.limit)
         common = {
             "model": str(workdir),
             "system": cfg.model.system,
@@ -70,11 +70,11 @@ def run(
             workdir.write_report({"task": task} | report | common)
             metrics = ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items())
             unread = f" ({len(report['unread'])} with an image that cannot be read)" if report["unread"] else ""
-            cli.say(f"{task} at {budget} tokens, {report['n']} documents{unread}: {metrics}")
+            cli.log(f"{task} at {budget} tokens, {report['n']} documents{unread}: {metrics}")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that answers and scores come from."""
+    """Versions of Python and of the packages that answers and scores depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -87,7 +87,10 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """The commit of this code, with ``+`` where files differ from it; None outside a repository."""
     here = Path(__file__).resolve().parent
-    git = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout
+
     try:
         return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,7 +1,7 @@
-"""CIDEr of captions without Java: how much of a caption's n-grams its references share, rare ones counting more.
+"""CIDEr of captions without Java: the n-grams that captions share with their references, rare ones weighted more.
 
 The numbers are those of pycocoevalcap's Cider (github.com/salaniz/pycocoevalcap), that is CIDEr-D (Vedantam et al.,
-2015), on text that is tokenized already; COCO's own tokenizer, in Java, is lmms-eval's part."""
+2015), on tokenized text; COCO's tokenizer, in Java, is run by lmms-eval."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ SCALE = 10.0
 
 
 def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """A score for each caption against its references; words are what blanks part. The mean is the data set's score.
+    """A score for each caption against its references, split at whitespace. The mean is the data set's score.
 
-    An n-gram weighs by the number of images in whose references it occurs, so a score belongs to its data set; of a
-    single image all weights are zero. Raises ValueError for lists of different lengths and a caption without
+    An n-gram is weighted by the number of images in whose references it occurs, so scores depend on the data set; with
+    a single image all weights are zero. Raises ValueError for lists of different lengths and a caption without
     references."""
     if len(captions) != len(references) or not all(references):
         raise ValueError(f"{len(captions)} captions and {len(references)} lists of references; each needs one or more")
-    told = [[_ngrams(text) for text in texts] for texts in references]
-    images = Counter(gram for texts in told for gram in set().union(*texts))
-    weigh = lambda counts: {
-        gram: count * (math.log(len(captions)) - math.log(max(1, images[gram]))) for gram, count in counts.items()
-    }
+    reference_ngrams = [[_ngrams(text) for text in texts] for texts in references]
+    images = Counter(gram for texts in reference_ngrams for gram in set().union(*texts))
+
+    def weigh(counts: Counter) -> dict:
+        total = math.log(len(captions))
+        return {gram: count * (total - math.log(max(1, images[gram]))) for gram, count in counts.items()}
+
     scores = []
-    for caption, texts in zip(captions, told, strict=True):
+    for caption, texts in zip(captions, reference_ngrams, strict=True):
         own = _ngrams(caption)
         alike = [_likeness(own, text, weigh(own), weigh(text)) for text in texts]
         scores.append(SCALE * sum(alike) / len(alike))
@@ -41,13 +43,16 @@ def _ngrams(text: str) -> Counter:
 
 
 def _likeness(own: Counter, other: Counter, mine: dict, theirs: dict) -> float:
-    """The mean over the orders of a cosine in which no n-gram counts more often than the reference has it."""
+    """The mean over the orders of a cosine that counts no n-gram more often than the reference has it."""
     total = 0.0
     for order in range(1, ORDERS + 1):
         ours, others = ({g: w for g, w in weights.items() if len(g) == order} for weights in (mine, theirs))
         shared = sum(min(weight, others.get(gram, 0.0)) * others.get(gram, 0.0) for gram, weight in ours.items())
         scale = math.hypot(*ours.values()) * math.hypot(*others.values())
         total += shared / scale if scale else 0.0
-    # The original counts bigrams for the lengths.
-    pairs = lambda counts: sum(count for gram, count in counts.items() if len(gram) == 2)
-    return total / ORDERS * math.exp(-((pairs(own) - pairs(other)) ** 2) / (2 * SIGMA**2))
+    difference = _bigrams(own) - _bigrams(other)  # the original measures lengths in bigrams
+    return total / ORDERS * math.exp(-(difference**2) / (2 * SIGMA**2))
+
+
+def _bigrams(counts: Counter) -> int:
+    return sum(count for gram, count in counts.items() if len(gram) == 2)

@@ -1,8 +1,8 @@
 """Our models in lmms-eval (github.com/EvolvingLMMs-Lab/lmms-eval): the paper's benchmarks, by the official prompts and
 scorers. In process from eval.py, and as ``lmms-eval --model deltallava_jax --model_args path=DIR,budget=36``.
 
-As lmms-eval's own LLaVA model does, images go before the text, decoding is greedy and ``until`` is not looked at.
-lmms-eval is not one of our requirements: requirements-eval.txt says how it is installed. Only eval.py and the
+As lmms-eval's own LLaVA model does, images go before the text, decoding is greedy and ``until`` is ignored.
+lmms-eval is not one of our requirements; requirements-eval.txt explains its installation. Only eval.py and the
 ``lmms-eval`` command import this module."""
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from PIL import Image
 
 from deltallava_jax import cli
 from deltallava_jax.errors import BadSample, ConfigError
-from deltallava_jax.evaluation.answers import ROWS, Answerer, Kept, Question
-from deltallava_jax.evaluation.tasks import DATA, not_fetched, official_name
+from deltallava_jax.evaluation.answers import ROWS, Answerer, Question, SavedAnswers
+from deltallava_jax.evaluation.tasks import DATA, fetch_error, official_name
 from deltallava_jax.inference.model import Model
 from deltallava_jax.parallel import hosts
 from deltallava_jax.progress import progress_bar
 
-MAX_NEW_TOKENS = 1024  # lmms-eval's LLaVA model, where a task does not say
+MAX_NEW_TOKENS = 1024  # the default of lmms-eval's LLaVA model
 
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # in a sheet, such as MMBench's scorer writes, an error
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # an error in the sheet that MMBench's scorer writes
 
 
 def manifest():
-    """What the entry point lmms_eval.models loads."""
+    """Loaded by the entry point lmms_eval.models."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("deltallava_jax", simple_class_path=f"{__name__}.DeltaLlava")
 
 
 class DeltaLlava(lmms):
-    """A model of ours, answering lmms-eval's requests."""
+    """Answers lmms-eval's requests with one of our models."""
 
     is_simple = True
 
@@ -54,10 +54,9 @@ class DeltaLlava(lmms):
         device: str | None = None,
         max_batch_size: int | None = None,
     ):
-        """path: a workdir, a folder in Hugging Face's or LLaVA's layout, or a loaded model. budget: visual tokens an
-        image. batch_size: questions at a time, or "auto". answers: a folder that keeps finished answers: with the same
-        folder a run goes on where it was killed. device, max_batch_size: what lmms-eval passes; JAX has its devices
-        already.
+        """path: a workdir, a folder in Hugging Face's or LLaVA's layout, or a loaded model. budget: visual tokens per
+        image. batch_size: questions at a time, or "auto". answers: a folder for finished answers, from which a killed
+        evaluation resumes. device, max_batch_size: passed by lmms-eval and ignored.
 
         Several processes of one jax.distributed run share the questions, and each gets all the answers."""
         super().__init__()
@@ -65,52 +64,55 @@ class DeltaLlava(lmms):
 
         model = path if isinstance(path, Model) else deltallava_jax.load(path)
         self._answer = Answerer(model, budget=budget, rows=batch_size)
-        self._kept = Kept(Path(answers) if answers else None, jax.process_index())
+        self._saved = SavedAnswers(Path(answers) if answers else None, jax.process_index())
         self.unread: dict[str, str] = {}  # TASK/SPLIT/DOCUMENT -> why its image cannot be read; its answer is empty
-        self._budget, self.batch_size = self._answer.budget, self._answer.rows
+        self._budget = self._answer.budget
+        self.batch_size = self._answer.rows
 
     @property
     def device(self):
-        """Of the tensors in which lmms-eval counts requests."""
+        """The device of the tensors in which lmms-eval counts requests."""
         import torch
 
         return torch.device("cpu")
 
     def generate_until(self, requests: Sequence) -> list[str]:
         """An answer to each request; its arguments are (context, options, doc_to_visual, document, task, split)."""
-        keys, kept = [self._key(request) for request in requests], self._kept.read()
-        done = self._of_all({place: kept[key] for place, key in enumerate(keys) if key in kept})
-        open_ = [place for place in range(len(keys)) if place not in done]
-        # Short prompts together; every process takes each n-th question, so that all have as much to do.
-        open_.sort(key=lambda place: (_most(requests[place]), len(requests[place].args[0]), place))
-        mine, new, unread = open_[jax.process_index() :: jax.process_count()], {}, {}
+        keys = [self._key(request) for request in requests]
+        saved = self._saved.read()
+        done = self._gather({place: saved[key] for place, key in enumerate(keys) if key in saved})
+        pending = [place for place in range(len(keys)) if place not in done]
+        # Short prompts first; each process takes every n-th question, for an equal load.
+        pending.sort(key=lambda place: (_token_limit(requests[place]), len(requests[place].args[0]), place))
+        mine = pending[jax.process_index() :: jax.process_count()]
+        new, unread = {}, {}
         bar = progress_bar(
             what="answering", total=len(mine), unit="questions", shown=hosts.leads() and bool(mine), keep=True
         )
         while mine:
-            most = _most(requests[mine[0]])
-            chosen = [place for place in mine[: self.batch_size] if _most(requests[place]) == most]
+            limit = _token_limit(requests[mine[0]])
+            chosen = [place for place in mine[: self.batch_size] if _token_limit(requests[place]) == limit]
             mine = mine[len(chosen) :]
             asked = {place: self._question(requests[place]) for place in chosen}
             found = {place: bad for place, bad in asked.items() if isinstance(bad, BadSample)}
             able = [place for place in chosen if place not in found]
-            found |= zip(able, self._answer([asked[place] for place in able], most), strict=True)
+            found |= zip(able, self._answer([asked[place] for place in able], limit), strict=True)
             bad = {place: str(answer) for place, answer in found.items() if isinstance(answer, BadSample)}
             answered = {place: answer for place, answer in found.items() if place not in bad}
-            self._kept.add({keys[place]: answer for place, answer in answered.items()})
+            self._saved.add({keys[place]: answer for place, answer in answered.items()})
             new, unread = new | answered, unread | bad
             bar.update(len(chosen))
         bar.close()
-        unread = self._of_all(unread)
-        self._list({_document(requests[place]): reason for place, reason in sorted(unread.items())})
-        done |= self._of_all(new) | dict.fromkeys(unread, "")
+        unread = self._gather(unread)
+        self._report_unread({_document(requests[place]): reason for place, reason in sorted(unread.items())})
+        done |= self._gather(new) | dict.fromkeys(unread, "")
         return [UNPRINTABLE.sub("", done[place]) for place in range(len(keys))]
 
     def loglikelihood(self, requests: Sequence):
-        raise NotImplementedError("tasks that compare likelihoods are not here: deltallava_jax answers")
+        raise NotImplementedError("deltallava_jax does not support tasks that compare likelihoods")
 
     def generate_until_multi_round(self, requests: Sequence):
-        raise NotImplementedError("tasks of several rounds are not here: deltallava_jax answers one")
+        raise NotImplementedError("deltallava_jax does not support tasks of several rounds")
 
     def _question(self, request) -> Question | BadSample:
         context, _, doc_to_visual, document, task, split = request.args
@@ -121,23 +123,23 @@ class DeltaLlava(lmms):
                 raise
             return BadSample(f"image: {error}", "unreadable")
 
-    def _list(self, unread: dict[str, str]) -> None:
-        """Keeps and names the documents whose image cannot be read."""
+    def _report_unread(self, unread: dict[str, str]) -> None:
+        """Records and logs the documents whose image cannot be read."""
         self.unread |= unread
         if unread and hosts.leads():
-            cli.say(f"{len(unread)} answers are empty, as an image of the question cannot be read:")
+            cli.log(f"{len(unread)} answers are empty because an image of the question cannot be read:")
             for document, reason in unread.items():
-                cli.say(f"  {document}: {reason}")
+                cli.log(f"  {document}: {reason}")
 
     def _key(self, request) -> str:
-        """Says whether a kept answer is to this very request: the data, the prompt and the tokens it may take."""
+        """Identifies a request by its data, its prompt and its token limit."""
         context, _, _, document, task, split = request.args
         data = getattr(self.task_dict[task][split], "_fingerprint", "")
-        asked = json.dumps([data, context, _most(request), self._budget])
-        return f"{_document(request)}/{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+        identity = json.dumps([data, context, _token_limit(request), self._budget])
+        return f"{_document(request)}/{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
     @staticmethod
-    def _of_all(own: dict[int, str]) -> dict[int, str]:
+    def _gather(own: dict[int, str]) -> dict[int, str]:
         """The entries of all processes."""
         found = {}
         for text in hosts.gather(json.dumps(list(own.items()))):
@@ -149,7 +151,7 @@ def _document(request) -> str:
     return "/".join(map(str, (*request.args[4:6], request.args[3])))
 
 
-def _most(request) -> int:
+def _token_limit(request) -> int:
     return int(request.args[1].get("max_new_tokens") or MAX_NEW_TOKENS)
 
 
@@ -159,7 +161,7 @@ def _most(request) -> int:
 def evaluate(model: lmms, tasks: Sequence[str], folder: Path, *, offline: Path | None = None, limit: int = 0) -> dict:
     """{task: {"metrics": {name: value}, "n": documents, "unread": {document: reason}}} of official tasks by name.
 
-    folder: for the files that scorers write. offline: a folder of local copies, one a task (evaluation/tasks.py).
+    folder: for the files that scorers write. offline: a folder with a local copy for each task (evaluation/tasks.py).
     limit: only the first documents. Raises ConfigError for an unknown task, a missing copy, or data that cannot be
     fetched."""
     from lmms_eval.evaluator import simple_evaluate
@@ -176,23 +178,23 @@ def evaluate(model: lmms, tasks: Sequence[str], folder: Path, *, offline: Path |
         )
     if unknown := [task for task, name in names.items() if name not in manager.all_tasks]:
         raise ConfigError(f"lmms-eval has no task {unknown[0]!r}; the paper's: {', '.join(DATA)}")
-    # What the command line would hold: scorers write below output_path, and take documents without their images.
+    # As from the command line: scorers write below output_path and get documents without their images.
     options = argparse.Namespace(output_path=str(folder), process_with_media=False)
-    with contextlib.redirect_stdout(sys.stderr):  # scorers talk
+    with contextlib.redirect_stdout(sys.stderr):  # scorers print
         try:
             found = simple_evaluate(
                 model, tasks=list(names.values()), task_manager=manager, cli_args=options, batch_size=model.batch_size,
                 limit=limit or None, log_samples=False, bootstrap_iters=0, verbosity="ERROR",
             )  # fmt: skip
         except Exception as error:
-            if reason := not_fetched(error):
-                raise ConfigError(f"the data of {', '.join(tasks)} is not here: {reason}") from error
+            if reason := fetch_error(error):
+                raise ConfigError(f"the data of {', '.join(tasks)} cannot be loaded: {reason}") from error
             raise
     return {task: _scores(found, name, getattr(model, "unread", {})) for task, name in names.items()}
 
 
 def _scores(found: dict, name: str, unread: dict[str, str]) -> dict:
-    """Of a task or, for a group, of the group."""
+    """The scores of a task or a group of tasks."""
     tasks = found.get("group_subtasks", {}).get(name) or [name]
     metrics = {}
     for key, value in found["results"][name].items():

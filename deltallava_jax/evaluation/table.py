@@ -1,4 +1,4 @@
-"""Results in the form of the paper's Table 1, beside the paper's own rows, marked as such."""
+"""Results in the form of the paper's Table 1, followed by the paper's rows, marked as such."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = {
     "Nocaps": ("nocaps_val", "nocaps_CIDEr", 100),
     "Flickr30k": ("flickr30k_test", "flickr_CIDEr", 100),
 }
-# The paper's Table 1 (Vicuna-7B; 13B where it says so), captions from its Table 6: (method, tokens, values by column).
+# The paper's Table 1 (Vicuna-7B; 13B where stated), captions from its Table 6: (method, tokens, values by column).
 PAPER = (
     ("LLaVA-1.5", "576", (62.0, 64.3, 1510.7, 85.9, 66.8, 58.2, 50.0, 78.5, 99.8, 67.9)),
     ("TokenPacker", "144", (61.9, 65.1, None, 87.0, None, None, 52.0, 77.9)),
@@ -50,17 +50,17 @@ PAPER = (
     ("Delta-LLaVA", "1", (53.7, 57.6, 1257.9, 82.4, 68.7, 48, 51, 66.1, 85.5, 57.7)),
 )
 NOTES = """\
-Rows marked (paper) are printed in Delta-LLaVA's Tables 1 and 6; nothing in them was run here. They mix protocols: the
+Rows marked (paper) are printed in Delta-LLaVA's Tables 1 and 6; they were not measured here. They mix protocols: the
 LLaVA-1.5 row is the model zoo's (VizWiz test, VQAv2 test-dev, TextVQA with OCR tokens), those of Delta-LLaVA are
 lmms-eval's val splits without OCR tokens, the others are taken from their papers. Compare rows of one harness only.
 Several of Table 6's captions for Delta-LLaVA repeat FastV's. Ours: POPE is F1 over the three kinds, MME perception,
-Nocaps and Flickr30k CIDEr; MMBench is read without GPT unless OPENAI_API_KEY is set."""
+Nocaps and Flickr30k CIDEr; MMBench is scored without GPT unless OPENAI_API_KEY is set."""
 
 
-def table(folders: Sequence[Path]) -> str:
+def format_table(folders: Sequence[Path]) -> str:
     """Markdown: a row for each workdir and number of tokens with results in its ``eval`` folder, then the paper's.
 
-    Only columns that one of ours has, and whole evaluations (``Workdir.reports``)."""
+    Only columns with a value in one of ours, and only whole evaluations (``Workdir.reports``)."""
     ours = [row for folder in folders for row in _ours(folder)]
     columns = [place for place in range(len(COLUMNS)) if any(cells[place] for _, _, cells in ours)]
     rows = [(name, tokens, [cells[place] or "" for place in columns]) for name, tokens, cells in ours]
@@ -68,14 +68,17 @@ def table(folders: Sequence[Path]) -> str:
         cells = [f"{values[place]:g}" if place < len(values) and values[place] is not None else "" for place in columns]
         if any(cells):
             rows.append((f"{method} (paper)", tokens, cells))
-    line = lambda cells: "| " + " | ".join(cells) + " |"
     head = ["Method", "Tokens", *(list(COLUMNS)[place] for place in columns)]
-    lines = [line(head), "|" + "---|" * len(head), *(line([name, tokens, *cells]) for name, tokens, cells in rows)]
+    lines = [_line(head), "|" + "---|" * len(head), *(_line([name, tokens, *cells]) for name, tokens, cells in rows)]
     return "\n".join([*lines, "", NOTES])
 
 
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def _ours(folder: Path) -> list[tuple[str, str, list[str]]]:
-    """(workdir, tokens, a cell a column) of each budget of a workdir, the most tokens first."""
+    """(workdir, tokens, a cell for each column) of each budget of a workdir, the most tokens first."""
     found: dict[int, dict[str, dict]] = {}
     for report in Workdir(folder).reports():
         if "metrics" in report:

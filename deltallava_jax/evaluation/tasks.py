@@ -27,28 +27,28 @@ DATA = {
 CAPTIONS = ("nocaps_val", "flickr30k_test")
 
 
-def require(tasks: Sequence[str]) -> None:
-    """ConfigError unless what these tasks need is installed; lmms-eval itself knows more tasks than the paper's."""
+def require_installed(tasks: Sequence[str]) -> None:
+    """Raises ConfigError unless the tasks' requirements are installed; lmms-eval has more tasks than the paper's."""
     if importlib.util.find_spec("lmms_eval") is None:
         if unknown := [task for task in tasks if task not in DATA]:
             raise ConfigError(f"unknown task {unknown[0]!r}; known: easy_vqa, {', '.join(DATA)}")
-        raise ConfigError(f"task {tasks[0]!r} needs lmms-eval; requirements-eval.txt says how it is installed")
+        raise ConfigError(f"task {tasks[0]!r} needs lmms-eval; requirements-eval.txt explains its installation")
     if any(task in CAPTIONS for task in tasks) and shutil.which("java") is None:
-        raise ConfigError("the tokenizer of pycocoevalcap, with which captions are scored, needs a java on the PATH")
+        raise ConfigError("captions are scored with pycocoevalcap's tokenizer, which needs java on the PATH")
 
 
 def official_name(task: str, offline: bool) -> str:
-    """The task that lmms-eval is asked for. MMBench's default scorer lets GPT read answers that name no option; where
-    it cannot, the scorer without GPT is taken."""
+    """lmms-eval's name of the task. MMBench's default scorer has GPT interpret answers that name no option; without a
+    key for it, the scorer without GPT is used."""
     if task == "mmbench_en_dev" and not offline and not os.environ.get("OPENAI_API_KEY"):
         return "mmbench_en_dev_static"
     return task
 
 
 def local_copy(task: str, data: Path) -> Path:
-    """The folder DATA/TASK. Raises ConfigError for a task that is not one of ours, and with what is expected there."""
+    """The folder DATA/TASK. Raises ConfigError for a task that is not one of ours, and for a missing or wrong copy."""
     if task not in DATA:
-        raise ConfigError(f"--offline knows no task {task!r}; known: {', '.join(DATA)}")
+        raise ConfigError(f"--offline: unknown task {task!r}; known: {', '.join(DATA)}")
     split, copy = DATA[task][1], (data / task).resolve()
     try:
         splits = json.loads((copy / "dataset_dict.json").read_text())["splits"]
@@ -65,17 +65,17 @@ def local_copy(task: str, data: Path) -> Path:
     return copy
 
 
-def not_fetched(error: BaseException) -> str | None:
+def fetch_error(error: BaseException) -> str | None:
     """One line on an error of Hugging Face's hub or of lmms-eval's retries around it; None for any other error."""
     retried = type(error).__name__ == "RetryError" and hasattr(error, "last_attempt")  # tenacity's: it hides the cause
     error = (retried and error.last_attempt.exception()) or error
     of_the_hub = any(kind.__module__.split(".")[0] in ("huggingface_hub", "datasets") for kind in type(error).__mro__)
-    if not (of_the_hub or (retried and isinstance(error, OSError))):  # scoring is tried several times as well
+    if not (of_the_hub or (retried and isinstance(error, OSError))):  # scoring is retried, too
         return None
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return (
-        f"{type(error).__name__}: {line.rstrip('.')}. Some data sets are given only to those who are logged in "
-        "(hf auth login) and have accepted their terms; copies on disk are read with --offline"
+        f"{type(error).__name__}: {line.rstrip('.')}. Some data sets require a login "
+        "(hf auth login) and the acceptance of their terms; local copies are used with --offline"
     )
 
 

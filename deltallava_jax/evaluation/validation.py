@@ -14,9 +14,9 @@ from deltallava_jax.training.metrics import Metrics
 
 
 def validation(cfg: Config, tokenizer: Tokenizer) -> Callable[[Params, Metrics, int], float] | None:
-    """What the loop calls every training.eval_every steps: (params, metrics, step) -> the mean accuracy over the
-    budgets, each of which is told; None for a data set without questions to evaluate. Raises ConfigError where
-    training.keep_best needs them."""
+    """The function that the loop calls every training.eval_every steps: (params, metrics, step) -> the mean accuracy
+    over the budgets, each of which is logged; None for a data set without an evaluation. Raises ConfigError where
+    training.keep_best needs one."""
     if cfg.data.dataset not in TASKS:
         if cfg.training.keep_best:
             raise ConfigError(f"training.keep_best: no evaluation during training for data.dataset={cfg.data.dataset}")
@@ -29,8 +29,8 @@ def validation(cfg: Config, tokenizer: Tokenizer) -> Callable[[Params, Metrics, 
                 params, cfg, tokenizer, budget=budget, limit=cfg.evaluation.limit, progress=False
             )
             by_type = ", ".join(f"{kind} {score['accuracy']:.4f}" for kind, score in report["by_type"].items())
-            metrics.say(f"step {step}: {report['task']} {report['accuracy']:.4f} at {budget} tokens ({by_type})")
-            metrics.evaluated(step, {f"{report['task']}_{budget}": report["accuracy"]})
+            metrics.log(f"step {step}: {report['task']} {report['accuracy']:.4f} at {budget} tokens ({by_type})")
+            metrics.log_evaluation(step, {f"{report['task']}_{budget}": report["accuracy"]})
             accuracies.append(report["accuracy"])
         return sum(accuracies) / len(accuracies)
 

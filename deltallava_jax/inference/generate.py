@@ -1,4 +1,4 @@
-"""Prompts in, tokens or text out: the host side of the engine, whose device side is slots.py."""
+"""The host side of the engine: from prompts to tokens and text. Its device side is slots.py."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from deltallava_jax.models import decoder, systems
 from deltallava_jax.models.layers import Params
 from deltallava_jax.sequence import Batch
 
-STREAMED = 4  # tokens between two looks at an answer's text
+STREAMED = 4  # tokens decoded between two updates of an answer's text
 
 
 def bucket(length: int) -> int:
-    """The padded length for a length: 16, 24, 32, 48, 64, 96, ..., so that few are compiled and little is padding."""
+    """The padded length for a length: 16, 24, 32, 48, 64, 96, ...: few shapes to compile, little padding."""
     size = 16
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
@@ -35,7 +35,7 @@ def bucket(length: int) -> int:
 
 
 def prompt_batch(prompts: Sequence[Tokenized], length: int) -> Batch:
-    """Prompts, one a row, padded on the right to ``length`` text tokens; images are given encoded.
+    """Prompts, one per row, padded on the right to ``length`` text tokens; without pixels.
 
     Raises ValueError for a prompt that is longer or empty."""
     images = max(len(prompt.image_positions) for prompt in prompts)
@@ -43,7 +43,7 @@ def prompt_batch(prompts: Sequence[Tokenized], length: int) -> Batch:
     for row, prompt in enumerate(prompts):
         count = len(prompt.ids)
         if not 0 < count <= length:
-            raise ValueError(f"a prompt of {count} tokens in a batch of length {length}")
+            raise ValueError(f"a prompt has {count} tokens; expected 1 to {length}")
         batch.tokens[row, :count] = prompt.ids
         batch.segments[row, :count] = 1
         batch.image_positions[row, : len(prompt.image_positions)] = prompt.image_positions
@@ -59,8 +59,8 @@ class Engine:
     visual, valid = engine.encode(pixels, prompts, budget=16)
     ids = engine.tokens(prompts, visual, valid, Sampling(max_new_tokens=32), end=tokenizer.eos)
 
-    params: as ``deltallava_jax.load`` reads them, over as many devices as they lie on; or with the decoder as it
-    trains, which is then held a second time. Raises ConfigError for a model without a decoder."""
+    params: as ``deltallava_jax.load`` reads them, on one device or sharded; with a decoder in its training form a
+    second copy of it is made. Raises ConfigError for a model without a decoder."""
 
     def __init__(self, params: Params, cfg: ModelConfig):
         if cfg.decoder is None:
@@ -71,33 +71,33 @@ class Engine:
     def encode(
         self, images: UInt8[np.ndarray, "n H W 3"], prompts: Batch | None = None, *, budget: int | None = None
     ) -> tuple[Float[Array, "n V d"], Bool[Array, "n V"] | None]:
-        """Visual tokens of images, which fill the image places of ``prompts`` row by row; and which of them are there.
+        """Visual tokens of images, which fill the image places of ``prompts`` row by row, and which of them are valid.
 
         Raises ConfigError as ``budget``, ValueError where ``prompts`` has another number of places."""
         budget = self.budget(budget)
         if prompts is not None:
-            _check_places(prompts, len(images))
+            _require_matching_images(prompts, len(images))
         if not len(images):
             return np.zeros((0, 1, self.cfg.decoder.width), self.cfg.dtype), None
-        asked = prompts if systems.reads_question(self.cfg.projector) else None
-        return device.encode(self.params, self.cfg, images, asked, budget=budget)
+        questions = prompts if systems.reads_question(self.cfg.projector) else None
+        return device.encode(self.params, self.cfg, images, questions, budget=budget)
 
-    def budget(self, asked: int | None) -> int:
-        """Visual tokens an image: ``asked``, or by default the most (1 for a decoder alone, which has no images).
+    def budget(self, requested: int | None) -> int:
+        """Visual tokens per image: ``requested``, by default the most (1 for a decoder alone, which takes no images).
 
         Raises ConfigError for a number that the projector does not make."""
-        if asked is not None and (isinstance(asked, bool) or not isinstance(asked, (int, np.integer))):
-            raise ConfigError(f"budget={reprlib.repr(asked)}; expected a whole number of visual tokens an image")
+        if requested is not None and (isinstance(requested, bool) or not isinstance(requested, (int, np.integer))):
+            raise ConfigError(f"budget={reprlib.repr(requested)}; expected a whole number of visual tokens per image")
         if self.cfg.whole:
             try:
-                return systems.check_budget(self.cfg.projector, asked)
+                return systems.check_budget(self.cfg.projector, requested)
             except ConfigError as error:
                 raise ConfigError(f"budget: {error}") from error
-        if asked is not None:
-            raise ConfigError(f"budget={asked}: the model has no vision tower, so it cannot read images")
+        if requested is not None:
+            raise ConfigError(f"budget={requested}: the model has no vision tower, so it takes no images")
         return 1
 
-    def begin(
+    def prefill(
         self,
         prompts: Batch,
         visual: Float[Array, "n V d"],
@@ -107,11 +107,11 @@ class Engine:
         *,
         capacity: int = 0,
     ) -> Slots:
-        """Slots that have read their prompts and said one token, one a row, with room for the longest answer.
+        """Slots, one per row, with the prompts in their caches, the first token, and space for the longest answer.
 
-        capacity: tokens that a slot holds; 0: as few as will do. Raises ValueError where the image places are not as
-        many as the images."""
-        _check_places(prompts, len(visual))
+        capacity: tokens that a slot holds; 0: the smallest bucket that suffices. Raises ValueError where the numbers of
+        image places and images differ."""
+        _require_matching_images(prompts, len(visual))
         answer = max(row.max_new_tokens for row in sampling)
         capacity = capacity or bucket(self.row_length(prompts, visual.shape[1]) + answer)
         return device.prefill(
@@ -127,10 +127,10 @@ class Engine:
         sampling: Sampling,
         end: int,
     ) -> Slots:
-        """One conversation that goes on, with the caches that it has; they grow where the room is too small.
+        """Continues one conversation with its caches, which grow where the next turn does not fit.
 
-        Raises ValueError as ``begin``."""
-        _check_places(prompts, len(visual))
+        Raises ValueError as ``prefill``."""
+        _require_matching_images(prompts, len(visual))
         cache = slots.caches[0]
         needed = int(cache.length[0]) + self.row_length(prompts, visual.shape[1]) + sampling.max_new_tokens
         if needed > min(cache.live.shape[1] for cache in slots.caches):
@@ -140,7 +140,7 @@ class Engine:
         return device.extend(self.params, self.cfg, slots, prompts, visual, valid, controls([sampling], end))
 
     def decode(self, slots: Slots, steps: int = CHUNK) -> tuple[Slots, list[list[int]]]:
-        """Up to ``steps`` further tokens of every slot that is going."""
+        """Up to ``steps`` further tokens of every active slot."""
         slots, out = device.decode(self.params, self.cfg, slots, steps)
         return slots, [[int(token) for token in row if token >= 0] for row in np.asarray(out)]
 
@@ -153,14 +153,14 @@ class Engine:
         *,
         end: int,
     ) -> list[list[int]]:
-        """The answer of each row up to and including ``end`` (-1: none). Stop texts are for ``Answer``."""
+        """The answer of each row up to and including ``end`` (-1: none). Only ``Answer`` handles stop texts."""
         rows = len(prompts.tokens)
         sampling = [sampling] * rows if isinstance(sampling, Sampling) else sampling
         if visual is None:
             visual, valid = self.encode(np.zeros((0,)))
-        slots = self.begin(prompts, visual, valid, sampling, end)
+        slots = self.prefill(prompts, visual, valid, sampling, end)
         answers = [[token] for token in np.asarray(slots.token).tolist()]
-        while np.asarray(slots.going).any():
+        while np.asarray(slots.active).any():
             slots, new = self.decode(slots)
             for answer, more in zip(answers, new, strict=True):
                 answer += more
@@ -172,22 +172,22 @@ class Engine:
         return prompts.tokens.shape[1] + prompts.image_positions.shape[1] * (budget - 1)
 
 
-def _check_places(prompts: Batch, images: int) -> None:
-    """Without it, places beyond the images would read as NaN, and images beyond the places be lost."""
+def _require_matching_images(prompts: Batch, images: int) -> None:
+    """Raises ValueError unless each place has an image: others would become NaN, surplus images be dropped."""
     rows, places = prompts.image_positions.shape
     if rows * places != images:
         raise ValueError(f"{rows} prompts with {places} image places each, but {images} images")
 
 
 class Text:
-    """An answer's text as its tokens come. ``add`` gives what is certain: no half characters, no beginnings of a stop
-    text; ``close`` gives the rest. finish: "stop" or "length" once it has ended."""
+    """Decodes the text of an answer token by token. ``add`` returns the new text that is final: no incomplete
+    characters, no possible start of a stop text; ``close`` returns the rest. finish: "stop" or "length" at the end."""
 
     def __init__(self, tokenizer: Tokenizer, end: int, stop: Sequence[str] = ()):
         self.tokenizer = tokenizer
         self.end = end
         self.stop = stop
-        self.ids: list[int] = []  # of the text: without the end, and without the token that completed a stop text
+        self.ids: list[int] = []  # of the text: without the end token and the token that completed a stop text
         self.text = ""
         self.finish: str | None = None
 
@@ -201,9 +201,9 @@ class Text:
             self.finish = "stop"
             return self._upto(text[: min(found)])
         self.ids.append(token)
-        certain = text.rstrip("\ufffd")
-        held = max((_overlap(certain, stop) for stop in self.stop), default=0)
-        return self._upto(certain[: len(certain) - held])
+        final = text.rstrip("\ufffd")
+        held = max((_overlap(final, stop) for stop in self.stop), default=0)
+        return self._upto(final[: len(final) - held])
 
     def close(self) -> str:
         if self.finish is not None:
@@ -226,7 +226,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Clock:
-    """Seconds of ``with clock:`` blocks, those of tracing and compiling apart."""
+    """Seconds spent in ``with clock:`` blocks; tracing and compiling are measured separately."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -242,37 +242,37 @@ class Clock:
         compiling = 0.0
         reached = self._began
         spans = _programs.__dict__.pop("spans")
-        for begin, until in sorted(spans):  # tracing a function holds tracing those in it: each second counts once
+        for begin, until in sorted(spans):  # spans nest: each second counts once
             compiling += max(until - max(begin, reached), 0)
             reached = max(until, reached)
         self.seconds += end - self._began - compiling
         self.compiling += compiling
 
 
-_programs = threading.local()  # spans: when this thread has traced and compiled since a clock began
+_programs = threading.local()  # spans: (start, end) of this thread's tracing and compiling since its clock started
 
 
 @functools.cache
 def _listen() -> None:
-    def note(event: str, seconds: float, **_) -> None:
+    def record(event: str, seconds: float, **_) -> None:
         if event.startswith("/jax/core/compile/") and hasattr(_programs, "spans"):
             now = time.perf_counter()
             _programs.spans.append((now - seconds, now))
 
-    jax.monitoring.register_event_duration_secs_listener(note)
+    jax.monitoring.register_event_duration_secs_listener(record)
 
 
 class Answer:
-    """One answer while it is made: iterate over it for the pieces of its text.
+    """A streamed answer: iterate over it for the pieces of its text.
 
-    text, finish ("stop", "length", or "cancelled"): of what was said so far. tokens: how many were. seed: what it was
-    drawn with. seconds_to_first, seconds: from the start to the first token, and to the last, without what the caller
-    did between two pieces and without seconds_compiling."""
+    text, tokens (their number), finish ("stop", "length" or "cancelled"): of the answer so far. seed: of its sampling.
+    seconds_to_first, seconds: from the start to the first and to the last token, excluding the caller's time between
+    two pieces and seconds_compiling."""
 
     def __init__(
         self, engine: Engine, begin: Callable[[Sampling], Slots], text: Text, sampling: Sampling, stride: int = STREAMED
     ):
-        """begin: makes the slots, for a sampling that has a seed."""
+        """begin: makes the slots, given a sampling with a seed."""
         self._engine = engine
         self._begin = begin
         self._text = text
@@ -282,7 +282,7 @@ class Answer:
         self._cancelled = False
         self.seed = self._sampling.seed
         self.slots: Slots | None = None
-        self.said: list[int] = []  # by the device, which may be past a stop text
+        self.decoded: list[int] = []  # by the device, possibly past a stop text
         self.tokens = 0
         self.seconds_to_first = 0.0
 
@@ -292,7 +292,7 @@ class Answer:
             new = np.asarray(self.slots.token).tolist()
         self.seconds_to_first = self.seconds
         while True:
-            self.said += new
+            self.decoded += new
             for token in new:
                 self.tokens += 1
                 piece = self._text.add(token)
@@ -300,7 +300,7 @@ class Answer:
                     yield piece
                 if self._text.finish:
                     break
-            if self._text.finish or self._cancelled or not bool(self.slots.going[0]):
+            if self._text.finish or self._cancelled or not bool(self.slots.active[0]):
                 break
             with self._clock:
                 self.slots, (new,) = self._engine.decode(self.slots, self._stride)
@@ -330,7 +330,7 @@ class Answer:
         return self._text.ids
 
     def cancel(self) -> None:
-        """Lets the answer end with the tokens that it has; may be called from a signal handler or another thread."""
+        """Ends the answer at its current tokens; may be called from a signal handler or another thread."""
         self._cancelled = True
 
     def whole(self) -> str:
@@ -341,5 +341,5 @@ class Answer:
 
 
 def halted(slots: Slots, back: int) -> Slots:
-    """One conversation whose answer has ended and whose last ``back`` tokens that were read are forgotten."""
+    """One conversation after its answer, with the last ``back`` tokens removed from its caches."""
     return device.halt(slots, np.ones(1, bool), np.full(1, back, np.int32))

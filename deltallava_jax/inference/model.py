@@ -1,4 +1,4 @@
-"""A loaded model to ask questions: tower, projector, decoder, tokenizer and template in one object."""
+"""A loaded model: tower, projector, decoder, tokenizer and template in one object, which answers questions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from deltallava_jax.inference.sampling import Sampling
 from deltallava_jax.models import systems
 from deltallava_jax.models.layers import Params
 
-Picture = str | Path | bytes | np.ndarray | Image.Image  # a file, its bytes, pixels uint8 [H, W, 3], or opened
+Picture = str | Path | bytes | np.ndarray | Image.Image  # a file, its bytes, pixels uint8 [H, W, 3], or a PIL image
 Pictures = Picture | Sequence[Picture] | None
 
 
@@ -41,8 +41,8 @@ Pictures = Picture | Sequence[Picture] | None
 class Model:
     """What ``deltallava_jax.load`` returns. ``tokenizer`` is None where the checkpoint holds none.
 
-    params: the decoder in the form of ``decoder.unstacked``. template: None for a decoder alone that continues texts as
-    they stand. aspect: how images become square, as in DataConfig."""
+    params: the decoder in the form of ``decoder.unstacked``. template: None for a decoder alone that continues plain
+    texts. aspect: how images become square, as in DataConfig."""
 
     cfg: ModelConfig
     params: Params
@@ -51,7 +51,7 @@ class Model:
     aspect: str = "square"
 
     def __repr__(self) -> str:
-        """Three lines: the parts and their parameters, the visual tokens of an image, how texts are read."""
+        """Three lines: the parts and their parameters, the visual tokens per image, tokenizer and template."""
         parts = []
         for part, tree in self.params.items():
             name = f"{self.cfg.projector.name} projector" if part == "projector" else part
@@ -64,13 +64,13 @@ class Model:
         words = "none" if self.tokenizer is None else f"{self.tokenizer.vocab_size:,} tokens"
         return (
             f"Model of {', '.join(parts)} parameters, computing in {self.cfg.dtype}\n"
-            f"  visual tokens an image: {tokens}\n"
+            f"  visual tokens per image: {tokens}\n"
             f"  tokenizer: {words}; template: {self.template}"
         )
 
     def with_template(self, name: str) -> Model:
-        """The same model, prompted by another template. Raises ConfigError for one that is not known, or whose end of
-        an answer is no token of this tokenizer."""
+        """The same model with another template. Raises ConfigError for an unknown template, or one whose end of an
+        answer is no token of this tokenizer."""
         known_template(name, self.tokenizer)
         return dataclasses.replace(self, template=name)
 
@@ -93,12 +93,12 @@ class Model:
             model.generate("shape.png", "what color is the shape?", budget=16)
             model.generate(["a.png", "b.png"], "what changed?", temperature=0.7, top_p=0.9, seed=1)
 
-        images: a file, its bytes, pixels (uint8 [H, W, 3]), a PIL image, or a list of them. budget: visual tokens an
-        image, the projector's largest by default. on_text: is called with each piece of the text as it comes.
-        sampling: fields of ``Sampling``; greedy, up to 128 tokens by default. A decoder alone continues the prompt as
-        it stands, special tokens by their names. Before anything is computed it raises TypeError for an argument of
-        another type or name, ConfigError for a setting or budget out of range or a model without the parts it takes,
-        BadSample for an image that cannot be read."""
+        images: a file, its bytes, pixels (uint8 [H, W, 3]), a PIL image, or a list of them. budget: visual tokens per
+        image, the projector's largest by default. on_text: called with each piece of the text as it is generated.
+        sampling: fields of ``Sampling``; greedy, up to 128 tokens by default. A decoder alone continues the plain
+        prompt, in which special tokens are given by name. Before computing anything it raises TypeError for an
+        argument of another type or name, ConfigError for a setting or budget out of range or a model that lacks a
+        part, BadSample for an image that cannot be read."""
         answer = self.stream(images, prompt, budget=budget, **sampling)
         for piece in answer:
             if on_text:
@@ -106,7 +106,7 @@ class Model:
         return answer.text
 
     def stream(self, images: Pictures, prompt: str, *, budget: int | None = None, **sampling) -> Answer:
-        """The same answer piece by piece; afterwards its tokens, seconds and finish can be read off.
+        """The same answer piece by piece; afterwards it has its number of tokens, seconds and finish.
 
             model = deltallava_jax.load("runs/easy_vqa")
             answer = model.stream("shape.png", "what color is the shape?", budget=16)
@@ -116,12 +116,12 @@ class Model:
 
         Arguments and errors as of ``generate``."""
         settings = Sampling.of(sampling)
-        _check(prompt, images)
+        _require_prompt_and_images(prompt, images)
         prompted = self.ask([(prompt, None)], images)
         return self.answer(prompted, self.pixels(images), settings, budget=budget)
 
     def chat(self, *, budget: int | None = None, **sampling) -> Chat:
-        """A conversation: an image is encoded once, and each turn reads only what is new.
+        """A conversation: an image is encoded once, and each turn prefills only its new tokens.
 
             model = deltallava_jax.load("runs/easy_vqa")
             chat = model.chat(budget=16, max_new_tokens=32)
@@ -129,7 +129,7 @@ class Model:
             for piece in chat.stream("and what shape is it?"):
                 print(piece, end="", flush=True)
 
-        budget and sampling as of ``generate``, for all its answers; with a seed, each answer has the next one."""
+        budget and sampling as of ``generate``, for all answers; with a seed, each answer uses the next one."""
         return Chat(self, budget, Sampling.of(sampling))
 
     # ------------------------------------------------------------------ the parts of an answer
@@ -142,22 +142,22 @@ class Model:
         system: str | None = None,
         continues: bool = False,
     ) -> Tokenized:
-        """(question, answer) pairs up to a question, as the model's template puts them; ``<image>`` in a question is
+        """(question, answer) pairs up to a question, formatted by the model's template; ``<image>`` in a question is
         the place of an image, and without any the images go before the last question.
 
-        system: in place of the template's own system text. continues: what follows an answer. Raises ConfigError as
+        system: replaces the template's system text. continues: the prompt follows an answer. Raises ConfigError as
         ``generate``."""
         return self.prompt(prompt_conversation(pairs, len(_listed(images)), system), continues=continues)
 
     def prompt(self, conversation: Conversation, *, continues: bool = False) -> Tokenized:
-        """A conversation up to a question, as the model's template puts it. Raises ConfigError as ``generate``, and for
-        a decoder alone without a template that is given more than one question."""
+        """A conversation up to a question, formatted by the model's template. Raises ConfigError as ``generate``, and
+        for more than one question to a decoder alone without a template."""
         if self.cfg.decoder is None:
             raise ConfigError("the model has no decoder, so it cannot answer")
         if self.tokenizer is None:
             raise ConfigError("the checkpoint holds no tokenizer; put its tokenizer.json beside the weights")
         if conversation.images and not self.cfg.whole:
-            raise ConfigError("the model has no vision tower, so it cannot read images")
+            raise ConfigError("the model has no vision tower, so it takes no images")
         if self.template is not None:
             tokenized = tokenize(
                 conversation, TEMPLATES[self.template], self.tokenizer, continues=continues,
@@ -179,7 +179,8 @@ class Model:
         images = _listed(images)
         if not images:
             return np.zeros((0, 0, 0, 3), np.uint8)
-        size, fill = self.cfg.vision.image_size, self.cfg.vision.mean_color
+        size = self.cfg.vision.image_size
+        fill = self.cfg.vision.mean_color
         return np.stack([load_image(image, size, self.aspect, fill) for image in images])
 
     def answer(self, prompt: Tokenized, pixels: np.ndarray, sampling: Sampling, *, budget: int | None = None) -> Answer:
@@ -189,7 +190,7 @@ class Model:
 
         def begin(sampling: Sampling):
             visual, valid = self.engine.encode(pixels, batch, budget=budget)
-            return self.engine.begin(batch, visual, valid, [sampling], self.end)
+            return self.engine.prefill(batch, visual, valid, [sampling], self.end)
 
         return Answer(self.engine, begin, Text(self.tokenizer, self.end, sampling.stop), sampling)
 
@@ -212,24 +213,26 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything that was said."""
+        """Starts a new conversation."""
         self.last: Answer | None = None
         self._asked = 0
 
     def ask(self, prompt: str, images: Pictures = None) -> str:
-        """The whole answer to the next question, about new images or what was there before. Raises as ``generate``."""
+        """The whole answer to the next question, with new images if given. Raises as ``generate``."""
         return self.stream(prompt, images).whole()
 
     def stream(self, prompt: str, images: Pictures = None) -> Answer:
-        """The next answer piece by piece; it must have ended before the next question."""
-        _check(prompt, images)
+        """The next answer piece by piece, to be read to its end before the next question."""
+        _require_prompt_and_images(prompt, images)
         model = self.model
         engine = model.engine
         before = self.last
         fresh = before is None or before.slots is None
         pixels = model.pixels(images)
         if len(pixels) and model.cfg.fastv and not fresh:
-            raise ConfigError("FastV chooses among an image's tokens by the first question; begin anew for a new image")
+            raise ConfigError(
+                "FastV selects image tokens by the first question; reset the conversation for a new image"
+            )
         prompted = model.ask([(prompt, None)], images, continues=not fresh)
         sampling = self.sampling
         if sampling.seed is not None:
@@ -238,25 +241,24 @@ class Chat:
         if fresh:
             self.last = model.answer(prompted, pixels, sampling, budget=self.budget)
             return self.last
-        batch = self._following(before, prompted)
+        batch = self._next_turn(before, prompted)
 
         def begin(sampling: Sampling):
             visual, valid = engine.encode(pixels, batch, budget=self.budget)
-            # The device has read all that it said but the last token; beyond the text's own tokens it is forgotten.
-            read = len(before.said) - 1
-            kept = len(before.ids)
-            slots = halted(before.slots, max(read - kept, 0))
+            # The caches hold every decoded token but the last; those past the answer's text are removed.
+            cached = len(before.decoded) - 1
+            slots = halted(before.slots, max(cached - len(before.ids), 0))
             return engine.extend(slots, batch, visual, valid, sampling, model.end)
 
         self.last = Answer(engine, begin, Text(model.tokenizer, model.end, sampling.stop), sampling)
         return self.last
 
-    def _following(self, before: Answer, prompted: Tokenized):
-        """What the cache lacks: the last token of the answer, its end, and the question."""
+    def _next_turn(self, before: Answer, prompted: Tokenized):
+        """The tokens missing from the cache: the last one of the answer, its end, and the question."""
         model = self.model
-        unread = before.ids[len(before.said) - 1 :]
+        missing = before.ids[len(before.decoded) - 1 :]
         ending = end_ids(TEMPLATES[model.template], model.tokenizer) if model.template else []
-        front = np.array([*unread, *ending], np.int32)
+        front = np.array([*missing, *ending], np.int32)
         nothing = np.zeros(len(front), prompted.rounds.dtype)
         whole = Tokenized(
             np.concatenate([front, prompted.ids]),
@@ -269,8 +271,7 @@ class Chat:
 
 
 def plain_prompt(prompt: str, tokenizer: Tokenizer, *, continues: bool = False) -> Tokenized:
-    """A text as it stands, special tokens by their names, BOS before it where the tokenizer has one: for a decoder
-    alone."""
+    """A plain text, with special tokens given by name, after BOS where the tokenizer has one: for a decoder alone."""
     ids = [] if tokenizer.bos is None or continues else [tokenizer.bos]
     ids += tokenizer.encode(tokenizer.named(prompt))[0]
     nothing = np.zeros(len(ids), np.int32)
@@ -279,14 +280,13 @@ def plain_prompt(prompt: str, tokenizer: Tokenizer, *, continues: bool = False) 
     )
 
 
-def _check(prompt: str, images: Pictures) -> None:
-    """Raises TypeError for a prompt that is no text or images that are none; ConfigError for a file as the prompt and
-    no file as the image."""
+def _require_prompt_and_images(prompt: str, images: Pictures) -> None:
+    """Raises TypeError for a prompt or images of another type; ConfigError where the two seem to be swapped."""
     if not isinstance(prompt, str):
         raise TypeError(f"prompt is of type {type(prompt).__name__}; expected a text")
     for image in _listed(images):
         if isinstance(image, str) and os.path.isfile(prompt) and not os.path.exists(image):
-            raise ConfigError(f"images={reprlib.repr(image)} is no file, but prompt={prompt!r} is; are they swapped?")
+            raise ConfigError(f"images={reprlib.repr(image)} is not a file but prompt={prompt!r} is; are they swapped?")
 
 
 def _listed(images: Pictures) -> list:

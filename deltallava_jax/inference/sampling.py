@@ -1,4 +1,4 @@
-"""Which token comes next: greedy, or drawn with temperature, top-k, top-p and a repetition penalty, per row.
+"""Sampling of the next token: greedy, or with temperature, top-k, top-p and a repetition penalty, per row.
 
 Every setting is an array over the rows, so that requests with different settings share one compiled step."""
 
@@ -18,19 +18,19 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from deltallava_jax.config.checks import nearest
 from deltallava_jax.errors import ConfigError
 
-GREEDY_BELOW = 1e-5  # a temperature
-EXTREME = 1e9  # of a temperature or penalty: beyond what anybody draws with, and far from where float32 ends
+GREEDY_BELOW = 1e-5  # temperatures below this are greedy
+EXTREME = 1e9  # largest temperature or penalty: beyond any use, and far from overflowing float32
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn and when it ends.
+    """How an answer is sampled and when it ends.
 
     temperature: 0 takes the most likely token, and so does anything below 1e-5. top_k: only the k most likely tokens;
     0: all. top_p: only the most likely tokens that together reach this probability. repetition_penalty: divides the
-    positive logits of tokens that the prompt or the answer holds, and multiplies the negative ones. seed: equal seeds
-    give equal answers, whatever else is in the batch; None: another one for each answer. max_new_tokens: the answer's
-    length at most. stop: texts that end the answer and are no part of it. Raises ConfigError for a value out of
+    positive logits of tokens in the prompt or the answer, and multiplies the negative ones. seed: equal seeds give
+    equal answers, whatever else is in the batch; None: a new one for each answer. max_new_tokens: the longest answer.
+    stop: texts that end the answer and are not part of it. Raises ConfigError for a value out of
     range."""
 
     temperature: float = 0.0
@@ -70,7 +70,7 @@ class Sampling:
         return cls(**settings)
 
     def seeded(self) -> Sampling:
-        """The same with a seed: its own, or one that the operating system draws now."""
+        """The same with a seed: the given one, or a random one from the operating system."""
         return self if self.seed is not None else dataclasses.replace(self, seed=secrets.randbits(32))
 
 
@@ -92,7 +92,7 @@ class Controls:
 
 
 def controls(rows: Sequence[Sampling], end: int) -> Controls:
-    """numpy arrays, so that a jitted function takes them as they are. A row without a seed gets one."""
+    """The settings of rows as numpy arrays, which jitted functions take directly. A row without a seed gets one."""
     rows = [row.seeded() for row in rows]
 
     def column(name: str, dtype) -> np.ndarray:
@@ -110,14 +110,14 @@ def controls(rows: Sequence[Sampling], end: int) -> Controls:
 
 
 def choose(
-    logits: Float[Array, "B vocab"], seen: Bool[Array, "B vocab"], controls: Controls, drawn: Int[Array, " B"]
+    logits: Float[Array, "B vocab"], occurred: Bool[Array, "B vocab"], controls: Controls, drawn: Int[Array, " B"]
 ) -> Int[Array, " B"]:
-    """The next token of each row. seen: tokens under the repetition penalty. drawn: tokens of the answer so far; with
-    the seed it makes the row's random key, so that a row draws the same in any company."""
+    """The next token of each row. occurred: tokens under the repetition penalty. drawn: tokens of the answer so far;
+    it and the seed make the row's random key, so that a row's samples do not depend on the rest of the batch."""
     greedy = controls.temperature == 0
 
     def draw() -> Int[Array, " B"]:
-        penalty = jnp.where(seen, controls.penalty[:, None], 1.0)
+        penalty = jnp.where(occurred, controls.penalty[:, None], 1.0)
         scores = jnp.where(logits > 0, logits / penalty, logits * penalty)
         kept = restrict(scores / jnp.where(greedy, 1.0, controls.temperature)[:, None], controls.top_k, controls.top_p)
         key = jax.vmap(lambda seed, count: jax.random.fold_in(jax.random.key(seed), count))(controls.seed, drawn)
@@ -144,8 +144,8 @@ def _most_likely(
 ) -> Float[Array, "B vocab"]:
     """The highest scores whose weights together reach the target, -inf for the others.
 
-    Without a sort, which would cost more than a small model's whole step: the threshold is found bit by bit, on
-    integers that are ordered as the scores are."""
+    A sort would cost more than a small model's whole step; instead the threshold is found bit by bit, on integers in
+    the order of the scores."""
     bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
     order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 

@@ -1,7 +1,7 @@
-"""Continuous batching: requests enter and leave a fixed number of cache slots while the others are answered.
+"""Continuous batching: requests enter and leave a fixed number of cache slots while others are being answered.
 
-One thread owns the engine. It reads a waiting prompt into a free slot, lets all slots say a few tokens, and so on; each
-request gets the tokens that it would get alone."""
+One thread owns the engine. It alternates between prefilling waiting prompts into free slots and decoding a few tokens
+in all slots. Each request gets the tokens that it would get alone."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from deltallava_jax.inference.sampling import GREEDY, Sampling, controls
 
 @dataclass
 class Request:
-    """A prompt on its way. sampling: gets a seed, if it has none. cancelled: nobody waits for it any more.
+    """A prompt and its answer. sampling: gets a seed, if it has none. cancelled: the client no longer waits for it.
     on_piece(text, finish) is called in the scheduler's thread with each piece of the answer; finish is None until the
-    last: "stop", "length", or "error" with a message for a text."""
+    last piece: "stop", "length", or "error" with a message as the text."""
 
-    asked: Tokenized
+    prompt: Tokenized
     pixels: np.ndarray
     budget: int | None
     sampling: Sampling
@@ -42,10 +42,10 @@ class Request:
 
 
 class Scheduler:
-    """rows: requests answered at a time. context: cache slots of each. waiting: requests that may wait. Raises
-    ConfigError for less than one of the first two.
+    """rows: slots, each of which serves one request at a time. context: tokens of a slot's cache. waiting: requests
+    that may wait. Raises ConfigError for rows or context below 1.
 
-    counts: of requests, tokens and seconds to the first token, for whoever watches."""
+    counts: of requests, tokens and seconds to the first token, for monitoring."""
 
     def __init__(self, model: Model, *, rows: int = 8, context: int = 1024, waiting: int = 256):
         for name, value in (("slots", rows), ("context", context)):
@@ -74,32 +74,33 @@ class Scheduler:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def room(self, asked: Tokenized, budget: int | None) -> int:
-        """Tokens that the answer to a prompt can have in a slot. Raises ConfigError for a budget that cannot be."""
-        images = len(asked.image_positions) * (self.model.engine.budget(budget) - 1)
-        return self.context - bucket(len(asked.ids)) - images
+    def answer_capacity(self, prompt: Tokenized, budget: int | None) -> int:
+        """Tokens that the answer to a prompt can have in a slot. Raises ConfigError for a budget not offered."""
+        images = len(prompt.image_positions) * (self.model.engine.budget(budget) - 1)
+        return self.context - bucket(len(prompt.ids)) - images
 
     def submit(self, request: Request) -> None:
-        """Raises ConfigError for what does not fit into a slot, Busy where too many wait."""
-        places, images = len(request.asked.image_positions), len(request.pixels)
+        """Queues a request. Raises ConfigError for one that does not fit into a slot, Busy where too many wait."""
+        places = len(request.prompt.image_positions)
+        images = len(request.pixels)
         if places != images:
-            raise ConfigError(f"a prompt with {places} image places, but {images} images")
-        room = self.room(request.asked, request.budget)
+            raise ConfigError(f"the prompt has {places} image places, but there are {images} images")
+        capacity = self.answer_capacity(request.prompt, request.budget)
         answer = request.sampling.max_new_tokens
-        if answer > room:
+        if answer > capacity:
             raise ConfigError(
-                f"a prompt of {self.context - room} tokens (padded) and max_tokens={answer} do not fit into a slot of "
-                f"{self.context}"
+                f"a prompt of {self.context - capacity} tokens (padded) and max_tokens={answer} do not fit into a slot "
+                f"of {self.context} tokens"
             )
         if self._closing.is_set():
-            raise Busy("shutting down")
+            raise Busy("the server is shutting down")
         try:
             self._queue.put_nowait(request)
         except queue.Full:
-            raise Busy(f"{self.waiting} requests are waiting") from None
+            raise Busy(f"{self.waiting} requests are waiting already; try again later") from None
 
     def close(self) -> None:
-        """Answers what was submitted, then ends the thread."""
+        """Answers the submitted requests, then ends the thread."""
         self._closing.set()
         self._thread.join()
 
@@ -117,14 +118,14 @@ class Scheduler:
                 continue
             try:
                 self._slots, new = self.model.engine.decode(self._slots, STREAMED)
-                going = np.asarray(self._slots.going)
-            except Exception as error:  # the device ran out of memory: these answers are lost, the next are not
+                active = np.asarray(self._slots.active)
+            except Exception as error:  # e.g. out of device memory: these answers are lost, later ones are not
                 for row, request in list(self._running.items()):
-                    self._end(row, request, f"{type(error).__name__}: {error}")
+                    self._fail(row, request, f"{type(error).__name__}: {error}")
                 self._slots = self._empty()
                 continue
             for row, request in list(self._running.items()):
-                self._say(row, request, new[row], bool(going[row]))
+                self._advance(row, request, new[row], bool(active[row]))
 
     def _admit(self) -> None:
         free = [row for row in range(self.rows) if row not in self._running]
@@ -138,25 +139,25 @@ class Scheduler:
                 continue
             row = free.pop(0)
             try:
-                one = self._read(request)
+                one = self._prefill(request)
                 token = int(one.token[0])
-                going = bool(one.going[0])
+                active = bool(one.active[0])
                 self._slots = device.insert(self._slots, one, row)
             except Exception as error:
-                self._end(row, request, f"{type(error).__name__}: {error}")
+                self._fail(row, request, f"{type(error).__name__}: {error}")
                 continue
             self._running[row] = request
             self.counts["first_token_seconds"] += time.perf_counter() - request.began
-            self._say(row, request, [token], going)
+            self._advance(row, request, [token], active)
 
-    def _read(self, request: Request) -> device.Slots:
+    def _prefill(self, request: Request) -> device.Slots:
         engine = self.model.engine
         request.text = Text(self.model.tokenizer, self.model.end, request.sampling.stop)
-        batch = prompt_batch([request.asked], bucket(len(request.asked.ids)))
+        batch = prompt_batch([request.prompt], bucket(len(request.prompt.ids)))
         visual, valid = engine.encode(request.pixels, batch, budget=request.budget)
-        return engine.begin(batch, visual, valid, [request.sampling], self.model.end, capacity=self.context)
+        return engine.prefill(batch, visual, valid, [request.sampling], self.model.end, capacity=self.context)
 
-    def _say(self, row: int, request: Request, tokens: list[int], going: bool) -> None:
+    def _advance(self, row: int, request: Request, tokens: list[int], active: bool) -> None:
         text = request.text
         piece = ""
         for token in tokens:
@@ -164,27 +165,27 @@ class Scheduler:
                 request.tokens += 1
                 self.counts["tokens"] += 1
                 piece += text.add(token)
-        if not going and text.finish is None:
+        if not active and text.finish is None:
             piece += text.close()
         if request.cancelled:
             self.counts["cancelled"] += 1
         elif piece or text.finish:
-            self._tell(request, piece, text.finish)
+            self._emit(request, piece, text.finish)
         if text.finish or request.cancelled:
             self.counts["requests"] += 1
             del self._running[row]
-            if going:
+            if active:
                 mask = np.arange(self.rows) == row
                 self._slots = device.halt(self._slots, mask, np.zeros(self.rows, np.int32))
 
-    def _end(self, row: int, request: Request, message: str) -> None:
+    def _fail(self, row: int, request: Request, message: str) -> None:
         self.counts["errors"] += 1
         self._running.pop(row, None)
-        self._tell(request, message, "error")
+        self._emit(request, message, "error")
 
     @staticmethod
-    def _tell(request: Request, text: str, finish: str | None) -> None:
+    def _emit(request: Request, text: str, finish: str | None) -> None:
         try:
             request.on_piece(text, finish)
-        except Exception:  # whoever listened is gone; the others are not
+        except Exception:  # this client has disconnected; the others have not
             request.cancelled = True

@@ -1,8 +1,8 @@
 """The engine's device side: a fixed number of slots, each with the key-value cache of one conversation.
 
-Whoever asks, the compiled functions are the same: ``prefill`` reads prompts into new slots, ``extend`` goes on with a
-conversation, ``insert`` puts a conversation into one of many slots, ``decode`` lets every slot that is not done say
-its next tokens. Slots are donated: a call takes them over and gives the new ones."""
+All requests share the same compiled functions: ``prefill`` runs prompts into new slots, ``extend`` continues a
+conversation, ``insert`` puts a conversation into one of many slots, ``decode`` generates the next tokens of every
+active slot. Slots are donated: a call consumes its argument and returns the new ones."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from deltallava_jax.models import decoder, fastv, vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.sequence import Batch, Layout, layout, text_layout
 
-CHUNK = 16  # tokens a row that one call of ``decode`` can give
+CHUNK = 16  # most tokens that one call of ``decode`` generates in a slot
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
-    """B conversations. caches: one a stage of the layers, see ``stages``.
+    """B conversations. caches: one for each slice of the layers, see ``layer_slices``.
 
-    position: of the next token. token: the last one, said but not yet read. going: more tokens are to follow.
-    drawn: tokens of the current answer. seen: tokens that were read or said, for the repetition penalty."""
+    position: of the next token. token: the last one, sampled but not yet in the caches. active: the answer is not
+    finished. drawn: tokens of the current answer. occurred: tokens of prompts and answers, for the repetition
+    penalty."""
 
     caches: tuple[decoder.Cache, ...]
     position: Int[Array, " B"]
     token: Int[Array, " B"]
-    going: Bool[Array, " B"]
+    active: Bool[Array, " B"]
     drawn: Int[Array, " B"]
-    seen: Bool[Array, "B vocab"]
+    occurred: Bool[Array, "B vocab"]
     controls: Controls
 
 
@@ -44,14 +45,14 @@ class Slots:
 def encode(
     params: Params, cfg: ModelConfig, images: UInt8[Array, "n H W 3"], prompts: Batch | None = None, *, budget: int
 ) -> tuple[Float[Array, "n V d"], Bool[Array, "n V"] | None]:
-    """Visual tokens of images and which of them are there (None: all), compiled once for each (n, budget).
+    """Visual tokens of images and which of them are valid (None: all), compiled once for each (n, budget).
 
     prompts: for systems that read the question, the rows whose image places the images fill, row by row."""
     return vlm.visual_tokens(params, cfg, images, prompts, budget=budget)[:2]
 
 
-def stages(cfg: ModelConfig) -> tuple[tuple[int, int], ...]:
-    """The slices of the decoder's layers that have a cache of their own."""
+def layer_slices(cfg: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """The slices of the decoder's layers, each of which has its own cache."""
     return fastv.layer_slices(cfg.decoder, cfg.fastv) if cfg.fastv else ((0, cfg.decoder.layers),)
 
 
@@ -66,22 +67,22 @@ def prefill(
     *,
     capacity: int,
 ) -> Slots:
-    """New slots that have read their prompts and said one token.
+    """New slots, with the prompts in their caches and the first token of each answer.
 
-    visual, valid: of each image place, row by row (n = B * I), as ``encode`` gives them. capacity: slots of a row, at
-    least those of the prompt with its visual tokens and one for each further token."""
+    visual, valid: of each image place, row by row (n = B * I), as ``encode`` returns them. capacity: tokens of each
+    cache, at least those of the prompt with its visual tokens and of the answer."""
     B = prompts.tokens.shape[0]
     S = prompts.tokens.shape[1] + prompts.image_positions.shape[1] * (visual.shape[1] - 1)
     dropped = S - _kept(cfg, prompts, S) if cfg.fastv else 0
     caches = tuple(
-        decoder.init_cache(cfg.decoder, B, slots, cfg.dtype, layers=last - first)
-        for (first, last), slots in zip(stages(cfg), (capacity, capacity, capacity - dropped), strict=False)
+        decoder.init_cache(cfg.decoder, B, length, cfg.dtype, layers=last - first)
+        for (first, last), length in zip(layer_slices(cfg), (capacity, capacity, capacity - dropped), strict=False)
     )
     zeros = jnp.zeros(B, jnp.int32)
-    seen = jnp.zeros((B, cfg.decoder.vocab_size), bool)
-    slots = Slots(caches, zeros, zeros, jnp.zeros(B, bool), zeros, seen, controls)
+    occurred = jnp.zeros((B, cfg.decoder.vocab_size), bool)
+    slots = Slots(caches, zeros, zeros, jnp.zeros(B, bool), zeros, occurred, controls)
     with jax.named_scope("prefill"):
-        return _read(params, cfg, slots, prompts, visual, valid, fresh=True)
+        return _run_prompts(params, cfg, slots, prompts, visual, valid, fresh=True)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("slots",))
@@ -94,40 +95,40 @@ def extend(
     valid: Bool[Array, "n V"] | None,
     controls: Controls,
 ) -> Slots:
-    """Slots that have read what follows in their conversations and said one token. The caches need room for it.
+    """Slots with the next turns added to their caches, which need space for them, and the first token of each answer.
 
-    Under FastV new images cannot be read this way: which tokens stay depends on where a prompt ends."""
+    FastV takes no new images this way: which tokens it keeps depends on the end of the first prompt."""
     if cfg.fastv and prompts.image_positions.shape[1]:
-        raise ValueError("FastV reads images at the beginning of a conversation only")
+        raise ValueError("FastV takes images only with the first prompt of a conversation")
     with jax.named_scope("extend"):
         slots = dataclasses.replace(slots, controls=controls, drawn=jnp.zeros_like(slots.drawn))
-        return _read(params, cfg, slots, prompts, visual, valid, fresh=False)
+        return _run_prompts(params, cfg, slots, prompts, visual, valid, fresh=False)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("slots",))
 def decode(params: Params, cfg: ModelConfig, slots: Slots, steps: int) -> tuple[Slots, Int[Array, "B CHUNK"]]:
-    """Up to ``steps`` (at most CHUNK) further tokens of each slot that is going; -1 where there is none."""
+    """Up to ``steps`` (at most CHUNK) further tokens of each active slot; -1 where there is none."""
     B = slots.token.shape[0]
 
     def unfinished(carry):
         step, slots, _ = carry
-        return (step < steps) & slots.going.any()
+        return (step < steps) & slots.active.any()
 
-    def one(carry):
+    def decode_one(carry):
         step, slots, out = carry
-        here = text_layout(slots.position[:, None], slots.going[:, None].astype(jnp.int32))
+        rows = text_layout(slots.position[:, None], slots.active[:, None].astype(jnp.int32))
         hidden = decoder.embed(params["decoder"], cfg.decoder, slots.token[:, None], cfg.dtype)
         caches = []
-        for layers, cache in zip(stages(cfg), slots.caches, strict=True):
-            hidden, cache = decoder.forward(params["decoder"], cfg.decoder, hidden, here, layers=layers, cache=cache)
+        for layers, cache in zip(layer_slices(cfg), slots.caches, strict=True):
+            hidden, cache = decoder.forward(params["decoder"], cfg.decoder, hidden, rows, layers=layers, cache=cache)
             caches.append(cache)
-        position = slots.position + slots.going
-        after = _say(params, cfg, dataclasses.replace(slots, caches=tuple(caches), position=position), hidden)
-        return step + 1, after, out.at[:, step].set(jnp.where(slots.going, after.token, -1))
+        position = slots.position + slots.active
+        after = _sample(params, cfg, dataclasses.replace(slots, caches=tuple(caches), position=position), hidden)
+        return step + 1, after, out.at[:, step].set(jnp.where(slots.active, after.token, -1))
 
     with jax.named_scope("decode"):
         out = jnp.full((B, CHUNK), -1, jnp.int32)
-        _, slots, out = jax.lax.while_loop(unfinished, one, (jnp.int32(0), slots, out))
+        _, slots, out = jax.lax.while_loop(unfinished, decode_one, (jnp.int32(0), slots, out))
     return slots, out
 
 
@@ -144,50 +145,51 @@ def insert(slots: Slots, one: Slots, row: int) -> Slots:
 
 @functools.partial(jax.jit, static_argnames=("cfg", "rows", "capacity"))
 def empty(cfg: ModelConfig, controls: Controls, *, rows: int, capacity: int) -> Slots:
-    """Slots with nothing in them, to insert conversations into."""
+    """Empty slots, to insert conversations into."""
     caches = tuple(
-        decoder.init_cache(cfg.decoder, rows, capacity, cfg.dtype, layers=last - first) for first, last in stages(cfg)
+        decoder.init_cache(cfg.decoder, rows, capacity, cfg.dtype, layers=last - first)
+        for first, last in layer_slices(cfg)
     )
     zeros = jnp.zeros(rows, jnp.int32)
-    seen = jnp.zeros((rows, cfg.decoder.vocab_size), bool)
-    return Slots(caches, zeros, zeros, jnp.zeros(rows, bool), zeros, seen, controls)
+    occurred = jnp.zeros((rows, cfg.decoder.vocab_size), bool)
+    return Slots(caches, zeros, zeros, jnp.zeros(rows, bool), zeros, occurred, controls)
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
 def halt(slots: Slots, rows: Bool[Array, " B"], back: Int[Array, " B"]) -> Slots:
-    """Ends the answers of ``rows`` and forgets the last ``back`` tokens that each row has read."""
+    """Ends the answers of ``rows`` and removes the last ``back`` tokens of each row from its caches."""
     caches = tuple(dataclasses.replace(cache, length=cache.length - back) for cache in slots.caches)
-    return dataclasses.replace(slots, caches=caches, position=slots.position - back, going=slots.going & ~rows)
+    return dataclasses.replace(slots, caches=caches, position=slots.position - back, active=slots.active & ~rows)
 
 
 # ------------------------------------------------------------------ inside
 
 
-def _read(params, cfg, slots: Slots, prompts: Batch, visual, valid, *, fresh: bool) -> Slots:
-    """Prompts behind what the caches hold, and the first token after them."""
+def _run_prompts(params, cfg, slots: Slots, prompts: Batch, visual, valid, *, fresh: bool) -> Slots:
+    """Appends prompts to the caches and samples the first token after them."""
     B, I = prompts.image_positions.shape
     rows = layout(prompts, None if valid is None else valid.reshape(B, I, -1), visual.shape[1])
     hidden = vlm.merge(params, cfg, prompts, rows, visual)
-    live = rows.segments > 0
     rows = dataclasses.replace(rows, positions=rows.positions + slots.position[:, None])
-    weights, caches = params["decoder"], slots.caches
+    weights = params["decoder"]
+    caches = slots.caches
     if cfg.fastv and fresh:
         kept = _kept(cfg, prompts, hidden.shape[1])
         hidden, after, caches = fastv.forward(weights, cfg.decoder, hidden, rows, cfg.fastv, kept, caches)
     else:
         after = rows
         written = []
-        for layers, cache in zip(stages(cfg), caches, strict=True):
+        for layers, cache in zip(layer_slices(cfg), caches, strict=True):
             hidden, cache = decoder.forward(
                 weights, cfg.decoder, hidden, rows, layers=layers, cache=cache, fresh=fresh
             )  # fmt: skip
             written.append(cache)
         caches = tuple(written)
-    words = jnp.where((prompts.segments > 0) & (prompts.tokens > 0), prompts.tokens, slots.seen.shape[1])
-    seen = slots.seen.at[jnp.arange(B)[:, None], words].set(True, mode="drop")
-    position = slots.position + live.sum(1, dtype=jnp.int32)
-    slots = dataclasses.replace(slots, caches=caches, position=position, seen=seen, going=jnp.ones(B, bool))
-    return _say(params, cfg, slots, _last(hidden, after))
+    words = jnp.where((prompts.segments > 0) & (prompts.tokens > 0), prompts.tokens, slots.occurred.shape[1])
+    occurred = slots.occurred.at[jnp.arange(B)[:, None], words].set(True, mode="drop")
+    position = slots.position + (rows.segments > 0).sum(1, dtype=jnp.int32)
+    slots = dataclasses.replace(slots, caches=caches, position=position, occurred=occurred, active=jnp.ones(B, bool))
+    return _sample(params, cfg, slots, _last(hidden, after))
 
 
 def _kept(cfg: ModelConfig, prompts: Batch, S: int) -> int:
@@ -195,17 +197,17 @@ def _kept(cfg: ModelConfig, prompts: Batch, S: int) -> int:
 
 
 def _last(hidden: Float[Array, "B S d"], rows: Layout) -> Float[Array, "B 1 d"]:
-    """The state of each row's last live slot."""
+    """The state of each row's last token that is not padding."""
     last = hidden.shape[1] - 1 - jnp.argmax(rows.segments[:, ::-1] > 0, axis=1)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)
 
 
-def _say(params, cfg: ModelConfig, slots: Slots, hidden: Float[Array, "B 1 d"]) -> Slots:
-    """Slots with their next token chosen, where they are going."""
+def _sample(params, cfg: ModelConfig, slots: Slots, hidden: Float[Array, "B 1 d"]) -> Slots:
+    """Slots with the next token of each active one."""
     weights = params["decoder"]
     logits = decoder.logits(weights, cfg.decoder, decoder.finish(weights, cfg.decoder, hidden))[:, 0]
-    token = jnp.where(slots.going, choose(logits, slots.seen, slots.controls, slots.drawn), slots.token)
-    drawn = slots.drawn + slots.going
-    going = slots.going & (token != slots.controls.end) & (drawn < slots.controls.limit)
-    seen = slots.seen.at[jnp.arange(len(token)), token].set(True)
-    return dataclasses.replace(slots, token=token, drawn=drawn, going=going, seen=seen)
+    token = jnp.where(slots.active, choose(logits, slots.occurred, slots.controls, slots.drawn), slots.token)
+    drawn = slots.drawn + slots.active
+    active = slots.active & (token != slots.controls.end) & (drawn < slots.controls.limit)
+    occurred = slots.occurred.at[jnp.arange(len(token)), token].set(True)
+    return dataclasses.replace(slots, token=token, drawn=drawn, active=active, occurred=occurred)

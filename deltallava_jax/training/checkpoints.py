@@ -1,4 +1,4 @@
-"""Orbax checkpoints: asynchronous, whole or not there at all, restored onto whatever mesh the state is to live on."""
+"""Orbax checkpoints: written asynchronously and atomically, restored onto any mesh."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.training.optimizer import join
 from deltallava_jax.training.step import TrainState
 
-# (path, saved) -> the shape, dtype and sharding in which a parameter is wanted, or None
+# (path, saved) -> the shape, dtype and sharding to restore a parameter in, or None to leave it out
 Place = Callable[[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct | None]
 
-# What orbax logs with tracebacks it also raises: the user gets it once, as CheckpointError.
+# Orbax also logs, with a traceback, each error that it raises; the user gets a CheckpointError.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
@@ -32,8 +32,8 @@ class Checkpoints:
     """The checkpoints of a workdir, each with the train state and a small JSON record: the newest ``keep``, and the
     ``best`` ones of highest accuracy.
 
-    create: makes the folder. clean: removes, in the background, what saves that were cut short left there; for the
-    training, beside which nobody else saves."""
+    create: create the folder. clean: remove, in the background, what interrupted saves left there; only for training,
+    when no other process saves to this folder."""
 
     def __init__(self, workdir: str | Path, keep: int = 2, best: int = 0, *, create: bool = False, clean: bool = False):
         self.path = Path(workdir).absolute() / "checkpoints"
@@ -74,12 +74,12 @@ class Checkpoints:
                 self._manager.save(step, args=items, metrics=None if accuracy is None else {"accuracy": accuracy})
 
     def save_params(self, params: Params) -> None:
-        """Saves parameters alone, as step 0, and returns when they are written: a model to start from.
+        """Saves parameters alone, as step 0, to initialize a training, and returns when they are written.
 
-        In the foreground and uncompressed: otherwise copies of the whole model are in memory meanwhile."""
+        Synchronous and uncompressed, because orbax would otherwise hold copies of the whole model in memory."""
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-        room = _gigabytes(jax.tree.leaves(params))
-        handlers = {"params": ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=room)}
+        limit = _gigabytes(jax.tree.leaves(params))
+        handlers = {"params": ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=limit)}
         manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
         manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave({"trained": params, "frozen": {}})))
         manager.close()
@@ -96,7 +96,7 @@ class Checkpoints:
         kept = _array_shapes(self._saved_optimizer(step))
         if kept and kept != _array_shapes(optimizer):
             raise CheckpointError(
-                f"checkpoint {self.path / str(step)} holds the state of another optimizer; go on with the "
+                f"checkpoint {self.path / str(step)} holds the state of another optimizer; resume with the "
                 f"optimizer.name of {self.path.parent / 'config.json'}, or train in another --workdir with "
                 f"--config.init_from={self.path.parent}"
             )
@@ -112,7 +112,7 @@ class Checkpoints:
         return state, items["record"]
 
     def require_optimizer(self, step: int) -> None:
-        """CheckpointError for a checkpoint to begin from, not to go on with."""
+        """Raises CheckpointError for a checkpoint of parameters alone, from which training cannot resume."""
         if not (self.path / str(step) / "optimizer").is_dir():
             raise CheckpointError(
                 f"checkpoint {self.path / str(step)} holds parameters alone; train in another --workdir with "
@@ -122,7 +122,7 @@ class Checkpoints:
     def restore_params(self, step: int, cfg: ModelConfig, place: Place | None = None) -> Params:
         """The parameters of a step alone; by default in the saved dtypes, whole on this process's first device.
 
-        place(path, saved): the shape, dtype and sharding in which one is wanted, None to leave it out. Raises
+        place(path, saved): the shape, dtype and sharding to restore one in, None to leave it out. Raises
         CheckpointError as ``restore`` does."""
         saved = self._saved_params(step)
         expected = jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0)))
@@ -133,7 +133,7 @@ class Checkpoints:
             found = {path: leaf for path, leaf in found.items() if leaf is not None}
             if found:
                 wanted[part] = unflatten(found)
-        if not wanted:  # orbax takes an empty tree for a mistake
+        if not wanted:  # orbax refuses an empty tree
             return {}
         arguments = ocp.args.PyTreeRestore(
             wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
@@ -147,7 +147,7 @@ class Checkpoints:
         return join(params.get("trained", {}), params.get("frozen", {}))
 
     def frozen(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """The parameters that the training of this checkpoint keeps as they are: path -> shape and dtype."""
+        """The frozen parameters of a checkpoint: path -> shape and dtype."""
         return flatten(self._saved_params(step)["frozen"])
 
     def _restore(self, step: int, **items):
@@ -157,7 +157,7 @@ class Checkpoints:
             raise self._damaged(step, _brief(error)) from error
 
     def _saved_optimizer(self, step: int):
-        """Shapes of the optimizer's state; None where they cannot be read, and ``_restore`` will say why."""
+        """Shapes of the optimizer's state; None where they cannot be read, which ``_restore`` then reports."""
         try:
             return self._manager.item_metadata(step)["optimizer"]
         except (ValueError, KeyError, OSError, TypeError):
@@ -172,29 +172,29 @@ class Checkpoints:
 
     def _damaged(self, step: int, reason: str) -> CheckpointError:
         before = max((other for other in self._manager.all_steps() if other < step), default=None)
-        after = "start anew" if before is None else f"go on from step {before}"
+        after = "start over" if before is None else f"resume from step {before}"
         return CheckpointError(
-            f"checkpoint {self.path / str(step)} cannot be restored: {reason}. If a file of it is missing, bring it "
-            f"back from a copy, or move the folder {step} away to {after}"
+            f"checkpoint {self.path / str(step)} cannot be restored: {reason}. If a file of it is missing, restore "
+            f"it from a backup, or move the folder {step} away to {after}"
         )
 
     @contextlib.contextmanager
     def _writing(self):
-        """SaveFailed for what goes wrong in orbax's threads, which may be the save before."""
+        """Raises SaveFailed for an error in orbax's threads, which may come from the previous save."""
         try:
             yield
         except (ValueError, OSError) as error:
             self._manager.reload()
             good = self.latest()
             kept = "no checkpoint was saved yet" if good is None else f"the checkpoint of step {good} is kept"
-            what_to_do = "make room on that disk" if "No space left" in str(error) else "set this right"
+            what_to_do = "Free space on that disk" if "No space left" in str(error) else "Fix this"
             raise SaveFailed(
-                f"a checkpoint could not be written to {self.path}: {_brief(error)}; {kept}. Please {what_to_do} and "
+                f"a checkpoint could not be written to {self.path}: {_brief(error)}; {kept}. {what_to_do} and "
                 "start the same command again"
             ) from error
 
     def _compare(self, step: int, saved: Params, expected: Params) -> None:
-        """CheckpointError listing the names and shapes that differ."""
+        """Raises CheckpointError listing the names and shapes that differ."""
         ours = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
         theirs = {path: tuple(leaf.shape) for path, leaf in flatten(saved).items()}
         differing = [path for path in {**ours, **theirs} if ours.get(path) != theirs.get(path)]
@@ -207,7 +207,7 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns when every save begun is complete. Raises SaveFailed if one fails."""
+        """Waits until every pending save is complete. Raises SaveFailed if one fails."""
         with self._writing():
             self._manager.wait_until_finished()
 
@@ -217,8 +217,8 @@ class Checkpoints:
 
 
 def has_finished(workdir: str | Path) -> bool:
-    """Whether a workdir holds a finished checkpoint. By its folders alone, without JAX's devices, which must not be
-    asked for before several processes are connected."""
+    """Whether a workdir holds a finished checkpoint. Lists folders only: JAX's devices must not be initialized before
+    the processes of a run are connected."""
     folder = Path(workdir).absolute() / "checkpoints"
     return folder.is_dir() and ocp.utils.any_checkpoint_step(folder) is not None
 
@@ -233,12 +233,12 @@ def as_saved(path: str, saved: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _gigabytes(leaves: list) -> int:
-    """As little memory as orbax can hold arrays in that are on their way: more than the largest of them."""
+    """The smallest memory limit, in GB, under which orbax can move these arrays: above the size of the largest one."""
     return 1 + max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) // 10**9
 
 
 def _brief(error: Exception) -> str:
-    """The first line of an error; of a full disk just that."""
+    """The first line of an error; for a full disk, only that."""
     if "No space left" in str(error):
         return "No space left on device"
     return next(iter(str(error).splitlines()), type(error).__name__)[:300]

@@ -45,16 +45,16 @@ def train(
     operations: Callable[[Batch, int, llavolta.Pooling | None], float] | None = None,
     peak: float | None = None,
 ) -> bool:
-    """Trains up to ``steps`` from the workdir's newest checkpoint, or from the start: fresh parameters, or those of
-    ``init_from``. True when all steps are done.
+    """Trains to step ``steps``, resuming from the workdir's newest checkpoint; without one it starts from fresh
+    parameters or those of ``init_from``. Returns True when all steps are done.
 
     evaluate(params, metrics, step) -> accuracy is called every training.eval_every steps, on each process with whole
-    parameters. profile: the first and last step to trace, into WORKDIR/profile. operations(batch, budget, pooling):
-    those of a step; peak: a device's in a second. SIGTERM, to any process: all save the same, current step and return
-    False; Ctrl-C: the same, and the process that got it ends with SystemExit, code 130. Raises NonFiniteLoss (nothing
-    is saved after the last good step), TooManyFaults, CheckpointError."""
-    every = cfg.training
-    checkpoints = Checkpoints(workdir, every.keep_checkpoints, every.keep_best, create=True, clean=True)
+    parameters. profile: the first and last step to trace, into WORKDIR/profile. operations(batch, budget, pooling): the
+    operations of a step. peak: operations per second of a device. On SIGTERM to any process, all processes save the
+    same, current step and return False. Ctrl-C does the same, and the process that received it raises SystemExit(130).
+    Raises NonFiniteLoss (nothing is saved after the last good step), TooManyFaults, CheckpointError."""
+    settings = cfg.training
+    checkpoints = Checkpoints(workdir, settings.keep_checkpoints, settings.keep_best, create=True, clean=True)
     latest = checkpoints.latest()
     if latest is None:
         state = init_state(cfg, step.mesh, steps, _initial_params(cfg, step))
@@ -62,40 +62,40 @@ def train(
     else:
         state, record = checkpoints.restore(latest, step.shapes)
     start = int(state.step)
-    count = functools.partial(faults.count, cfg.data.max_bad_fraction, workdir, record, plan)
-    budgets = () if every.every_budget else plan.budgets
-    metrics = Metrics(workdir, start, steps, every.log_every, seen=count, peak=peak, budgets=budgets)
+    count = functools.partial(faults.count_step, cfg.data.max_bad_fraction, workdir, record, plan)
+    budgets = () if settings.every_budget else plan.budgets
+    metrics = Metrics(workdir, start, steps, settings.log_every, on_step=count, peak=peak, budgets=budgets)
     trace = Trace(profile, Workdir(workdir).profile)
     if start:
-        metrics.say(f"resuming from step {start} of {steps}")
+        metrics.log(f"resuming from step {start} of {steps}")
     held = held_rows(step.mesh, plan.rows)
     data = elements(rows, plan, start, steps, workers=cfg.data.workers, held=held)
     with _stopping() as stop:
         try:
             for number, element in enumerate(data, start + 1):
                 batch = put_rows(element.batch, step.mesh)
-                pooling = llavolta.phase_at(every.llavolta, number - 1, steps)
+                pooling = llavolta.phase_at(settings.llavolta, number - 1, steps)
                 trace.before(number)
                 state, values = step(state, batch, element.budget, pooling)
-                told = trace.after(number, values)
-                if told:
-                    metrics.say(told)
+                traced = trace.after(number, values)
+                if traced:
+                    metrics.log(traced)
                 metrics.push(
                     number, values, operations(batch, element.budget, pooling) if operations else 0.0,
-                    epoch=plan.epochs_at(number), budget=None if every.every_budget else element.budget,
+                    epoch=plan.epochs_at(number), budget=None if settings.every_budget else element.budget,
                 )  # fmt: skip
                 _report_faults(element, metrics, workdir)
                 stopping = stop(number) if number < steps else None
                 accuracy = None
-                if evaluate and every.eval_every and _due(number, every.eval_every, steps) and not stopping:
+                if evaluate and settings.eval_every and _due(number, settings.eval_every, steps) and not stopping:
                     metrics.flush()
                     accuracy = evaluate(hosts.whole(state.params), metrics, number)
                     metrics.restart_clock()
-                if stopping or _due(number, every.checkpoint_every, steps):
+                if stopping or _due(number, settings.checkpoint_every, steps):
                     metrics.flush()  # a step that is not finite is never saved
                     checkpoints.save(number, state, record, accuracy)
                 if stopping:
-                    metrics.say(f"{stopping}: saving step {number}; the same command resumes from it")
+                    metrics.log(f"{stopping}: saving step {number}; the same command resumes from it")
                     if stopping == CTRL_C:
                         raise SystemExit(130)
                     return False
@@ -103,7 +103,7 @@ def train(
         except NonFiniteLoss as error:
             good = checkpoints.latest()
             kept = "no checkpoint was saved yet" if good is None else f"the checkpoint of step {good} is kept"
-            batch = _describe(rows, plan, error.step)
+            batch = _describe_batch(rows, plan, error.step)
             raise NonFiniteLoss(f"{error}; {kept}. The batch: {batch}", error.step) from error
         finally:
             trace.close()
@@ -115,12 +115,12 @@ def train(
 
 
 def _due(number: int, interval: int, steps: int) -> bool:
-    """Whether a step is the last, or one of every so many (0: none)."""
+    """Whether a step is the last or a multiple of ``interval`` (0: never)."""
     return number == steps or (interval > 0 and number % interval == 0)
 
 
 def _initial_params(cfg: Config, step: TrainStep) -> Params | None:
-    """The newest parameters of ``init_from``, in the dtypes and places of the train state; None without one."""
+    """The newest parameters of ``init_from``, in the dtypes and shardings of the train state; None without one."""
     if not cfg.init_from:
         return None
     source = Workdir(cfg.init_from).checkpoints
@@ -130,31 +130,32 @@ def _initial_params(cfg: Config, step: TrainStep) -> Params | None:
 
 @contextlib.contextmanager
 def _stopping() -> Iterator[Callable[[int], str | None]]:
-    """stop(step): the name of the signal if one has come and this step is the one to save. Called at every step.
+    """Yields stop(step), to be called at every step: the name of a received signal if this step is the one to save.
 
-    A second Ctrl-C ends the process at once. Several processes agree on the step, the next one that none of them has
-    passed, whichever of them got the signal: jax's runtime has caught SIGTERM since jax.distributed.initialize, and
-    does the agreeing beside the training. For it Ctrl-C is turned into SIGTERM."""
+    A second Ctrl-C ends the process at once. Several processes agree on the next step that none of them has passed:
+    jax's runtime, which handles SIGTERM since jax.distributed.initialize, synchronizes it in the background. Ctrl-C is
+    therefore forwarded as SIGTERM."""
     several = jax.process_count() > 1
-    came: list[int] = []
+    received: list[int] = []
 
-    def note(number, _):
-        came.append(number)
+    def receive(number, _):
+        received.append(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if hosts.leads():
-                os.write(2, f"\n{CTRL_C}: saving after this step; once more ends at once\n".encode())
+                os.write(2, f"\n{CTRL_C}: saving after this step; press it again to stop at once\n".encode())
             if several:
                 signal.raise_signal(signal.SIGTERM)
 
     def stop(step: int) -> str | None:
-        if multihost_utils.reached_preemption_sync_point(step) if several else came:
-            return CTRL_C if signal.SIGINT in came else "SIGTERM"
+        if multihost_utils.reached_preemption_sync_point(step) if several else received:
+            return CTRL_C if signal.SIGINT in received else "SIGTERM"
         return None
 
-    noted = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
-    noted = [number for number in noted if signal.getsignal(number) != signal.SIG_IGN]  # as a shell's "&" may have it
-    before = {number: signal.signal(number, note) for number in noted}
+    handled = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    # A shell may have its background jobs ignore Ctrl-C.
+    handled = [number for number in handled if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, receive) for number in handled}
     try:
         yield stop
     finally:
@@ -163,14 +164,14 @@ def _stopping() -> Iterator[Callable[[int], str | None]]:
 
 
 def _report_faults(element: Element, metrics: Metrics, workdir: Path) -> None:
-    """Writes the records that had to be left out to this process's file; of a row, the first process that holds it."""
+    """Appends the records left out to this process's file; a row's are reported by the first process that holds it."""
     if element.faults:
         with Workdir(workdir).faults(jax.process_index()).open("a") as file:
             file.writelines(f"{fault}\n" for fault in element.faults)
-        metrics.say(f"left out {element.faults[0]}")
+        metrics.log(f"left out {element.faults[0]}")
 
 
-def _describe(rows: Rows, plan: Plan, step: int) -> str:
+def _describe_batch(rows: Rows, plan: Plan, step: int) -> str:
     """The record ids of a step's batch."""
     planned = plan.step(step - 1)
     records = [index for row in planned.rows for index in row]

@@ -1,4 +1,4 @@
-"""What a run tells: its progress, metrics.jsonl (a line a step or evaluation), TensorBoard files. One process tells."""
+"""A run's progress, metrics.jsonl (a line for each step or evaluation) and TensorBoard files, by one process."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ GIB = 2**30
 
 
 def host_memory() -> int:
-    """Bytes of this process that are in memory."""
+    """Resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Metrics:
     """Takes each step's device values without waiting for them: a step is written when the next one is pushed.
 
-    seen(step, values) is called for each step that is written, on all processes; only the leading one writes and
-    prints. peak: operations a second that one of the devices can do, for the MFU. budgets: those that the steps take
-    turns with; TensorBoard gets a curve of each. After a restart the lines of steps that are trained again are cut from
+    on_step(step, values) is called for each step that is written, on all processes; only the leading one writes and
+    prints. peak: operations per second of one device, for the MFU. budgets: those that the steps alternate between;
+    TensorBoard gets a curve of each. On resume, the lines of steps that are trained again are cut from
     metrics.jsonl."""
 
     def __init__(
@@ -42,14 +42,14 @@ class Metrics:
         steps: int,
         log_every: int,
         *,
-        seen: Callable[[int, dict], None] | None = None,
+        on_step: Callable[[int, dict], None] | None = None,
         peak: float | None = None,
         budgets: Sequence[int] = (),
     ):
         self._budgets = budgets
         self._leads = hosts.leads()
         self._log_every = max(log_every, 1)
-        self._seen = seen
+        self._on_step = on_step
         self._peak = peak
         if self._leads:
             from tensorboardX import SummaryWriter
@@ -68,19 +68,19 @@ class Metrics:
     def push(
         self, step: int, values: dict, operations: float = 0.0, *, epoch: float = 0.0, budget: int | None = None
     ) -> None:
-        """Queues a step's values, and the operations that it needs, and writes the step before. Raises NonFiniteLoss
-        for that one.
+        """Queues a step's values and operations, and writes the previous step. Raises NonFiniteLoss for that one.
 
-        epoch: those done with this step. budget: visual tokens an image; None where a step takes all budgets."""
+        epoch: epochs completed with this step. budget: visual tokens per image; None where a step trains all
+        budgets."""
         self.flush()
-        known = {"epoch": round(epoch, 6)} | ({} if budget is None else {"budget": budget})
-        self._pending = (step, values, known, operations)
+        labels = {"epoch": round(epoch, 6)} | ({} if budget is None else {"budget": budget})
+        self._pending = (step, values, labels, operations)
 
     def flush(self) -> None:
         """Writes the queued step, waiting for its values. Raises NonFiniteLoss."""
         if self._pending is None:
             return
-        step, values, known, operations = self._pending
+        step, values, labels, operations = self._pending
         self._pending = None
         values = {name: value.item() for name, value in jax.device_get(values).items()}
         if not values.pop("finite"):
@@ -89,12 +89,12 @@ class Metrics:
         self._tokens += values["tokens"]
         self._images += values["images"]
         self._operations += operations
-        told = step % self._log_every == 0
-        rates = self._rates() if told else {}
-        self._write(step, {**known, **values, **rates})
-        if self._seen is not None:
-            self._seen(step, values)
-        if told:
+        due = step % self._log_every == 0
+        rates = self._rates() if due else {}
+        self._write(step, {**labels, **values, **rates})
+        if self._on_step is not None:
+            self._on_step(step, values)
+        if due:
             self._bar.set_postfix_str(
                 f"loss {values['loss']:.4f}, {rates['tokens_per_second']:,.0f} tokens/s, "
                 f"{rates['images_per_second']:,.1f} images/s",
@@ -102,11 +102,11 @@ class Metrics:
             )
             self.scalars(step, {**values, **rates})
             if len(self._budgets) > 1:
-                self.scalars(step, {f"loss_{known['budget']}": values["loss"]})
+                self.scalars(step, {f"loss_{labels['budget']}": values["loss"]})
             self.restart_clock()
         self._bar.update(1)
 
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
+    def log_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Writes the results of an evaluation after a step, by name."""
         self._write(step, {"evaluation": values})
         self.scalars(step, values, "eval")
@@ -117,8 +117,8 @@ class Metrics:
         self._file.flush()
 
     def _rates(self) -> dict[str, float]:
-        """Speed since the last report; memory in GiB: of this process now, and where the device tells, the most that
-        was taken on its first device. docs/clusters.md has the formulas."""
+        """Speed since the last report, and memory in GiB: of this process now, and the peak of its first device where
+        the device reports it. docs/clusters.md has the formulas."""
         elapsed = time.monotonic() - self._since
         devices = jax.device_count()
         rates = {
@@ -146,25 +146,25 @@ class Metrics:
                 self._board.add_scalar(f"{group}/{name}", value, step)
 
     def restart_clock(self) -> None:
-        """Leaves the time since the last report (compiling, evaluating, saving) out of the rates."""
+        """Excludes the time since the last report (compiling, evaluating, saving) from the rates."""
         self._steps = self._tokens = self._images = self._operations = 0
         self._since = time.monotonic()
 
-    def say(self, line: str) -> None:
-        """A line above the progress bar."""
+    def log(self, line: str) -> None:
+        """Prints a line above the progress bar."""
         if self._leads:
             self._bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()
-        with contextlib.suppress(OSError):  # a full disk: what is lost is of steps after the last checkpoint
+        with contextlib.suppress(OSError):  # a full disk loses only steps after the last checkpoint
             self._file.close()
             if self._board is not None:
                 self._board.close()
 
 
 def _cut(path: Path, last: int) -> None:
-    """Cuts off the lines after step ``last``; what stays is not written again."""
+    """Truncates the file after the lines of step ``last``."""
     if not path.exists():
         return
     length = 0

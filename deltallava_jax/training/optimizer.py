@@ -1,4 +1,4 @@
-"""AdamW or Muon with warmup and cosine decay, and the division of the parameters into trained and frozen."""
+"""AdamW or Muon with warmup and cosine decay, and the split of the parameters into trained and frozen."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, AdamW or Muon with weight decay on matrices alone, the schedule."""
+    """Clipping by the global norm, then AdamW or Muon with weight decay on matrices alone, at the scheduled rate."""
     rate = schedule(cfg, steps)
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
     adamw = optax.adamw(
@@ -44,10 +44,10 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
 
 
 def _muon(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) on matrices [..., in, out]; the axes before them hold as many matrices.
+    """Muon (Jordan et al. 2024) on matrices [..., in, out]; leading axes index separate matrices.
 
-    An orthogonal r x c matrix has a root mean square of max(r, c)**-0.5. It is brought to 0.2, about that of AdamW's
-    updates, so that rate and weight decay mean the same for both (Liu et al. 2025, arXiv:2502.16982)."""
+    An orthogonal r x c matrix has a root mean square of max(r, c)**-0.5. It is scaled to 0.2, about that of AdamW's
+    updates, so that learning rate and weight decay mean the same for both (Liu et al. 2025, arXiv:2502.16982)."""
     matrix = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
     def scale(update):
@@ -79,12 +79,12 @@ def kinds(params: Params) -> Params:
 
 
 def _decayed(params: Params) -> Params:
-    """Whether weight decay applies to each parameter: to matrices alone."""
+    """Whether weight decay applies to each parameter: only to matrices."""
     return unflatten({path: path.rsplit("/", 1)[-1] in ("kernel", "base", "U", "V") for path in flatten(params)})
 
 
 def split(params: Params, frozen: tuple[str, ...]) -> tuple[Params, Params]:
-    """(trained, frozen) by regular expressions over paths; what is frozen is cast to bfloat16.
+    """(trained, frozen) by regular expressions over paths; frozen parameters are cast to bfloat16.
 
     Raises ConfigError for a pattern that matches nothing, or if nothing is left to train."""
     flat = flatten(params)
@@ -100,5 +100,5 @@ def split(params: Params, frozen: tuple[str, ...]) -> tuple[Params, Params]:
 
 
 def join(trained: Params, frozen: Params) -> Params:
-    """The whole nested dict again."""
+    """All parameters as one nested dict, the inverse of ``split``."""
     return unflatten({**flatten(trained), **flatten(frozen)})

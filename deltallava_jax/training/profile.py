@@ -32,7 +32,7 @@ class Trace:
             self._running = True
 
     def after(self, step: int, values: dict) -> str | None:
-        """values: what the step returned; the trace ends when they are there. What to tell the user then."""
+        """Ends the trace at its last step, once that step's ``values`` are computed; returns a line to log, or None."""
         if not self._running or step < self._steps[1]:
             return None
         jax.block_until_ready(values)

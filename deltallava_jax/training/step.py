@@ -24,7 +24,7 @@ from deltallava_jax.training.optimizer import join, make_optimizer, schedule, sp
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """step: updates done. trained: float32. frozen: bfloat16, unknown to the optimizer."""
+    """step: updates done. trained: float32. frozen: bfloat16, without optimizer state."""
 
     step: Array
     trained: Params
@@ -47,9 +47,10 @@ def state_shapes(cfg: Config, mesh: Mesh, steps: int) -> TrainState:
 
 
 def init_state(cfg: Config, mesh: Mesh, steps: int, params: Params | None = None) -> TrainState:
-    """A train state at step 0, made on the devices where it belongs.
+    """A train state at step 0, created with its shardings.
 
-    params: what to train, in the dtypes and places of ``state_shapes``; by default fresh from the config's seed."""
+    params: initial parameters in the dtypes and shardings of ``state_shapes``; by default fresh from the config's
+    seed."""
     placed = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(cfg, mesh, steps))
     if params is None:
         return jax.jit(lambda: _fresh_state(cfg, steps), out_shardings=placed)()
@@ -79,8 +80,8 @@ def gradients(
     """(mean loss, supervised tokens, gradients of the mean loss) of a batch.
 
     With ``training.every_budget`` the loss is the mean over all of the projector's budgets.
-    The batch is taken in ``optimizer.accumulation`` microbatches: summed losses and gradients are added up and divided
-    once by the supervised tokens of the whole batch, so that the result does not depend on the number of parts."""
+    The batch is split into ``optimizer.accumulation`` microbatches: summed losses and gradients are accumulated and
+    divided once by the supervised tokens of the whole batch, so that the result does not depend on the split."""
     parts = cfg.optimizer.accumulation
     budgets = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
 
@@ -93,7 +94,7 @@ def gradients(
     if parts == 1:
         (total, count), grads = value_and_grad(trained, batch, rng)
     else:
-        # Strided, so that each device's own rows are spread over the microbatches and none of them moves.
+        # Strided: each device's rows are spread over the microbatches, so that no row moves to another device.
         strided = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1), batch)
 
         def body(sums, part_and_key):
@@ -107,7 +108,7 @@ def gradients(
 
 
 def batch_shapes(cfg: Config, mesh: Mesh, text: int, images: int) -> Batch:
-    """The global batch as shapes with their sharding: T text tokens and I image places a row."""
+    """The global batch as shapes with their sharding: T text tokens and I image places per row."""
     make = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, ROWS))
     return Batch.shapes(
         cfg.data.rows, text, images, cfg.model.vision.image_size,
@@ -116,11 +117,11 @@ def batch_shapes(cfg: Config, mesh: Mesh, text: int, images: int) -> Batch:
 
 
 class TrainStep:
-    """step(state, batch, budget, pooling) -> (state, metrics), the old state's memory reused; budget and pooling
-    (LLaVolta's stage) are static.
+    """step(state, batch, budget, pooling) -> (state, metrics); the old state is donated; budget and pooling (of
+    LLaVolta's current phase) are static.
 
     Compiled ahead of time, once for each (budget, pooling, rows, text, images) signature. Where the loss or a gradient
-    is not finite the parameters stay as they were, and metrics["finite"] is False."""
+    is not finite the parameters are unchanged and metrics["finite"] is False."""
 
     def __init__(self, cfg: Config, mesh: Mesh, steps: int):
         llavolta.validate(cfg)
@@ -142,7 +143,7 @@ class TrainStep:
 
     def compile(self, batch: Batch, budget: int, pooling: llavolta.Pooling | None = None) -> jax.stages.Compiled:
         """The program for batches like ``batch``."""
-        if not batch.image_positions.shape[1]:  # without images all budgets are one program
+        if not batch.image_positions.shape[1]:  # without images all budgets share one program
             budget = systems.budgets(self.cfg.model.projector)[0]
             pooling = None
         signature = (budget, pooling, *batch.tokens.shape, batch.image_positions.shape[1])

@@ -1,4 +1,4 @@
-"""Reading collectives from HLO: programs whose collectives are known, and the forms that compilers write."""
+"""Collectives parsed from HLO: programs with known collectives, and the forms that compilers write."""
 
 import jax
 import jax.numpy as jnp
@@ -143,5 +143,5 @@ def test_the_tpu_compilers_forms():
     double = text.replace("constant(1)", "constant(2)")  # as in loops over the shards of a product
     assert [one.count for one in collectives(double, 8) if one.kind == "all-gather"] == [12]
     for unknown in (text.replace("constant(24)", "parameter(0)"), text.replace("constant(1)", "parameter(1)")):
-        with pytest.raises(ValueError, match="does not say how often"):
+        with pytest.raises(ValueError, match="number of iterations of loop .* is unknown"):
             collectives(unknown, 8)

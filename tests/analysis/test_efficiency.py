@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deltallava_jax import __main__ as door
+from deltallava_jax import __main__ as command_line
 from deltallava_jax.analysis import efficiency
 from deltallava_jax.analysis.plan import unrolled
 from deltallava_jax.config import DecoderConfig, FastVConfig, ModelConfig, settings_of, system_config
@@ -48,7 +48,7 @@ def test_the_papers_numbers_at_68_tokens_of_text(budget):
 def test_the_tokens_of_decoding_are_added_up():
     cfg, d, f = SMALL, 64, 160
     one = lambda tokens: 5 * (8 * d * d + 4 * d * f + 4 * tokens * d)
-    tokens = 7 + efficiency.visual(cfg)
+    tokens = 7 + efficiency.visual_tokens(cfg)
     assert efficiency.paper(cfg, 7, 3)["decode"] == one(tokens) + one(tokens + 1) + one(tokens + 2)
 
 
@@ -57,7 +57,7 @@ def test_the_tokens_of_decoding_are_added_up():
 
 def test_a_grouped_decoder_is_its_formula():
     matrices = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
-    logits, V, T = 2 * 64 * 96, efficiency.visual(SMALL), 9
+    logits, V, T = 2 * 64 * 96, efficiency.visual_tokens(SMALL), 9
     assert V == 4
     layer = lambda queries, keys: 5 * (queries * matrices + 4 * queries * keys * 64)
     counted = efficiency.exact(SMALL, T, 6)
@@ -66,7 +66,7 @@ def test_a_grouped_decoder_is_its_formula():
     assert efficiency.exact(SMALL, T, 0)["decode"] == 0
 
 
-def test_fastv_counts_what_its_layers_see_and_the_scores_that_choose():
+def test_fastv_counts_the_tokens_of_its_layers_and_the_selecting_scores():
     cfg = dataclasses.replace(SMALL, fastv=FastVConfig(layer=3, keep=1))
     matrices = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
     layer = lambda tokens: tokens * matrices + 4 * tokens * tokens * 64
@@ -115,7 +115,7 @@ def test_xla_counts_the_same_prefill(cfg):
     assert ours == pytest.approx(one + (cfg.layers - 1) * (two - one), rel=0.03)
 
 
-@pytest.mark.parametrize("name", efficiency.known())
+@pytest.mark.parametrize("name", efficiency.system_names())
 def test_every_system_is_counted(name):
     cfg = efficiency.with_system(SMALL, name)
     own = dict(head_dim=16, block_head_dim=16, rank=4, prune_layers=(0,), question_length=8)
@@ -152,16 +152,16 @@ def test_cache_bytes_are_those_of_the_arrays():
     assert row["cache_bytes"] == held(caches) and row["system"] == "fastv" and row["budget"] == 2
 
 
-# ------------------------------------------------------------------ the door
+# ------------------------------------------------------------------ the command
 
 
 def run(capsys, *arguments):
-    options = door.parse(["flops", *arguments])
+    options = command_line.parse(["flops", *arguments])
     options.main(options)
     return capsys.readouterr().out
 
 
-def test_the_door_prints_rows_or_a_table(capsys, tmp_path):
+def test_the_command_prints_rows_or_a_table(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     asked = ["--config", str(tiny.FILE), "--budgets", "4", "--text", "9", "--new", "3"]
     rows = json.loads(run(capsys, *asked, "--json"))
@@ -196,7 +196,7 @@ def test_towers_and_decoders_by_name_and_many_systems(capsys, tmp_path):
         (["--tower", "siglip_so400m_14_384", "--systems", "evit"], "no CLS token"),
     ],
 )
-def test_what_cannot_be_counted_is_one_line(capsys, arguments, message):
+def test_bad_options_are_one_line(capsys, arguments, message):
     with pytest.raises(ConfigError, match=message) as error:
         run(capsys, *arguments)
     assert "\n" not in str(error.value)

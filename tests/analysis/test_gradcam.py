@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deltallava_jax import __main__ as door
+from deltallava_jax import __main__ as command_line
 from deltallava_jax.analysis import gradcam
 from deltallava_jax.config import FastVConfig, renamed, settings_of
 from deltallava_jax.data import tokens
@@ -166,14 +166,14 @@ def test_systems_on_a_grid(tokenizer, name):
 def test_tokens_without_a_place_are_refused(tokenizer, name):
     cfg = tiny.get_config().model
     cfg = dataclasses.replace(cfg, projector=renamed(cfg.projector, {"name": name}))
-    with pytest.raises(ConfigError, match=f"where in the image the tokens of {name} lie is not known"):
+    with pytest.raises(ConfigError, match=f"the tokens of {name} have no known place in the image"):
         gradcam.heat_maps(Model(cfg, {}, tokenizer), picture(), QUESTION)
 
 
 def test_what_cannot_be_drawn_is_refused(tokenizer):
     model = make(tokenizer)
     with pytest.raises(ConfigError, match="FastV"):
-        gradcam.check(dataclasses.replace(model.cfg, fastv=FastVConfig(layer=1)))
+        gradcam.require_places(dataclasses.replace(model.cfg, fastv=FastVConfig(layer=1)))
     with pytest.raises(ConfigError, match="64 tokens"):
         gradcam.heat_maps(model, picture(), QUESTION, budgets=(5,))
     with pytest.raises(ConfigError, match="method is 'saliency'"):
@@ -204,7 +204,7 @@ def test_what_the_tower_cuts_off_is_not_shown(tokenizer):
     model = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, vision=cut))
     image = Image.new("RGB", (70, 70), "white")
     image.paste("black", (64, 0, 70, 70))
-    assert np.asarray(gradcam.seen(model, image)).min() == 255
+    assert np.asarray(gradcam.tower_image(model, image)).min() == 255
 
 
 def test_the_door_writes_the_picture(tokenizer, monkeypatch, tmp_path, capsys):
@@ -213,12 +213,12 @@ def test_the_door_writes_the_picture(tokenizer, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(deltallava_jax, "load", lambda path: make(tokenizer, name="m3", scale_factor=(2, 4)))
     picture().save(tmp_path / "in.png")
     asked = ["gradcam", "runs/m3", "--image", str(tmp_path / "in.png"), "--prompt", QUESTION, "--budgets", "16,4"]
-    options = door.parse([*asked, "--answer", ANSWER, "--out", str(tmp_path / "made" / "heat.png")])
+    options = command_line.parse([*asked, "--answer", ANSWER, "--out", str(tmp_path / "made" / "heat.png")])
     options.main(options)
     printed = capsys.readouterr().out
     assert "  16 tokens: circle" in printed and "   4 tokens: circle" in printed
     assert Image.open(tmp_path / "made" / "heat.png").width == 3 * (336 + 8) + 8
     for wrong, message in ((["--budgets", "x"], "expected numbers"), (["--out", "heat.jpg"], "ends in .png")):
-        options = door.parse([*asked, *wrong])
+        options = command_line.parse([*asked, *wrong])
         with pytest.raises(ConfigError, match=message):
             options.main(options)

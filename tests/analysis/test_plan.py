@@ -1,4 +1,4 @@
-"""The plan of a run on fake CPU devices against the step that train.py runs, and its door."""
+"""The plan of a run on fake CPU devices against the step that train.py runs, and its command."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deltallava_jax import __main__ as door
+from deltallava_jax import __main__ as command_line
 from deltallava_jax.analysis import plan, plan_command
 from deltallava_jax.analysis.targets import Target, parse_target
 from deltallava_jax.config import MeshConfig, ModelConfig
@@ -49,14 +49,14 @@ def test_memory_is_that_of_the_programs_own_analysis(measured):
     assert size["optimizer_bytes"] == pytest.approx(2 * size["parameters_bytes"], abs=16)
 
 
-def test_the_plan_is_the_object_that_was_promised(measured):
+def test_the_plan_has_its_documented_fields(measured):
     assert (measured["target"], measured["devices"]) == ("cpu:4", 4)
     assert measured["mesh"] == dict(data=1, fsdp=4, tensor=1)
     assert measured["fits"] and measured["per_device"]["capacity_bytes"] == FOUR.capacity
     assert measured["seconds_to_compile"] > 0 and measured["rematerialization_warnings"] == 0
     assert {"all-gather"} <= {one["kind"] for one in measured["collectives"]}
     assert all(one["count"] > 0 and one["bytes"] > 0 for one in measured["collectives"])
-    assert measured["step_seconds"] is None  # nobody states a CPU's peak
+    assert measured["step_seconds"] is None  # a CPU has no stated peak
     assert measured["model_flops_per_step"] < measured["flops_per_step"] < measured["compiler_flops_per_step"]
     assert json.loads(json.dumps(measured)) == measured
 
@@ -83,7 +83,7 @@ def test_a_model_with_parts_missing_is_refused():
         plan.measure(cfg, FOUR)
 
 
-def test_a_program_that_the_tpu_compiler_refuses_is_read_from_its_message():
+def test_the_size_of_a_program_that_the_tpu_compiler_refuses_is_parsed_from_its_message():
     class Refused:
         def compile(self, options):
             raise jax.errors.JaxRuntimeError(
@@ -100,7 +100,7 @@ def test_a_program_that_the_tpu_compiler_refuses_is_read_from_its_message():
         plan.compile_or_size(Broken(), {})
 
 
-# ------------------------------------------------------------------ the door
+# ------------------------------------------------------------------ the command
 
 
 def fake(total, capacity=100, **more):
@@ -113,17 +113,17 @@ def fake(total, capacity=100, **more):
 
 def options(*more):
     arguments = ["plan", "--config", str(tiny.FILE), "--target", "cpu:4", *more]
-    return door.parse(arguments)
+    return command_line.parse(arguments)
 
 
-def test_the_door_prints_one_object_or_a_table(monkeypatch, capsys, measured):
-    seen = []
+def test_the_command_prints_one_object_or_a_table(monkeypatch, capsys, measured):
+    calls = []
     monkeypatch.setattr(plan_command, "prepare", lambda target: None)
-    monkeypatch.setattr(plan, "measure", lambda cfg, target, text: seen.append((cfg, target, text)) or measured)
+    monkeypatch.setattr(plan, "measure", lambda cfg, target, text: calls.append((cfg, target, text)) or measured)
     chosen = options("--mesh", "data=1,fsdp=4", "--text", "20", "--json", "--config.optimizer.lr=0.5")
     chosen.main(chosen)
     assert json.loads(capsys.readouterr().out) == measured
-    ((cfg, target, text),) = seen
+    ((cfg, target, text),) = calls
     assert (cfg.optimizer.lr, cfg.mesh, text) == (0.5, MeshConfig(data=1, fsdp=4), 20) and target == FOUR
     chosen = options()
     chosen.main(chosen)
@@ -141,7 +141,7 @@ def test_the_door_prints_one_object_or_a_table(monkeypatch, capsys, measured):
         (["--config.optimizer.lrr=1"], "did you mean 'lr'"),
         (["--config.data.rows=6"], "data.rows=6 is not divisible"),
         (["--config.model.vision=None"], "a plan needs a whole model; this one has no vision"),
-        (["--text", "-5"], "--text -5: expected tokens, 0 or more"),
+        (["--text", "-5"], "--text -5: expected a number of tokens, 0 or more"),
     ],
 )
 def test_bad_options_are_one_line(more, message):
@@ -179,7 +179,7 @@ def test_where_the_state_alone_does_not_fit_more_devices_are_tried(monkeypatch):
 
 
 def test_every_scan_is_unrolled_in_a_version_of_jax_that_is_known(monkeypatch):
-    """``unrolled`` replaces jax.lax.scan: where a version of jax no longer looks there, this fails first."""
+    """``unrolled`` replaces jax.lax.scan: with a jax that no longer uses it, this fails first."""
     assert plan.can_unroll()
     program = lambda x: jax.lax.scan(lambda total, y: (total @ y, None), jnp.eye(2), x)[0]
     count = lambda: jax.jit(lambda x: program(x)).lower(jnp.ones((5, 2, 2))).as_text().count("stablehlo.while")

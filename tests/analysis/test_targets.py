@@ -1,4 +1,4 @@
-"""Targets: their names, their devices, and one clear line for what cannot be."""
+"""Targets: their names, their devices, and one clear line for an unknown one."""
 
 import pytest
 

@@ -89,6 +89,6 @@ def test_weights_are_gathered_before_a_large_product(compiled):
         ours, default = (lowered.compile(options).as_text() for options in (compiler_options(mesh), {}))
     weights = 2 * width**2
     assert summary(collectives(ours, 8)) == [dict(kind="all-gather", count=1, bytes=weights)]
-    # What the compiler does by default: shards go round. They are counted as often as they are sent.
+    # By default the compiler sends shards around a ring. Each is counted as often as it is sent.
     (one,) = summary(collectives(default, 8))
     assert one["kind"] == "collective-permute" and 7 / 8 * weights <= one["bytes"] <= 9 / 8 * weights

@@ -4,7 +4,7 @@ from deltallava_jax.analysis.units import operations, seconds, size
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("text", "expected"),
     [
         (size(0), "0 bytes"),
         (size(1000), "1,000 bytes"),
@@ -23,5 +23,5 @@ from deltallava_jax.analysis.units import operations, seconds, size
         (seconds(1234.5), "1,234 s"),
     ],
 )
-def test_the_unit_fits_the_quantity(said, expected):
-    assert said == expected
+def test_the_unit_fits_the_quantity(text, expected):
+    assert text == expected

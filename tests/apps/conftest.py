@@ -1,4 +1,4 @@
-"""What the tests of chat and server share: a workdir with the tiny model, and the address of its server."""
+"""Shared fixtures of chat and server: a workdir with the tiny model, and the address of its server."""
 
 import pytest
 

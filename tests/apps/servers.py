@@ -1,4 +1,4 @@
-"""A server of the tiny model, and what its clients say."""
+"""A server of the tiny model, and requests to it."""
 
 import argparse
 import base64
@@ -58,7 +58,7 @@ def messages(seed=None, text=QUESTION):
 
 
 def post(address, body, key=None, path=PATH):
-    """(status, what the server says)."""
+    """(status, the response)."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
     try:
@@ -68,18 +68,18 @@ def post(address, body, key=None, path=PATH):
         return error.code, json.load(error)
 
 
-def said(address, *turns, **fields):
-    """The answer to turns, a user's and an assistant's by turns, or messages."""
+def reply(address, *turns, **fields):
+    """The answer to alternating texts of user and assistant, or messages."""
     roles = ("user", "assistant") * len(turns)
-    asked = [
+    conversation = [
         turn if isinstance(turn, dict) else {"role": role, "content": turn}
         for role, turn in zip(roles, turns, strict=False)
     ]
-    status, found = post(address, {"messages": asked, "max_tokens": 6, **fields})
+    status, found = post(address, {"messages": conversation, "max_tokens": 6, **fields})
     assert status == 200, found
     return found["choices"][0]["message"]["content"]
 
 
-def watched(address) -> dict:
+def metrics(address) -> dict:
     text = urllib.request.urlopen(f"{address}/metrics").read().decode()
     return {name.removeprefix("deltallava_"): float(value) for name, value in map(str.rsplit, text.splitlines())}

@@ -1,4 +1,4 @@
-"""The web page, started for real and asked through gradio's own client and by Chromium."""
+"""The web page, started for real and used by gradio's client and by Chromium."""
 
 import argparse
 import dataclasses
@@ -73,7 +73,7 @@ def saved(folder, seed=0, size=64):
 
 
 def ask(client, file, question=QUESTION, place=2):
-    """What the page shows: the answer while it grows, then the line below and the heat's file."""
+    """The states of the streamed answer, the line below it, and the heat map's file."""
     job = client.submit(file and gradio_client.handle_file(file), question, place, api_name="/ask")
     text, line, heat, _ = job.result(timeout=120)
     shown = [state[0] for state in job.outputs()]
@@ -90,11 +90,11 @@ def test_an_answer_is_the_models_with_its_heat(client, tmp_path, place, budget):
     compiling = r"(, compiling took [\d.]+ m?s more)?"
     assert re.fullmatch(rf"\d+ tokens, the first after [\d.]+ m?s, then [\d.,]+ tokens/s{compiling}", line)
     (heat,) = gradcam.heat_maps(model(), file, QUESTION, budgets=[budget], answer=answer)
-    expected = gradcam.overlay(gradcam.seen(model(), file), heat)
+    expected = gradcam.overlay(gradcam.tower_image(model(), file), heat)
     assert np.array_equal(np.asarray(Image.open(overlay).convert("RGB")), np.asarray(expected))
 
 
-def test_what_cannot_be_is_said_and_the_page_lives_on(client, address, tmp_path):
+def test_errors_are_shown_and_the_page_keeps_running(client, address, tmp_path):
     def refused(words, file, **asked):
         with pytest.raises(gradio_client.exceptions.AppError, match=words):
             ask(client, file, **asked)
@@ -107,11 +107,11 @@ def test_what_cannot_be_is_said_and_the_page_lives_on(client, address, tmp_path)
     Image.new("1", (101, 100)).save(tmp_path / "large.png")
     refused("101 x 100 pixels; at most 10,000", tmp_path / "large.png")
     refused("choose a picture", None)
-    refused("ask something", saved(tmp_path), question=" ")
+    refused("enter a question", saved(tmp_path), question=" ")
     (tmp_path / "heavy.png").write_bytes(whole + bytes(20000))
     with pytest.raises(Exception, match="413|exceed"):
         ask(client, tmp_path / "heavy.png")
-    refused("theme.css is no uploaded file", f"{address}theme.css")
+    refused("theme.css is not an uploaded file", f"{address}theme.css")
     assert ask(client, saved(tmp_path))[0][-1] == model().generate(picture(), QUESTION, max_new_tokens=12)
 
 
@@ -131,14 +131,14 @@ def test_a_model_of_one_budget_and_tokens_without_a_place():
         demo.make_page(dataclasses.replace(one, cfg=dataclasses.replace(one.cfg, vision=None)), options_of())
 
 
-def test_a_port_that_is_taken_is_one_line(address):
+def test_a_port_in_use_is_one_line(address):
     options = options_of("--port", address.rstrip("/").rpartition(":")[2])
-    with pytest.raises(ConfigError, match="is taken"):
+    with pytest.raises(ConfigError, match="is in use"):
         demo.launch(demo.make_page(model(), options), options)
 
 
 @pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")), reason="no Chromium")
-def test_in_a_browser_which_asks_no_other_server(address, tmp_path):
+def test_in_a_browser_which_contacts_no_other_server(address, tmp_path):
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
@@ -167,7 +167,7 @@ def test_in_a_browser_which_asks_no_other_server(address, tmp_path):
         wait_for(".picture img")
         wait_for("textarea, input[type=text]").send_keys(QUESTION, "\n")
         answer = model().generate(picture(), QUESTION, max_new_tokens=12)
-        wait_for("#answer textarea", lambda said: said.get_property("value") == answer)
+        wait_for("#answer textarea", lambda area: area.get_property("value") == answer)
         wait_for("#speed", lambda line: "tokens/s" in line.text)
         wait_for("img[src*='image.png']")
         messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
@@ -176,8 +176,8 @@ def test_in_a_browser_which_asks_no_other_server(address, tmp_path):
     assert len(asked) > 5 and all(url.startswith((address, "data:", "blob:")) for url in asked), asked
 
 
-def test_a_component_that_cannot_be_guarded_is_refused():
-    """What the demo replaces in gradio must be there: a version that renamed it would open files unseen."""
+def test_a_component_without_the_replaced_methods_is_refused():
+    """The methods that the demo replaces must exist: a version that renamed them would open files unchecked."""
     picture = demo.gradio().Image(type="filepath")
     demo.guard(picture)
     assert picture.preprocess is demo.path and picture.async_move_resource_to_block_cache is demo.uploaded

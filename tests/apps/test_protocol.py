@@ -1,4 +1,4 @@
-"""What the server reads of a request and what it refuses, by name and before anything starts."""
+"""Requests that the server accepts or refuses, by name and before it computes anything."""
 
 import base64
 import copy
@@ -13,15 +13,15 @@ import pytest
 from PIL import Image
 
 from deltallava_jax.apps import protocol
-from tests.apps.servers import PATH, QUESTION, messages, post, said, watched
+from tests.apps.servers import PATH, QUESTION, messages, metrics, post, reply
 from tests.inference.models import model
 
 
 @pytest.mark.parametrize(
     ("change", "status", "words"),
     [
-        (b"{", 400, "no JSON"),
-        (b"\xff\xfe\x00", 400, "no JSON"),
+        (b"{", 400, "not JSON"),
+        (b"\xff\xfe\x00", 400, "not JSON"),
         (b"[1]", 400, "the body=.1.; expected an object .JSON."),
         (b"{" + b" " * 300_000, 413, "more than 200,000 bytes"),
         ({"messages": []}, 400, "messages=..; expected a list that is not empty"),
@@ -96,7 +96,7 @@ NEUTRAL = {  # a value of the pool -> the fields that may have it
 ACCEPTED = {(value, name) for value, names in NEUTRAL.items() for name in names.split()}
 
 
-def test_any_field_with_any_value_is_read_or_refused_by_name_and_the_server_lives_on(address):
+def test_any_field_with_any_value_is_parsed_or_refused_by_name_and_the_server_keeps_running(address):
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
 
     def ask(body):
@@ -104,16 +104,16 @@ def test_any_field_with_any_value_is_read_or_refused_by_name_and_the_server_live
         found = connection.getresponse()
         return found.status, json.load(found)
 
-    sound, before = {"messages": messages(), "max_tokens": 1}, watched(address)
+    sound, before = {"messages": messages(), "max_tokens": 1}, metrics(address)
     for name in protocol.FIELDS:
         for value in POOL:
             if (str(value), name) in ACCEPTED:
-                protocol.read(json.dumps({**sound, name: value}).encode())
+                protocol.parse(json.dumps({**sound, name: value}).encode())
                 continue
             status, found = ask({**sound, name: value})
             expected = 404 if name == "model" and isinstance(value, str) else 400
             assert status == expected and found["error"]["message"].startswith(name), (name, value, found)
-    assert watched(address)["requests_total"] == before["requests_total"]
+    assert metrics(address)["requests_total"] == before["requests_total"]
 
     draw, statuses = random.Random(0), set()
     for _ in range(200):
@@ -129,9 +129,9 @@ def test_any_field_with_any_value_is_read_or_refused_by_name_and_the_server_live
             break
         statuses.add(ask(body)[0])
     assert statuses <= {200, 400, 404} and 400 in statuses
-    assert said(address, QUESTION) == model().generate(None, QUESTION, max_new_tokens=6)
-    assert watched(address)["running"] == watched(address)["errors_total"] == 0
+    assert reply(address, QUESTION) == model().generate(None, QUESTION, max_new_tokens=6)
+    assert metrics(address)["running"] == metrics(address)["errors_total"] == 0
 
 
 def test_the_page_has_the_table_of_fields():
-    assert protocol.table() in (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    assert protocol.format_fields() in (Path(__file__).parents[2] / "docs" / "serving.md").read_text()

@@ -1,4 +1,4 @@
-"""The server, asked by the official client and by clients that send what they should not."""
+"""The server, used by the official client and by clients that send bad requests."""
 
 import asyncio
 import json
@@ -12,12 +12,12 @@ import pytest
 
 from deltallava_jax.data.conversation import Conversation, Round
 from deltallava_jax.inference.sampling import Sampling
-from tests.apps.servers import PATH, QUESTION, app_of, messages, post, running, said, uri
-from tests.inference.models import model, picture
+from tests.apps.servers import PATH, QUESTION, app_of, messages, post, reply, running, uri
+from tests.inference.models import decoder_alone, model, picture
 
 
 def answer(conversation, images=(), one=None, **settings):
-    """What the model says to a conversation."""
+    """The model's answer to a conversation."""
     one, settings = one or model(), Sampling(**{"max_new_tokens": 6, **settings})
     return one.answer(one.prompt(conversation), one.pixels(list(images)), settings).whole()
 
@@ -31,7 +31,7 @@ def test_without_a_seed_each_answer_is_another_and_its_seed_repeats_it(address):
     assert len({text(ask(temperature=0)) for _ in range(2)}) == 1
 
 
-def test_the_first_limit_that_is_given_holds_and_without_one_the_room_left(address):
+def test_the_first_limit_that_is_given_holds_and_without_one_the_space_left(address):
     tokens = lambda **limits: post(address, {"messages": messages(), **limits})[1]["usage"]["completion_tokens"]
     assert tokens(max_completion_tokens=None, max_tokens=3) == 3
     assert tokens(max_completion_tokens=2, max_tokens=3) == 2
@@ -40,38 +40,36 @@ def test_the_first_limit_that_is_given_holds_and_without_one_the_room_left(addre
     assert tokens(max_completion_tokens=None) == expected.tokens > 30
 
 
-def test_what_clients_send_is_read_as_they_mean_it(address):
+def test_requests_of_common_clients_are_understood(address):
     expected = model().generate(None, QUESTION, max_new_tokens=6)
     for more in ({"model": None}, {"model": ""}, {"seed": -1}, {"top_k": -1}, {"temperature": None, "stop": None}):
-        assert said(address, QUESTION, **more) == expected
+        assert reply(address, QUESTION, **more) == expected
     lines = "\r\n".join(re.findall(".{1,76}", uri().partition(",")[2]))
     broken = {"role": "user", "content": [{"type": "image_url", "image_url": f"data:image/png;base64,{lines}"}]}
     broken["content"].append({"type": "text", "text": QUESTION})
-    assert said(address, broken) == model().generate(picture(), QUESTION, max_new_tokens=6)
+    assert reply(address, broken) == model().generate(picture(), QUESTION, max_new_tokens=6)
     user, assistant = ({"role": role, "content": "red?"} for role in ("user", "assistant"))
     system = {"role": "developer", "content": [{"type": "text", "text": "is"}, {"type": "text", "text": "it"}]}
     whole = {"role": "assistant", "content": "no", "refusal": None, "tool_calls": None, "annotations": []}
-    found = said(address, system, user, user, assistant, whole, user)
+    found = reply(address, system, user, user, assistant, whole, user)
     rounds = (Round(("red?\nred?",), "red?\nno"), Round(("red?",), None))
     assert found == answer(Conversation(rounds, system="is\nit"))
 
 
 def test_text_is_text_and_an_image_has_one_place(address):
-    """``<image>`` in a history once made a place that no picture filled: NaN in the cache and an empty answer."""
+    """``<image>`` in a history once made a place without an image: NaN in the cache and an empty answer."""
     first = messages(0, "<image>")[0]
     rounds = (Round(("", "\n<image>"), "a <image>?"), Round(("</s> red?",), None))
-    found = said(address, first, "a <image>?", "</s> red?")
+    found = reply(address, first, "a <image>?", "</s> red?")
     assert found == answer(Conversation(rounds), [picture()])
-    assert said(address, "<image>") == answer(Conversation((Round(("<image>",), None),)))
+    assert reply(address, "<image>") == answer(Conversation((Round(("<image>",), None),)))
 
 
 def test_a_decoder_alone_continues_a_text_and_needs_a_template_for_more():
-    from test_chat import decoder_alone
-
     bare = decoder_alone()
     turns = [{"role": role, "content": "red?"} for role in ("user", "assistant", "user")]
     with running(one=bare) as address:
-        assert said(address, "red?") == bare.generate(None, "red?", max_new_tokens=6)
+        assert reply(address, "red?") == bare.generate(None, "red?", max_new_tokens=6)
         for asked, words in (
             (turns, "--template"),
             ([{"role": "system", "content": "short"}, *turns[:1]], "--template"),
@@ -82,10 +80,10 @@ def test_a_decoder_alone_continues_a_text_and_needs_a_template_for_more():
         status, found = post(address, {"messages": turns[:1], "budget": 4})
         assert status == 400 and found["error"]["message"].startswith("budget=4: the model has no vision tower")
     with running(one=decoder_alone("brief")) as address:
-        assert said(address, *turns) == answer(Conversation((Round(("red?",), "red?"), Round(("red?",), None))))
+        assert reply(address, *turns) == answer(Conversation((Round(("red?",), "red?"), Round(("red?",), None))))
 
 
-def test_web_pages_may_ask_by_an_option(address):
+def test_web_pages_may_send_requests_by_an_option(address):
     def preflight(address):
         headers = {"origin": "http://page.example", "access-control-request-method": "POST"}
         asked = urllib.request.Request(address + PATH, headers=headers, method="OPTIONS")
@@ -98,7 +96,7 @@ def test_web_pages_may_ask_by_an_option(address):
         assert preflight(open_to_pages) == "http://page.example"
 
 
-def test_a_stream_that_nobody_reads_frees_its_slot():
+def test_a_stream_without_a_reader_frees_its_slot():
     """Its first event already cannot be sent."""
     app = app_of()
 
@@ -159,7 +157,7 @@ def test_the_official_client(address):
 
 
 def test_many_at_a_time_get_what_each_gets_alone(address):
-    """More than there are slots; images, budgets and settings mixed; some are gone before their answer."""
+    """More than there are slots; images, budgets and settings mixed; some disconnect before their answer."""
     settings = [dict(), dict(temperature=1.0, seed=3), dict(temperature=0.8, top_k=9, seed=4), dict(stop=["e"])]
     asks = [(index % 4 if index % 3 else None, (16, 4, 1)[index % 3], settings[index % 4]) for index in range(10)]
 
@@ -195,7 +193,7 @@ def test_health_metrics_and_the_key(address):
         assert post(closed, body, "secret")[0] == 200
 
 
-def test_shutting_down_answers_what_was_asked():
+def test_shutting_down_answers_pending_requests():
     with ThreadPoolExecutor(1) as pool:
         with running() as address:
             asked = pool.submit(post, address, {"messages": messages(2), "max_tokens": 40})

@@ -95,7 +95,7 @@ def begin(run, monkeypatch):
     monkeypatch.setattr(loop, "init_state", recorded)
     monkeypatch.setattr(loop, "elements", lambda *_, **__: iter(()))
     monkeypatch.setattr(TrainStep, "compile", lambda *_: None)
-    monkeypatch.setattr(analysis, "memory_table", lambda *_: "")
+    monkeypatch.setattr(analysis, "format_memory", lambda *_: "")
 
     def begin(workdir, **settings):
         run(workdir, **settings)

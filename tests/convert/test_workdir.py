@@ -237,7 +237,7 @@ def test_a_decoder_alone_continues_the_prompt_as_it_stands(models, prompted):
 
 
 def test_an_image_for_a_decoder_alone(models, pictures):
-    with pytest.raises(ConfigError, match="no vision tower, so it cannot read images"):
+    with pytest.raises(ConfigError, match="no vision tower, so it takes no images"):
         ask(models["llama"], pictures[0])
 
 

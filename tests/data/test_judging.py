@@ -58,16 +58,18 @@ def test_few_broken_records_of_many_end_nothing(tmp_path, tokenizer, seed, packe
     plan = rows_of(tmp_path, records, tokenizer, packed=packed).plan((16,), seed)
     assert sorted(plan.faults) == list(broken) and not set(plan.records) & set(broken)
     assert counts(plan) == Counter(set(range(1208)) - set(broken))  # the numbers stay those of the source
-    (line,) = faults.judge(plan, 0.01, tmp_path)
+    (line,) = faults.validate_plan(plan, 0.01, tmp_path)
     listed = tmp_path / "faults.txt"
     assert line.startswith("5 of 1,208 records cannot be used and are left out: 5 malformed records or turns")
     assert [f"data.json#{index} " in text for index, text in zip(broken, listed.read_text().splitlines(), strict=True)]
     counted = {}
     for step in range(1, plan.steps_for(2) + 1):  # as the loop counts
-        faults.count(0.01, tmp_path, counted, plan, step, {"conversations": sum(map(len, plan.step(step - 1).rows))})
+        faults.count_step(
+            0.01, tmp_path, counted, plan, step, {"conversations": sum(map(len, plan.step(step - 1).rows))}
+        )
     assert counted == {"epoch": 1, "records": 1203, "faults": 0}
     with pytest.raises(TooManyFaults, match="5 of 1,208 .* in .*faults.txt. More than data.max_bad_fraction=0.004"):
-        faults.judge(plan, 0.004, tmp_path)
+        faults.validate_plan(plan, 0.004, tmp_path)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -172,6 +174,6 @@ def test_repairs_of_records_are_reported(tmp_path, tokenizer):
     rows = rows_of(tmp_path, records, tokenizer)
     for _ in range(2):  # measured, then from the cache
         plan = rows.plan((16,), 0)
-        (line,) = faults.judge(plan, 0.01, tmp_path)
+        (line,) = faults.validate_plan(plan, 0.01, tmp_path)
         assert line == "1 records without image markers; their images go before the first question"
     assert check(rows.source, plan, 1)["notes"]["unmarked"] == 1 and not (tmp_path / "faults.txt").exists()

@@ -1,4 +1,4 @@
-"""Answers by batches against single ones, answers kept over a kill, and the table with the paper's rows."""
+"""Answers by batches against single ones, answers saved over a kill, and the table with the paper's rows."""
 
 import dataclasses
 import json
@@ -61,17 +61,17 @@ def test_another_batch_size_is_one_line(model, rows):
         answers.Answerer(model, rows=rows)
 
 
-def test_answers_are_kept_over_a_kill(tmp_path):
-    first, second = answers.Kept(tmp_path / "a", 0), answers.Kept(tmp_path / "a", 1)
+def test_answers_survive_a_kill(tmp_path):
+    first, second = answers.SavedAnswers(tmp_path / "a", 0), answers.SavedAnswers(tmp_path / "a", 1)
     assert first.read() == {}
     first.add({"one": "yes\nno", "two": "é"})
     second.add({"three": "3"})
     file = tmp_path / "a" / "0.jsonl"
-    file.write_text(file.read_text() + '{"key": "four", "ans')  # cut short
+    file.write_text(file.read_text() + '{"key": "four", "ans')  # truncated
     assert first.read() == {"one": "yes\nno", "two": "é", "three": "3"}
     first.add({"four": "4"})
     assert second.read() == {"one": "yes\nno", "two": "é", "three": "3", "four": "4"}
-    nothing = answers.Kept(None)
+    nothing = answers.SavedAnswers(None)
     nothing.add({"one": "1"})
     assert nothing.read() == {}
 
@@ -89,7 +89,7 @@ def test_the_table_has_our_rows_and_the_papers_marked(tmp_path):
     report(tmp_path / "mine", "gqa", 144, limit=8, exact_match=0.25)
     report(tmp_path / "other", "mme", 1, mme_perception_score=1234.56)
     (tmp_path / "mine" / "eval" / "easy_vqa_16.json").write_text(json.dumps(dict(task="easy_vqa", budget=16)))
-    lines = table.table([tmp_path / "mine", tmp_path / "other"]).split("\n")
+    lines = table.format_table([tmp_path / "mine", tmp_path / "other"]).split("\n")
     assert lines[0] == "| Method | Tokens | GQA | MME | POPE |"
     assert lines[2] == "| mine | 36 | 61.5 |  | 50.0 |"  # a part of the questions is no result
     assert lines[3] == "| other | 1 |  | 1234.6 |  |"
@@ -104,7 +104,7 @@ def test_the_papers_rows_have_a_value_a_column_at_most():
     assert {task for task, _, _ in table.COLUMNS.values()} == set(tasks.DATA)
 
 
-def test_a_result_says_what_it_was_made_with():
+def test_a_result_records_versions_and_commit():
     found = benchmarks.versions()
     assert found["jax"].startswith("0.") and "python" in found
     commit = benchmarks.commit()
@@ -114,14 +114,14 @@ def test_a_result_says_what_it_was_made_with():
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="'gqa' needs lmms-eval; requirements-eval.txt"):
-        tasks.require(["gqa"])
+        tasks.require_installed(["gqa"])
     with pytest.raises(ConfigError, match="unknown task 'gqua'; known: easy_vqa, gqa"):
-        tasks.require(["gqua"])
+        tasks.require_installed(["gqua"])
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(tasks.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="java"):
-        tasks.require(["gqa", "nocaps_val"])
-    tasks.require(["gqa", "pope"])
+        tasks.require_installed(["gqa", "nocaps_val"])
+    tasks.require_installed(["gqa", "pope"])
 
 
 def test_a_local_copy_is_a_dataset_dict_with_the_tasks_split(tmp_path):
@@ -141,7 +141,7 @@ def test_a_local_copy_is_a_dataset_dict_with_the_tasks_split(tmp_path):
     assert "it has the splits train;" in message()
     (copy / "dataset_dict.json").write_text(json.dumps(dict(splits=["test"])))
     assert tasks.local_copy("pope", tmp_path) == copy
-    with pytest.raises(ConfigError, match="knows no task 'mmmu'"):
+    with pytest.raises(ConfigError, match="unknown task 'mmmu'"):
         tasks.local_copy("mmmu", tmp_path)
 
 
@@ -152,11 +152,11 @@ def test_data_that_cannot_be_fetched_is_one_line_that_names_the_login():
 
     DatasetNotFoundError = type("DatasetNotFoundError", (Exception,), {"__module__": "datasets.exceptions"})
     for error in (RetryError("<Future at 0x7f>"), RetryError.last_attempt.exception()):
-        line = tasks.not_fetched(error)
+        line = tasks.fetch_error(error)
         assert line.startswith("DatasetNotFoundError: Dataset 'a/b' is a gated dataset. Some") and "\n" not in line
         assert "hf auth login" in line and "--offline" in line
     RetryError.last_attempt.exception = staticmethod(lambda: KeyError("of a scorer"))
-    assert tasks.not_fetched(RetryError()) is tasks.not_fetched(KeyError("mine")) is None
+    assert tasks.fetch_error(RetryError()) is tasks.fetch_error(KeyError("mine")) is None
 
 
 def test_mmbench_is_scored_without_gpt_where_there_is_no_key(monkeypatch):

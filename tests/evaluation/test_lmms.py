@@ -36,7 +36,7 @@ def model():
     return Model(cfg, random_params(cfg), tokens.train(["What color is it?", "yes no red"], 380), "brief")
 
 
-class Told(lmms.lmms):
+class Recorder(lmms.lmms):
     """lmms-eval's view of a model that knows the answers beforehand."""
 
     def __init__(self, known):
@@ -65,9 +65,9 @@ def lmms_evals_own(folder, known, tmp_path):
         text += "dataset_name: null\ndataset_kwargs: {load_from_disk: true}\nprocess_docs: null\n"
         (tmp_path / f"own_{task}.yaml").write_text(text)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    told = Told({f"own_{task}": said for task, said in known.items()})
+    told = Recorder({f"own_{task}": said for task, said in known.items()})
     os.chdir(tmp_path)  # scorers write their files where they are
-    found = simple_evaluate(told, tasks=list(told.known), task_manager=manager, bootstrap_iters=0)
+    found = simple_evaluate(recorder, tasks=list(told.known), task_manager=manager, bootstrap_iters=0)
     return {task: found["results"][f"own_{task}"] for task in TASKS}
 
 
@@ -77,7 +77,7 @@ def test_a_model_that_knows_the_answers_gets_lmms_evals_own_scores(local, model,
     ours = lmms.DeltaLlava(model, answers=tmp_path / "kept", budget=4)
     monkeypatch.setattr(ours, "_answer", None)  # nothing is left to answer
     monkeypatch.setattr(ours, "_key", lambda request: f"{request.args[4]}/{request.args[3]}")
-    ours._kept.add({f"{task}/{number}": said for task in TASKS for number, said in enumerate(known[task])})
+    ours._saved.add({f"{task}/{number}": said for task in TASKS for number, said in enumerate(known[task])})
     found = lmms.evaluate(ours, TASKS, tmp_path / "out", offline=folder)
     own = lmms_evals_own(folder, known, tmp_path)
     for task in TASKS:
@@ -95,13 +95,13 @@ def test_a_model_that_knows_the_answers_gets_lmms_evals_own_scores(local, model,
         assert score("nocaps_val", "nocaps_CIDEr") > 0 and score("flickr30k_test", "flickr_CIDEr") > 0
 
 
-def test_all_tasks_run_with_our_model_and_a_killed_run_goes_on(local, model, tmp_path, monkeypatch):
+def test_all_tasks_run_with_our_model_and_a_killed_evaluation_resumes(local, model, tmp_path, monkeypatch):
     folder, _ = local
-    monkeypatch.setattr(lmms, "_most", lambda request: min(request.args[1].get("max_new_tokens", 12), 12))
+    monkeypatch.setattr(lmms, "_token_limit", lambda request: min(request.args[1].get("max_new_tokens", 12), 12))
     whole = lmms.DeltaLlava(model, budget=16, batch_size=3, answers=tmp_path / "kept")
     found = lmms.evaluate(whole, TASKS, tmp_path / "out", offline=folder)
     assert set(found) == set(TASKS) and all(report["metrics"] for report in found.values())
-    kept = answers.Kept(tmp_path / "kept").read()
+    kept = answers.SavedAnswers(tmp_path / "kept").read()
 
     file = tmp_path / "kept" / "0.jsonl"  # as a kill leaves it: half of the answers, the last one cut short
     lines = file.read_text().splitlines()
@@ -111,13 +111,13 @@ def test_all_tasks_run_with_our_model_and_a_killed_run_goes_on(local, model, tmp
     monkeypatch.setattr(again, "_answer", lambda questions, most: asked.extend(questions) or answer(questions, most))
     assert lmms.evaluate(again, TASKS, tmp_path / "out", offline=folder) == found
     assert len(asked) == len(lines) - len(lines) // 2
-    assert answers.Kept(tmp_path / "kept").read() == kept
+    assert answers.SavedAnswers(tmp_path / "kept").read() == kept
 
     other = lmms.DeltaLlava(model, budget=4, answers=tmp_path / "kept")  # another budget is another question
     monkeypatch.setattr(other, "_answer", answers.Answerer(model, budget=4))
     before = len(kept)
     lmms.evaluate(other, ["gqa"], tmp_path / "out", offline=folder)
-    assert len(answers.Kept(tmp_path / "kept").read()) == before + 6
+    assert len(answers.SavedAnswers(tmp_path / "kept").read()) == before + 6
 
 
 def test_the_prompts_are_the_official_ones(local, tmp_path, monkeypatch):
@@ -127,10 +127,10 @@ def test_the_prompts_are_the_official_ones(local, tmp_path, monkeypatch):
     folder, known = local
     monkeypatch.chdir(tmp_path)
     manager = TaskManager(include_path=str(write_offline(TASKS, folder, tmp_path)), include_defaults=False)
-    told = Told(known)
-    simple_evaluate(told, tasks=TASKS, task_manager=manager, bootstrap_iters=0)
+    recorder = Recorder(known)
+    simple_evaluate(recorder, tasks=TASKS, task_manager=manager, bootstrap_iters=0)
     first = {}
-    for context, options, _, _, task, _ in told.asked:
+    for context, options, _, _, task, _ in recorder.asked:
         first.setdefault(task, (context, options.get("max_new_tokens")))
     word = "\nAnswer the question using a single word or phrase."
     assert first["gqa"] == (f"What color is thing 0?{word}", 16)
@@ -158,7 +158,7 @@ def test_what_no_spreadsheet_holds_is_left_out(model, monkeypatch):
 def test_what_is_missing_is_named(local, tmp_path):
     with pytest.raises(ConfigError, match="expected .*mme to be a DatasetDict with the split 'test'"):
         write_offline(["mme"], tmp_path, tmp_path)
-    with pytest.raises(ConfigError, match="knows no task 'mmmu'"):
+    with pytest.raises(ConfigError, match="unknown task 'mmmu'"):
         write_offline(["mmmu"], tmp_path, tmp_path)
 
 
@@ -174,9 +174,9 @@ def test_a_picture_that_cannot_be_read_is_an_empty_answer_counted_and_listed(mod
         ours = lmms.DeltaLlava(model, budget=4, answers=tmp_path / "kept")
         found = lmms.evaluate(ours, ["pope"], tmp_path / "out", offline=tmp_path)["pope"]
         assert found["n"] == 3 and list(found["unread"]) == ["pope/test/1"]
-        said = capsys.readouterr().err
-        assert "1 answers are empty" in said and "pope/test/1: image of mode RGB: 2 x 400 pixels" in said
-    assert len(answers.Kept(tmp_path / "kept").read()) == 2
+        err = capsys.readouterr().err
+        assert "1 answers are empty" in err and "pope/test/1: image of mode RGB: 2 x 400 pixels" in err
+    assert len(answers.SavedAnswers(tmp_path / "kept").read()) == 2
 
 
 def test_the_entry_points_manifest_names_our_class():

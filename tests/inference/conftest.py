@@ -1,4 +1,4 @@
-"""What the inference tests share: a workdir with the tiny model."""
+"""Shared fixture of the inference tests: a workdir with the tiny model."""
 
 import pytest
 

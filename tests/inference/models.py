@@ -22,7 +22,7 @@ VOCAB = 384
 
 @functools.cache
 def model(fastv: bool = False, template: str = "brief", scale: float = 1.0) -> Model:
-    """Elastic: 16, 4 or 1 tokens an image. fastv: two of them stay in the second layer. Nobody changes it."""
+    """Elastic: 16, 4 or 1 tokens an image. fastv: two of them stay in the second layer. Cached: do not modify."""
     cfg = tiny.get_config().model
     cfg = dataclasses.replace(
         cfg,
@@ -31,6 +31,12 @@ def model(fastv: bool = False, template: str = "brief", scale: float = 1.0) -> M
         fastv=FastVConfig(1, 2) if fastv else None,
     )
     return Model(cfg, vlm.init_params(cfg, jax.random.key(0)), tokens.train(TEXTS, VOCAB), template)
+
+
+def decoder_alone(template=None):
+    whole = model()
+    cfg = dataclasses.replace(whole.cfg, vision=None, projector=None)
+    return Model(cfg, {"decoder": whole.params["decoder"]}, whole.tokenizer, template)
 
 
 def save_workdir(folder: Path) -> Path:

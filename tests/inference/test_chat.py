@@ -1,6 +1,5 @@
 """Texts: streamed pieces, stop texts, cancelling; and chats, whose carried caches equal a fresh prefill."""
 
-import dataclasses
 import inspect
 import textwrap
 import time
@@ -17,7 +16,7 @@ from deltallava_jax.errors import BadSample, ConfigError
 from deltallava_jax.inference.generate import Clock, Engine, Text, bucket, prompt_batch
 from deltallava_jax.inference.model import Model
 from deltallava_jax.inference.sampling import Sampling
-from tests.inference.models import model, picture, visual
+from tests.inference.models import decoder_alone, model, picture, visual
 
 QUESTION = "what color is the shape?"
 
@@ -32,7 +31,7 @@ def test_streamed_is_whole():
     assert 0 < answer.seconds_to_first <= answer.seconds
 
 
-def test_the_seconds_of_an_answer_are_not_those_of_its_reader():
+def test_the_seconds_of_an_answer_exclude_its_readers():
     answer, began, slept = model().stream(picture(), QUESTION, max_new_tokens=9), time.perf_counter(), 0
     for _ in answer:
         time.sleep(0.05)
@@ -70,7 +69,7 @@ def test_without_a_seed_each_answer_is_another_and_its_seed_repeats_it():
 
 
 @pytest.mark.parametrize("seed", [None, 2**32 - 1])
-def test_in_a_chat_each_turn_has_a_seed_of_its_own(seed):
+def test_in_a_chat_each_turn_has_its_own_seed(seed):
     chat, seeds = model().chat(max_new_tokens=8, temperature=1.0, seed=seed), []
     for _ in range(2):
         chat.ask(QUESTION)
@@ -82,7 +81,7 @@ def test_in_a_chat_each_turn_has_a_seed_of_its_own(seed):
     ("arguments", "settings", "error", "words"),
     [
         ((QUESTION, picture()), {}, TypeError, "prompt is of type ndarray; expected a text"),
-        ((QUESTION, __file__), {}, ConfigError, "images='what color.*no file, but prompt=.*swapped"),
+        ((QUESTION, __file__), {}, ConfigError, "images='what color.*not a file but prompt=.*swapped"),
         ((None, None), {}, TypeError, "prompt is of type NoneType"),
         ((5, QUESTION), {}, TypeError, "images holds a value of type int; expected files"),
         (([picture(), None], QUESTION), {}, TypeError, "images holds a value of type NoneType"),
@@ -96,7 +95,7 @@ def test_in_a_chat_each_turn_has_a_seed_of_its_own(seed):
         ((None, QUESTION), {"budget": 5}, ConfigError, "budget: delta makes 16, 4, 1"),
     ],
 )
-def test_arguments_that_cannot_be_are_named(arguments, settings, error, words):
+def test_bad_arguments_are_named(arguments, settings, error, words):
     images, prompt = arguments
     with pytest.raises(error, match=words):
         model().stream(images, prompt, **settings)
@@ -104,7 +103,7 @@ def test_arguments_that_cannot_be_are_named(arguments, settings, error, words):
         model().chat(**settings).stream(prompt, images)
 
 
-def test_a_model_says_what_it_is_in_three_lines():
+def test_a_model_describes_itself_in_three_lines():
     lines = repr(model()).splitlines()
     assert len(lines) == 3 and all(len(line) < 120 for line in lines)
     total = sum(leaf.size for leaf in jax.tree.leaves(model().params["decoder"]))
@@ -112,7 +111,7 @@ def test_a_model_says_what_it_is_in_three_lines():
     assert "16, 4, 1" in lines[1] and f"{model().tokenizer.vocab_size} tokens; template: brief" in lines[2]
 
 
-def test_compiling_is_timed_apart():
+def test_compiling_is_timed_separately():
     clock, function = Clock(), jax.jit(lambda x: jnp.sin(x) + 1.25)
     with clock:
         function(jnp.ones(3)).block_until_ready()
@@ -123,28 +122,23 @@ def test_compiling_is_timed_apart():
     nested, before = Clock(), time.perf_counter()
     with nested:
         jax.jit(lambda x: jax.jit(lambda y: jnp.cos(y) * 3.5)(x) - 1)(jnp.ones(4))
-    assert nested.seconds >= 0 and nested.compiling <= time.perf_counter() - before  # what is inside counts once
-
-
-def decoder_alone(template=None):
-    whole = model()
-    cfg = dataclasses.replace(whole.cfg, vision=None, projector=None)
-    return Model(cfg, {"decoder": whole.params["decoder"]}, whole.tokenizer, template)
+    assert nested.seconds >= 0 and nested.compiling <= time.perf_counter() - before  # nested spans count once
 
 
 def test_a_decoder_alone_continues_one_text_and_needs_a_template_for_more():
-    bare, talks = decoder_alone(), decoder_alone("brief")
+    bare = decoder_alone()
+    templated = decoder_alone("brief")
     ids = lambda text: bare.tokenizer.encode(text)[0]
     pairs = [("red?", "yes"), ("blue?", None)]
     assert bare.ask([("red?", None)]).ids.tolist() == [bare.tokenizer.bos, *ids("red?")]
     with pytest.raises(ConfigError, match="a decoder alone continues one text; for earlier turns .*--template"):
         bare.ask(pairs)
-    assert talks.ask(pairs).ids.tolist() == model().ask(pairs).ids.tolist()
-    assert (bare.end, talks.end) == (bare.tokenizer.eos,) * 2
+    assert templated.ask(pairs).ids.tolist() == model().ask(pairs).ids.tolist()
+    assert (bare.end, templated.end) == (bare.tokenizer.eos,) * 2
     with pytest.raises(ConfigError, match="budget=4: the model has no vision tower"):
         bare.stream(None, "red?", budget=4)
     with pytest.raises(ConfigError, match="no vision tower"):
-        talks.stream(picture(), "red?")
+        templated.stream(picture(), "red?")
 
 
 def test_another_template(workdir):
@@ -159,7 +153,7 @@ def test_another_template(workdir):
 def test_a_stop_text_ends_the_answer_and_is_no_part_of_it():
     whole = model().generate(picture(), QUESTION, max_new_tokens=30)
     stop = whole[8:11]
-    answer = model().stream(picture(), QUESTION, max_new_tokens=30, stop=[stop, "never said"])
+    answer = model().stream(picture(), QUESTION, max_new_tokens=30, stop=[stop, "never generated"])
     pieces = list(answer)
     assert "".join(pieces) == whole[: whole.index(stop)] and answer.finish == "stop"
 
@@ -187,12 +181,12 @@ def test_a_cancelled_answer_ends_early():
     ("template", "turn"), [("chatml", "length"), ("brief", "stop"), ("brief", "cancelled"), ("brief", "end")]
 )
 def test_a_carried_cache_equals_a_fresh_prefill(turn, template, monkeypatch):
-    """However the answer before ends; a later turn may bring an image of its own."""
+    """However the previous answer ends; a later turn may bring its own image."""
     one = model(template=template)
     if turn == "end":  # a token of the answer ends it
         ids = one.stream(picture(0), QUESTION, max_new_tokens=5)
         ids.whole()
-        monkeypatch.setattr(type(one), "end", ids.said[3])
+        monkeypatch.setattr(type(one), "end", ids.decoded[3])
     encoded, encode = [], Engine.encode
     counted = lambda self, x, *a, **k: encoded.append(len(x)) or encode(self, x, *a, **k)
     monkeypatch.setattr(Engine, "encode", counted)
@@ -218,9 +212,9 @@ def test_a_carried_cache_equals_a_fresh_prefill(turn, template, monkeypatch):
     assert encoded == [1, turn == "length"]
     conversation = conversation[: len(conversation) - len(answer.ids)]
     batch = prompt_batch([fresh(conversation, [place for place, _ in shown])], bucket(len(conversation)))
-    seen = visual(one.engine, [picture for _, picture in shown], 4)
-    (expected,) = one.engine.tokens(batch, *seen, Sampling(max_new_tokens=len(answer.said)), end=one.end)
-    assert answer.said == expected
+    encoded = visual(one.engine, [picture for _, picture in shown], 4)
+    (expected,) = one.engine.tokens(batch, *encoded, Sampling(max_new_tokens=len(answer.decoded)), end=one.end)
+    assert answer.decoded == expected
 
 
 def fresh(ids, places):
@@ -231,7 +225,7 @@ def fresh(ids, places):
     return Tokenized(np.array(ids, np.int32), nothing > 0, np.array(places, np.int32), nothing, questions)
 
 
-def test_a_chat_begins_anew_after_a_reset():
+def test_a_chat_starts_over_after_a_reset():
     chat = model().chat(max_new_tokens=8)
     first = chat.ask(QUESTION, picture())
     assert chat.ask(QUESTION) != first
@@ -242,5 +236,5 @@ def test_a_chat_begins_anew_after_a_reset():
 def test_a_chat_under_fastv_takes_its_images_first():
     chat = model(fastv=True).chat(max_new_tokens=8)
     assert chat.ask(QUESTION, picture()) and chat.ask("is it red?")
-    with pytest.raises(ConfigError, match="FastV chooses .* begin anew for a new image"):
+    with pytest.raises(ConfigError, match="FastV selects .* reset the conversation for a new image"):
         chat.ask(QUESTION, picture(1))

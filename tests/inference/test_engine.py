@@ -1,5 +1,5 @@
-"""The engine: one request or many, any bucket, any company, any number of devices, the same answers; and no compiling
-between requests of a bucket. Equality with transformers' generate is tested in convert/test_parity.py."""
+"""The engine: the same answers for any batch, bucket and number of devices; and no compiling between requests of a
+bucket. Equality with transformers' generate is tested in convert/test_parity.py."""
 
 import dataclasses
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ DRAWN = Sampling(max_new_tokens=NEW, temperature=1.0, top_k=50, top_p=0.95, repe
 
 @contextmanager
 def compiled():
-    """Counts the programs that XLA compiles meanwhile, those from the cache on disk too."""
+    """Records the programs that XLA compiles inside, including those from the cache on disk."""
     found, on = [], [True]
     listen = lambda name, *_, **__: found.append(name) if on[0] and name.endswith("backend_compile_duration") else None
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -50,12 +50,12 @@ def test_a_batch_of_unequal_lengths_is_each_alone(fastv, sampling):
 
 
 def test_one_bucket_is_like_another():
-    """Text padded to other lengths, and a cache with more room."""
+    """Text padded to other lengths, and a larger cache."""
     engine, one = model().engine, [prompt(11, 1)]
     expected = answers(engine, one, 1)
     assert expected == answers(engine, one, 1, length=24)
     batch = prompt_batch(one, 16)
-    slots = engine.begin(batch, *visual(engine, [picture(11)]), [SHORT], -1, capacity=96)
+    slots = engine.prefill(batch, *visual(engine, [picture(11)]), [SHORT], -1, capacity=96)
     assert slots.caches[0].live.shape == (1, 96)
     slots, (rest,) = engine.decode(slots)
     assert rest == expected[0][1:]
@@ -74,21 +74,21 @@ def test_another_budget_is_another_answer():
 def test_nothing_is_compiled_between_requests_of_a_bucket():
     """Other lengths, words, settings, seeds and numbers of tokens of the same bucket; other images; streams."""
     one = model()
-    say = lambda text, shown, **more: one.generate(picture(shown), text, budget=4, max_new_tokens=9, **more)
-    say("what color", 1)
+    ask = lambda text, shown, **more: one.generate(picture(shown), text, budget=4, max_new_tokens=9, **more)
+    ask("what color", 1)
     with compiled() as programs:
-        say("is there a circle", 2, temperature=0.5, seed=3)
-        say("red", 3, top_k=4, temperature=1.0, repetition_penalty=1.3)
-        say("green shape", 4, top_p=0.4, temperature=1.0, stop="blue")
+        ask("is there a circle", 2, temperature=0.5, seed=3)
+        ask("red", 3, top_k=4, temperature=1.0, repetition_penalty=1.3)
+        ask("green shape", 4, top_p=0.4, temperature=1.0, stop="blue")
         one.generate(picture(1), "no", budget=4, max_new_tokens=7)
         list(one.stream(picture(1), "is it", budget=4, max_new_tokens=9))
     assert programs == []
     with compiled() as programs:
         one.generate(picture(1), "what color is the shape? " * 9, budget=4, max_new_tokens=9)
-    assert programs  # the count counts
+    assert programs  # the listener works
 
 
-def test_an_answer_ends_at_its_last_token_while_others_go_on():
+def test_an_answer_ends_at_its_last_token_while_others_continue():
     engine, prompts = model().engine, [prompt(length, 0, length) for length in (6, 7)]
     free = answers(engine, prompts)
     end = free[0][3]
@@ -100,34 +100,35 @@ def test_an_answer_ends_at_its_last_token_while_others_go_on():
 
 
 def test_requests_enter_and_leave_slots_while_others_are_answered():
-    """What a server does: each gets the answer that it gets alone, whatever was in its slot before. Under FastV, with
-    other budgets side by side."""
+    """As in a server: each gets the answer that it gets alone, whatever its slot held before. Under FastV, with
+    different budgets side by side."""
     engine, budgets = model(fastv=True).engine, (16, 4, 4, 16)
     prompts = [prompt(length, 1, length) for length in (5, 13, 9, 11)]
     rows = [dataclasses.replace(DRAWN if index % 2 else SHORT, seed=index) for index in range(4)]
     expected = [answers(engine, [one], 1, row, budget=V)[0] for one, row, V in zip(prompts, rows, budgets, strict=True)]
     slots = device.empty(engine.cfg, controls([SHORT] * 2, -1), rows=2, capacity=96)
-    waiting, running, said = list(range(4)), {}, {index: [] for index in range(4)}
+    answers_of = {index: [] for index in range(4)}
+    waiting, running = list(range(4)), {}
     while waiting or running:
         for row in range(2):
             if row not in running and waiting:
                 index = running[row] = waiting.pop(0)
                 batch = prompt_batch([prompts[index]], 16)
                 shown = visual(engine, [picture(len(prompts[index].ids))], budgets[index])
-                one = engine.begin(batch, *shown, [rows[index]], -1)
-                said[index].append(int(one.token[0]))
+                one = engine.prefill(batch, *shown, [rows[index]], -1)
+                answers_of[index].append(int(one.token[0]))
                 slots = device.insert(slots, one, row)
         slots, new = engine.decode(slots, 3)
-        going = np.asarray(slots.going)
+        active = np.asarray(slots.active)
         for row in list(running):
-            said[running[row]] += new[row]
-            if not going[row]:
+            answers_of[running[row]] += new[row]
+            if not active[row]:
                 del running[row]
-    assert [said[index] for index in range(4)] == expected
+    assert [answers_of[index] for index in range(4)] == expected
 
 
 def test_places_and_pictures_are_compared():
-    """A place without a picture would read NaN into the cache."""
+    """A place without an image would write NaN into the cache."""
     engine, batch = model().engine, prompt_batch([prompt(9, 2)], 16)
     one, two = visual(engine, [picture()]), visual(engine, [picture()] * 2)
     with pytest.raises(ValueError, match="1 prompts with 2 image places each, but 1 images"):
@@ -136,7 +137,7 @@ def test_places_and_pictures_are_compared():
         engine.encode(picture()[None], batch)
     with pytest.raises(ValueError, match="2 image places each, but 0 images"):
         engine.tokens(batch, sampling=SHORT, end=-1)
-    slots = engine.begin(batch, *two, [SHORT], -1)
+    slots = engine.prefill(batch, *two, [SHORT], -1)
     assert all(np.isfinite(np.asarray(keys)).all() for cache in slots.caches for keys in cache.k)
     with pytest.raises(ValueError, match="0 image places each, but 1 images"):
         engine.extend(slots, prompt_batch([prompt(5)], 16), *one, SHORT, -1)

@@ -28,12 +28,12 @@ def expected(temperature=1.0, top_k=0, top_p=1.0):
     return probabilities / probabilities.sum()
 
 
-def draws(seen=None, **settings):
+def draws(occurred=None, **settings):
     rows = controls([Sampling(**settings)], -1)
     rows = jax.tree.map(lambda x: np.repeat(x, DRAWS), rows)
-    seen = np.zeros(VOCAB, bool) if seen is None else seen
+    occurred = np.zeros(VOCAB, bool) if occurred is None else occurred
     spread = lambda x: np.broadcast_to(x, (DRAWS, VOCAB))
-    return np.asarray(jax.jit(choose)(spread(LOGITS), spread(seen), rows, np.arange(DRAWS)))
+    return np.asarray(jax.jit(choose)(spread(LOGITS), spread(occurred), rows, np.arange(DRAWS)))
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ def test_settings_too_small_for_the_device_take_the_most_likely_token(settings):
 
 
 def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits():
-    seen = np.arange(VOCAB) % 2 == 0
-    scores = np.where(seen, np.where(LOGITS > 0, LOGITS / 3, LOGITS * 3), LOGITS)
-    assert (draws(seen, repetition_penalty=3.0) == scores.argmax()).all()
-    found = np.bincount(draws(seen, repetition_penalty=3.0, temperature=1.0), minlength=VOCAB) / DRAWS
+    occurred = np.arange(VOCAB) % 2 == 0
+    scores = np.where(occurred, np.where(LOGITS > 0, LOGITS / 3, LOGITS * 3), LOGITS)
+    assert (draws(occurred, repetition_penalty=3.0) == scores.argmax()).all()
+    found = np.bincount(draws(occurred, repetition_penalty=3.0, temperature=1.0), minlength=VOCAB) / DRAWS
     np.testing.assert_allclose(found, softmax(scores), atol=0.02)
 
 

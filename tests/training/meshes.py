@@ -51,14 +51,14 @@ def make_params(cfg):
 
 
 def loss_of(params, batch):
-    """The mean over the supervised tokens of the whole batch, in one layer that sees the row's pictures."""
+    """The mean over the supervised tokens of the whole batch, in one layer that attends to the row's pictures."""
     import jax
     import jax.numpy as jnp
 
     decoder = params["decoder"]
     pixels = batch.images.mean(axis=(1, 2)) / 255  # [B, W, 3]
-    seen = pixels.reshape(len(pixels), -1) @ params["vision"]["layers"]["q"]["kernel"][0]
-    x = decoder["embed"]["embedding"][batch.tokens] + seen[:, None]
+    visual = pixels.reshape(len(pixels), -1) @ params["vision"]["layers"]["q"]["kernel"][0]
+    x = decoder["embed"]["embedding"][batch.tokens] + visual[:, None]
     gate, down = decoder["layers"]["gate"], decoder["layers"]["down"]
     x = x + jax.nn.gelu(x @ gate["kernel"][0] + gate["bias"][0]) @ down["kernel"][0]
     scores = jax.nn.log_softmax(x[:, :-1] @ decoder["head"]["out"]["kernel"])
@@ -68,7 +68,7 @@ def loss_of(params, batch):
 
 
 def train(devices, meshes=MESHES):
-    """{mesh: (losses, parameters after the last step, faults told by this process)}."""
+    """{mesh: (losses, parameters after the last step, faults reported by this process)}."""
     import jax
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
@@ -119,7 +119,7 @@ if __name__ == "__main__":
     folder, coordinator, processes, process = sys.argv[1:]
     jax.distributed.initialize(coordinator, int(processes), int(process))
     devices = jax.devices()
-    # The devices of one process do not lie side by side: nor do its rows.
+    # The devices of one process are not adjacent, nor are its rows.
     results = train([*devices[::2], *devices[1::2]])
     texts = [[losses, faults] for losses, _, faults in results.values()]
     (Path(folder) / f"{processes}.{process}.json").write_text(json.dumps(texts))

@@ -1,4 +1,4 @@
-"""train.py in processes of their own, alone or several as one run, over the tiny configuration."""
+"""train.py in separate processes, one or several for a run, over the tiny configuration."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def _run(*command, devices=1, variables={}):
     return subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment(devices) | variables,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,  # a process group of its own, for signals
+        start_new_session=True,  # its own process group, for signals
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: restored bit for bit onto any mesh, the best kept, damage and full disks told in words, nothing lost."""
+"""Checkpoints: restored bit for bit onto any mesh, the best kept, damage and full disks reported, nothing lost."""
 
 import shutil
 
@@ -32,7 +32,7 @@ def batches():
     return list(elements(rows, plan, 0, 4, workers=0))
 
 
-def go(step, state, batches):
+def run_steps(step, state, batches):
     losses = []
     for element in batches:
         state, metrics = step(state, put_rows(element.batch, step.mesh), element.budget)
@@ -48,7 +48,7 @@ def arrays(state):
 def trained(batches):
     """(step, state) after two steps on four devices that share the parameters."""
     step, cfg = on(4, fsdp=4)
-    return step, go(step, init_state(cfg, step.mesh, 100), batches[:2])[0]
+    return step, run_steps(step, init_state(cfg, step.mesh, 100), batches[:2])[0]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_restored_onto_another_mesh_to_the_bit(tmp_path, trained, batches):
     checkpoints.save(2, state, RECORD)
     checkpoints.wait()
     saved = {path: np.array(leaf) for path, leaf in arrays(state).items()}
-    _, expected = go(step, jax.tree.map(jnp.copy, state), batches[2:])
+    _, expected = run_steps(step, jax.tree.map(jnp.copy, state), batches[2:])
     for other, _ in (on(4, data=2, tensor=2), on(1)):
         restored, record = Checkpoints(tmp_path).restore(2, other.shapes)
         assert record == RECORD and int(restored.step) == 2
@@ -70,7 +70,7 @@ def test_restored_onto_another_mesh_to_the_bit(tmp_path, trained, batches):
             np.testing.assert_array_equal(leaf, saved[path], err_msg=path)
         kernel = lambda state: state.trained["decoder"]["layers"]["gate"]["kernel"]
         assert kernel(restored).sharding == kernel(other.shapes).sharding != kernel(state).sharding
-        _, losses = go(other, restored, batches[2:])
+        _, losses = run_steps(other, restored, batches[2:])
         np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
@@ -94,7 +94,7 @@ def test_keeping_the_best_needs_evaluations():
         override(tiny.get_config(), {"training.keep_best": "2"})
 
 
-def test_a_checkpoint_with_a_missing_file_is_refused_in_words_or_whole(tmp_path, state):
+def test_a_checkpoint_with_a_missing_file_is_refused_or_whole(tmp_path, state):
     checkpoints = Checkpoints(tmp_path, create=True)
     for step in (1, 2):
         checkpoints.save(step, state, RECORD)
@@ -111,11 +111,11 @@ def test_a_checkpoint_with_a_missing_file_is_refused_in_words_or_whole(tmp_path,
                 np.testing.assert_array_equal(leaf, saved[path], err_msg=path)
         except CheckpointError as error:
             assert f"checkpoint {folder} cannot be restored" in str(error)
-            assert "or move the folder 2 away to go on from step 1" in str(error)
+            assert "or move the folder 2 away to resume from step 1" in str(error)
             refused += 1
         file.write_bytes(content)
     assert 8 <= refused < len(files)
     Checkpoints(tmp_path).restore(2, shapes)
-    shutil.rmtree(folder)  # what the message says
+    shutil.rmtree(folder)  # as the message advises
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest() == 1 and int(checkpoints.restore(1, shapes)[0].step) == 2

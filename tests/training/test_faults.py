@@ -1,4 +1,4 @@
-"""The share of records that break while they are read: judged by what a fair draw would show."""
+"""The share of records that cannot be read, tested against the binomial distribution."""
 
 import math
 from pathlib import Path
@@ -22,15 +22,16 @@ def plan() -> PackPlan:
 
 
 def ends_after(plan, broken: set, limit: float = 0.01, epochs: int = 1, record: dict | None = None) -> int | None:
-    """The records that a run has seen when it ends for its broken ones; None if it does not."""
-    record, seen = {} if record is None else record, 0
+    """The records that a run has read when its broken ones stop it; None if they do not."""
+    record = {} if record is None else record
+    count = 0
     for step in range(1, plan.steps_for(epochs) + 1):
         records = [index for row in plan.step(step - 1).rows for index in row]
-        seen += len(records)
+        count += len(records)
         try:
-            faults.count(limit, WORKDIR, record, plan, step, {"conversations": len(set(records) - broken)})
+            faults.count_step(limit, WORKDIR, record, plan, step, {"conversations": len(set(records) - broken)})
         except TooManyFaults:
-            return seen
+            return count
     return None
 
 
@@ -54,12 +55,12 @@ def test_a_share_just_above_the_bound_ends_it_within_the_epoch(plan):
     assert ends_after(plan, drawn(0, 0.01), epochs=2) is None  # just the bound, whatever was read first
 
 
-def test_a_handful_at_the_beginning_says_nothing(plan):
+def test_a_handful_at_the_beginning_does_not_stop_a_run(plan):
     first = [index for row in plan.step(0).rows for index in row][: faults.HANDFUL - 1]
     assert ends_after(plan, set(first)) is None
 
 
-def test_none_is_none(plan):
+def test_a_limit_of_zero_allows_no_fault(plan):
     first = plan.step(0).rows[0][0]
     assert ends_after(plan, {first}, limit=0.0) is not None and ends_after(plan, set(), limit=0.0) is None
 
@@ -72,15 +73,15 @@ def test_what_was_left_out_before_counts_too():
     record = {}
     assert ends_after(plan, {500, 700, 900}, record=record) is not None and record["faults"] == 3
     with pytest.raises(
-        TooManyFaults, match=r"3 of [\d,]+ records of epoch 0 could not be read, beside 8 that were left"
+        TooManyFaults, match=r"3 of [\d,]+ records of epoch 0 could not be read, in addition to 8 left out"
     ):
-        faults.count(0.01, WORKDIR, record, plan, 1, {"conversations": sum(map(len, plan.step(0).rows))})
+        faults.count_step(0.01, WORKDIR, record, plan, 1, {"conversations": sum(map(len, plan.step(0).rows))})
 
 
-def test_counts_go_on_after_a_resume_and_begin_anew_with_an_epoch(plan):
+def test_counts_continue_after_a_resume_and_restart_with_an_epoch(plan):
     record, whole, one = {}, {}, plan.steps_for(1)
     broken = drawn(0, 0.004)
-    count = lambda record, step: faults.count(
+    count = lambda record, step: faults.count_step(
         0.01, WORKDIR, record, plan, step,
         {"conversations": len({index for row in plan.step(step - 1).rows for index in row} - broken)},
     )  # fmt: skip
@@ -99,6 +100,6 @@ def test_counts_go_on_after_a_resume_and_begin_anew_with_an_epoch(plan):
     assert before["epoch"] == 1 and before["records"] < 300
 
 
-def test_the_chance_is_the_binomial_tail():
+def test_the_probability_is_the_binomial_tail():
     exact = sum(math.comb(300, k) * 0.01**k * 0.99 ** (300 - k) for k in range(9, 301))
     assert faults._tail(9, 300, 0.01) == pytest.approx(exact, rel=1e-9)

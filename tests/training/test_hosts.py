@@ -35,7 +35,7 @@ from tests.training.processes import (
 )  # fmt: skip
 
 SETTINGS = ("--config.training.steps=60", "--config.training.checkpoint_every=5")
-COUNTS = ("tokens", "images", "conversations", "supervised")  # of the whole batch: they tell batches apart
+COUNTS = ("tokens", "images", "conversations", "supervised")  # of the whole batch: they distinguish batches
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def of(records, name):
     return [record[name] for record in records]
 
 
-def assert_told_of(process, other):
+def assert_reports_loss_of(process, other):
     """The process ends within a minute with one line about the other, and nothing else after its progress."""
     began = time.monotonic()
     _, err = finish(process, code=1)
@@ -62,14 +62,14 @@ def assert_told_of(process, other):
 
 @pytest.mark.slow
 def test_runs_of_several_processes(alone, tmp_path):
-    """Two processes, one killed; as many again, told to stop; half as many; twice as many that hold the same rows, the
-    coordinator killed: in all the same batches, and the losses of one process."""
+    """Two processes, one killed; two again, stopped by a signal; one; two that hold the same rows, the coordinator
+    killed: in all the same batches, and the losses of one process."""
     sharded = (*SETTINGS, "--config.mesh.fsdp=2")
     first, second = start_several(2, tmp_path, *sharded, "--config.training.eval_every=6",
                                   "--config.evaluation.limit=64", devices=2)  # fmt: skip
     wait_for(tmp_path, 8, first, second)
     second.kill()
-    assert_told_of(first, "process 1")
+    assert_reports_loss_of(first, "process 1")
     np.testing.assert_allclose(
         [line["loss"] for line in lines(tmp_path)[:5]], [line["loss"] for line in alone[:5]], rtol=1e-5
     )
@@ -77,12 +77,12 @@ def test_runs_of_several_processes(alone, tmp_path):
 
     first, second = start_several(2, tmp_path, *sharded, devices=2)
     wait_for(tmp_path, len(lines(tmp_path)) + 3, first, second)
-    os.killpg(first.pid, signal.SIGINT)  # Ctrl-C in its terminal; and the other one is told by its cluster
+    os.killpg(first.pid, signal.SIGINT)  # Ctrl-C in its terminal; the other one is stopped by its cluster
     second.send_signal(signal.SIGTERM)
-    (_, told), (_, silent) = finish(first, code=130), finish(second)
+    (_, logged), (_, silent) = finish(first, code=130), finish(second)
     stopped = len(lines(tmp_path))
-    assert "resuming from step 5 of 60" in told and f"Ctrl-C: saving step {stopped};" in told and stopped < 40
-    assert "decoder (trained)" in told and not {"(trained):", "resuming", "saving"} & set(silent.split())  # one logs
+    assert "resuming from step 5 of 60" in logged and f"Ctrl-C: saving step {stopped};" in logged and stopped < 40
+    assert "decoder (trained)" in logged and not {"(trained):", "resuming", "saving"} & set(silent.split())  # one logs
     assert Checkpoints(tmp_path).latest() == stopped
 
     half = start(tmp_path, *SETTINGS)
@@ -93,7 +93,7 @@ def test_runs_of_several_processes(alone, tmp_path):
     coordinator, other = start_as_slurm(2, tmp_path, *SETTINGS, "--config.mesh.tensor=2")
     wait_for(tmp_path, len(lines(tmp_path)) + 3, coordinator, other)
     coordinator.kill()
-    assert_told_of(other, "process 0, the coordinator,")
+    assert_reports_loss_of(other, "process 0, the coordinator,")
     finish(coordinator, code=-signal.SIGKILL)
 
     ours = lines(tmp_path)
@@ -105,7 +105,7 @@ def test_runs_of_several_processes(alone, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_every_mesh_gives_the_losses_and_parameters_of_one_device(one_device, processes, tmp_path):
-    """Whichever rows a process holds: some, all, those that another one holds too; and each fault is told once."""
+    """Whichever rows a process holds: some, all, those that another one holds too; and each fault is reported once."""
     if processes == 1:
         results = meshes.train(jax.devices()[:4])
         found = [(losses, params, [faults]) for losses, params, faults in results.values()]
@@ -120,11 +120,11 @@ def test_every_mesh_gives_the_losses_and_parameters_of_one_device(one_device, pr
         ]
     assert len(found) == len(meshes.MESHES)
     losses, params, faults = one_device
-    for ours, end, told in found:
+    for ours, end, reported in found:
         np.testing.assert_allclose(ours, losses, rtol=1e-6)
         for path, leaf in end.items():
             np.testing.assert_allclose(leaf, params[path], atol=1e-6, err_msg=path)
-        assert sorted(itertools.chain(*told)) == sorted(faults)
+        assert sorted(itertools.chain(*reported)) == sorted(faults)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def one_device():
     return losses, {path: np.asarray(leaf) for path, leaf in params.items()}, faults
 
 
-def test_processes_that_do_not_find_each_other_say_so():
+def test_processes_that_do_not_find_each_other_report_it():
     arguments = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process", "1"]
     program = f"""
 import argparse
@@ -198,15 +198,15 @@ def options(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--coordinator", "a:1", "--processes", "2"), "--coordinator, --processes and --process go together"),
         (("--coordinator", "a:1", "--processes", "2", "--process", "2"), "a process from 0 to 1"),
         (("--coordinator", "a", "--processes", "2", "--process", "0"), "expected HOST:PORT"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(arguments, told):
-    with pytest.raises(ConfigError, match=told):
+def test_options_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
         hosts.several(options(*arguments))
 
 

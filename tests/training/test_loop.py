@@ -1,4 +1,4 @@
-"""The loop in one process: broken records are left out and counted, a loss that is not finite stops the run."""
+"""The loop in one process: broken records are left out and counted, a non-finite loss stops the run."""
 
 import json
 import shutil
@@ -116,7 +116,7 @@ def test_a_nan_stops_the_run_at_its_step_and_keeps_the_last_good_checkpoint(at, 
     assert Checkpoints(tmp_path).latest() == (None if at == 1 else at - 1)
 
 
-def test_a_checkpoint_with_a_missing_file_is_refused_in_words(tmp_path):
+def test_a_checkpoint_with_a_missing_file_is_refused(tmp_path):
     assert run(tmp_path, steps=1)
     for path in (tmp_path / "checkpoints" / "1" / "params").glob("*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()

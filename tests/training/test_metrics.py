@@ -1,4 +1,4 @@
-"""What a run tells: a line a step, speed and memory where they are due, and nothing twice after a restart."""
+"""A run's metrics: a line for each step, speed and memory where they are due, and nothing twice after a restart."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -20,7 +20,7 @@ def values(loss=1.0):
             "tokens": np.int32(300), "images": np.int32(4)}  # fmt: skip
 
 
-def told(workdir):
+def written(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -34,7 +34,7 @@ def write(workdir, start, stop, **options):
 
 def test_speed_is_of_the_steps_since_the_last_report(tmp_path):
     write(tmp_path, 0, 4, peak=PEAK)
-    one, two, three, four = told(tmp_path)
+    one, two, three, four = written(tmp_path)
     assert "mfu" not in one and "mfu" not in three and one["loss"] == 1.0
     for line in (two, four):
         seconds, devices = line["seconds_per_step"], jax.device_count()
@@ -47,14 +47,14 @@ def test_speed_is_of_the_steps_since_the_last_report(tmp_path):
 
 
 def test_after_a_restart_no_step_is_there_twice(tmp_path):
-    seen = []
+    counted = []
     write(tmp_path, 0, 5)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # cut short by a kill
-    write(tmp_path, 3, 6, seen=lambda step, values: seen.append((step, values["loss"])))
-    assert [line["step"] for line in told(tmp_path)] == [1, 2, 3, 4, 5, 6]
-    assert seen == [(4, 1.0), (5, 1.0), (6, 1.0)]
-    assert "mfu" not in told(tmp_path)[-1]  # without a known peak
+    write(tmp_path, 3, 6, on_step=lambda step, values: counted.append((step, values["loss"])))
+    assert [line["step"] for line in written(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert counted == [(4, 1.0), (5, 1.0), (6, 1.0)]
+    assert "mfu" not in written(tmp_path)[-1]  # without a known peak
 
 
 def test_every_line_has_its_time_epoch_and_budget_and_evaluations_are_lines_of_their_own(tmp_path):
@@ -63,15 +63,15 @@ def test_every_line_has_its_time_epoch_and_budget_and_evaluations_are_lines_of_t
     for step, budget in ((1, 16), (2, 4), (3, 16)):
         metrics.push(step, values(), epoch=step / 4, budget=budget)
     metrics.flush()
-    metrics.evaluated(3, {"easy_vqa_16": 0.5, "easy_vqa_4": 0.25})
+    metrics.log_evaluation(3, {"easy_vqa_16": 0.5, "easy_vqa_4": 0.25})
     metrics.close()
     board = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     assert b"train/loss_4" in board and b"eval/easy_vqa_16" in board
-    metrics = Metrics(tmp_path, 3, 9, 2)  # goes on after the evaluation
+    metrics = Metrics(tmp_path, 3, 9, 2)  # resumes after the evaluation
     metrics.push(4, values(), epoch=1.0)  # of all budgets
     metrics.flush()
     metrics.close()
-    found = told(tmp_path)
+    found = written(tmp_path)
     assert [line["step"] for line in found] == [1, 2, 3, 3, 4]
     assert [line.get("budget") for line in found] == [16, 4, 16, None, None]
     assert [line.get("epoch") for line in found] == [0.25, 0.5, 0.75, None, 1.0]
@@ -86,7 +86,7 @@ def test_a_step_that_is_not_finite_is_not_written(tmp_path):
     with pytest.raises(NonFiniteLoss, match="loss nan, gradient norm 2.0 at step 1"):
         metrics.push(2, values())
     metrics.close()
-    assert told(tmp_path) == []
+    assert written(tmp_path) == []
 
 
 def test_the_peak_of_a_device_that_is_there():

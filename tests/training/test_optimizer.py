@@ -121,7 +121,7 @@ def test_muon_resumes_to_the_bit_and_shards_over_eight_devices(tmp_path):
 
     other = override(cfg, {"optimizer.name": "adamw"})
     with pytest.raises(
-        CheckpointError, match="state of another optimizer; go on with the optimizer.name of .*config.json"
+        CheckpointError, match="state of another optimizer; resume with the optimizer.name of .*config.json"
     ):
         saved.restore(2, state_shapes(other, mesh, 4))
 

@@ -1,4 +1,4 @@
-"""Whole runs of train.py and eval.py in processes of their own: killed, stopped, resumed, evaluated, refused."""
+"""Whole runs of train.py and eval.py in separate processes: killed, stopped, resumed, evaluated, refused."""
 
 import json
 import os
@@ -58,11 +58,11 @@ def test_killed_during_a_save_and_started_again_the_losses_are_the_same_to_the_b
     while any(Path(f"/proc/{worker}").exists() for worker in workers):  # they end with it
         time.sleep(0.1)
     done = len(lines(tmp_path))
-    assert 70 <= done < 160 and done - 3 <= Checkpoints(tmp_path).latest() <= done  # finished ones alone are chosen
+    assert 70 <= done < 160 and done - 3 <= Checkpoints(tmp_path).latest() <= done  # only finished ones
     _, err = finish(start(tmp_path, *LONG))
     assert "resuming from step" in err
     assert len(losses(tmp_path)) == 160 and losses(tmp_path) == losses(undisturbed)
-    assert not list((tmp_path / "checkpoints").glob("*-tmp*"))  # what was cut short is gone
+    assert not list((tmp_path / "checkpoints").glob("*-tmp*"))  # the interrupted save is removed
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_ctrl_c_before_the_first_step_names_no_checkpoint(tmp_path):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     _, err = finish(process, code=130)
-    assert "interrupted, and nothing is lost; the same command goes on" in err
+    assert "interrupted; nothing is lost, run the same command again" in err
     assert "checkpoint" not in err and "Traceback" not in err and Checkpoints(tmp_path / "run").latest() is None
 
 
@@ -117,7 +117,7 @@ with _stopping() as stop:
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=GUARD)
     assert done.returncode == -signal.SIGINT
-    assert done.stderr.splitlines()[-1] == "Ctrl-C: saving after this step; once more ends at once"
+    assert done.stderr.splitlines()[-1] == "Ctrl-C: saving after this step; press it again to stop at once"
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_two_kills_at_random_change_nothing(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, too small for many checkpoints."""
+    """A separate file system, too small for many checkpoints."""
     folder = tmp_path / "disk"
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True)
@@ -144,13 +144,13 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_in_words_and_it_goes_on_when_there_is_room(undisturbed, small_disk):
+def test_a_full_disk_ends_the_run_with_one_error_and_it_resumes_when_there_is_space(undisturbed, small_disk):
     run = small_disk / "run"
     _, err = finish(start(run, *OFTEN, "--config.training.keep_checkpoints=99"), code=2)
     kept = Checkpoints(run).latest()
     (error,) = [line for line in err.splitlines() if line.startswith("error:")]
-    assert f"No space left on device; the checkpoint of step {kept} is kept. Please make room on that disk" in error
-    assert kept > 1 and err.rstrip().endswith(error)  # whatever orbax's threads say of their own end before it
+    assert f"No space left on device; the checkpoint of step {kept} is kept. Free space on that disk" in error
+    assert kept > 1 and err.rstrip().endswith(error)  # after whatever orbax's threads print
     for step in range(1, kept):
         shutil.rmtree(run / "checkpoints" / str(step))
     _, err = finish(start(run, *LONG))
@@ -158,7 +158,7 @@ def test_a_full_disk_ends_the_run_in_words_and_it_goes_on_when_there_is_room(und
     assert losses(run) == losses(undisturbed)
 
 
-def test_training_learns_and_leaves_what_it_says(undisturbed):
+def test_training_learns_and_writes_its_files(undisturbed):
     values = losses(undisturbed)
     assert sum(values[-20:]) < 0.5 * sum(values[:20])
     assert list((undisturbed / "tensorboard").iterdir()) and list((undisturbed / "profile").rglob("*.xplane.pb"))
@@ -182,16 +182,16 @@ def test_eval_writes_the_report(undisturbed):
     assert f"{report['accuracy']:.4f}" in out
 
 
-def test_several_processes_share_the_questions_and_one_tells(undisturbed):
+def test_several_processes_share_the_questions_and_one_prints(undisturbed):
     alone, _ = finish(evaluate(undisturbed, "--limit", 51))
     results = {file: json.loads(file.read_text()) for file in (undisturbed / "eval").glob("*_limit51.json")}
     assert len(results) == 2
     for file in results:
         file.unlink()
-    (told, _), (silent, _) = [finish(process) for process in evaluate_several(2, undisturbed, "--limit", 51)]
-    ours = lambda text: [line for line in text.splitlines() if not line.startswith("[Gloo]")]  # jax's library tells
+    (printed, _), (silent, _) = [finish(process) for process in evaluate_several(2, undisturbed, "--limit", 51)]
+    ours = lambda text: [line for line in text.splitlines() if not line.startswith("[Gloo]")]  # by jax's library
     without_seconds = lambda text: [re.sub(r" +\d+\.\d  ", " ", line) for line in ours(text)]  # of any width
-    assert ours(silent) == [] and without_seconds(told) == without_seconds(alone)
+    assert ours(silent) == [] and without_seconds(printed) == without_seconds(alone)
     for file, report in results.items():
         assert json.loads(file.read_text()) | {"seconds": 0} == report | {"seconds": 0}
 
@@ -209,7 +209,7 @@ def test_an_elastic_model_trains_and_answers_at_every_budget(tmp_path):
     assert err.strip() == "error: delta makes 64, 16, 4, 1 tokens an image, not 9"
 
 
-def test_bad_workdirs_are_refused_in_words(undisturbed, tmp_path):
+def test_bad_workdirs_are_refused(undisturbed, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(undisturbed, workdir)
     for setting, now, before in (("decoder.mlp_width", 96, 64), ("projector.scale_factor", 2, 4)):  # 4: the same shapes

@@ -51,7 +51,7 @@ def test_eight_devices_give_the_losses_of_one():
     np.testing.assert_allclose(eight, one, rtol=1e-5)
     assert one[0] != one[4]
 
-    # Every moment of the optimizer lies where its parameter lies, and the large matrices are really divided.
+    # Every moment of the optimizer has its parameter's sharding, and the large matrices are really sharded.
     adam = state.optimizer[1][0]
     for moments in (adam.mu, adam.nu):
         for path, leaf in flatten(state.trained).items():
@@ -145,7 +145,7 @@ def test_rows_of_text_alone_are_one_program_for_all_budgets():
     assert step.compile(text, 16) is step.compile(text, 1) and len(step.compiled) == 1
 
 
-def test_frozen_parts_stay_and_are_unknown_to_the_optimizer():
+def test_frozen_parameters_stay_and_have_no_optimizer_state():
     cfg = config(**{"optimizer.frozen": "('vision/', 'decoder/embed')"})
     before = init_state(cfg, make_mesh(cfg, jax.devices()[:1]), 100)
     _, after = losses(cfg, jax.devices()[:1], 2)

@@ -22,7 +22,7 @@ from deltallava_jax.inference.model import Chat, Model
 from deltallava_jax.inference.sampling import GREEDY
 from tests.inference.models import TEXTS, model, picture
 
-FIRST, SAID, NEXT = "is </s> it <|im_end|> red?", "<s> yes <|eot_id|>{}", "what color is the shape?<pad>"
+FIRST, ANSWER, NEXT = "is </s> it <|im_end|> red?", "<s> yes <|eot_id|>{}", "what color is the shape?<pad>"
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def of_data(tokenizer, template, system, turns, images):
 
 
 def of_python(one, system, turns, images):
-    first, said, last = turns
-    return one.ask([(f"{IMAGE}\n" * len(images) + first, said), (last, None)], images, system=system)
+    first, answered, last = turns
+    return one.ask([(f"{IMAGE}\n" * len(images) + first, answered), (last, None)], images, system=system)
 
 
 def of_server(one, system, turns, images):
@@ -68,7 +68,7 @@ def of_server(one, system, turns, images):
     asked = [{"role": "system", "content": system}] if system else []
     asked += [{"role": "user", "content": first}, {"role": "assistant", "content": turns[1]}]
     asked += [{"role": "user", "content": turns[2]}]
-    fields = protocol.read(json.dumps({"messages": asked}).encode())
+    fields = protocol.parse(json.dumps({"messages": asked}).encode())
     return serve.prompt_of(one, fields["messages"], parser.parse_args(["tiny"]))[0]
 
 
@@ -76,13 +76,14 @@ def of_chat(one, turns, images, monkeypatch):
     """The ids that a chat's cache holds when it is to answer the second question, if the first was answered so."""
     asked, following = [], []
     monkeypatch.setattr(Model, "answer", lambda self, prompt, *_, **__: asked.append(prompt))
-    real = Chat._following
-    monkeypatch.setattr(Chat, "_following", lambda *a: following.append(real(*a)) or following[-1])
+    real = Chat._next_turn
+    monkeypatch.setattr(Chat, "_next_turn", lambda *a: following.append(real(*a)) or following[-1])
     chat, template = one.chat(), TEMPLATES[one.template]
     chat.stream(turns[0], images)
     chat.last = answer = Answer(one.engine, None, Text(one.tokenizer, one.end), GREEDY)
-    answer.slots, answer.said = "as if it had answered", [*one.tokenizer.encode(template.lead + turns[1])[0], one.end]
-    for token in answer.said:
+    answer.slots = "as if it had answered"
+    answer.decoded = [*one.tokenizer.encode(template.lead + turns[1])[0], one.end]
+    for token in answer.decoded:
         answer._text.add(token)
     chat.stream(turns[2])
     (first,), (batch,) = asked, following
@@ -91,17 +92,17 @@ def of_chat(one, turns, images, monkeypatch):
 
 @pytest.mark.parametrize("system", [None, "Be </s> <image> brief."], ids=["", "system"])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_every_door_gives_the_same_ids(template, system, trained, loaded, png, monkeypatch):
+def test_every_entry_point_gives_the_same_ids(template, system, trained, loaded, png, monkeypatch):
     whole = model()
     one = Model(whole.cfg, whole.params, loaded, template)
     for images in ([], [png]):
-        turns = [FIRST, SAID, NEXT]
+        turns = [FIRST, ANSWER, NEXT]
         expected = of_python(one, system, turns, images)
         assert len(expected.image_positions) == len(images)
-        doors = [of_server(one, system, turns, images)]
+        entry_points = [of_server(one, system, turns, images)]
         if not (images and system):  # a system text with a marker is refused where a record has images
-            doors.append(of_data(trained, template, system, turns, images))
-        for found in doors:
+            entry_points.append(of_data(trained, template, system, turns, images))
+        for found in entry_points:
             np.testing.assert_array_equal(found.ids, expected.ids)
             np.testing.assert_array_equal(found.image_positions, expected.image_positions)
         if system is None and not TEMPLATES[template].caption:  # a caption's next question would be nothing
