@@ -64,14 +64,14 @@ def jax_calls(case: Case, batch: int, mode: str, chain: int) -> tuple[dict, dict
     import jax
     import jax.numpy as jnp
 
-    from deltallava_jax.kernels.attention.dispatch import IMPLEMENTATIONS
+    from deltallava_jax.kernels.attention.dispatch import OPERATION
 
     dtype = jnp.float32 if jax.devices()[0].platform == "cpu" else jnp.bfloat16
     q, k = case.shapes(batch)
     draw = lambda seed, shape: jax.random.normal(jax.random.key(seed), shape, dtype)
     arrays = draw(0, q), draw(1, k), draw(2, k), draw(3, q), rows_of_segments(case, batch)
     calls, refused = {}, {}
-    for name in IMPLEMENTATIONS:
+    for name in OPERATION.implementations:
         one = step(case, mode, name)
         run = jax.jit(lambda *state, one=one: jax.lax.fori_loop(0, chain, lambda _, state: one(*state), state))
         try:

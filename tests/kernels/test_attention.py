@@ -9,7 +9,8 @@ import pytest
 
 from deltallava_jax.config import DecoderConfig
 from deltallava_jax.kernels import devices
-from deltallava_jax.kernels.attention import AttentionMask, attention, causal, cudnn, dispatch, splash
+from deltallava_jax.kernels.attention import AttentionMask, attention, causal, cudnn, splash
+from deltallava_jax.kernels.attention.dispatch import OPERATION
 from deltallava_jax.models import decoder
 from deltallava_jax.sequence import text_layout
 
@@ -83,6 +84,11 @@ def test_segments_do_not_attend_to_each_other(form):
         assert np.abs(a - b)[segments == 2].max() > 0.1
 
 
+def rows_from(length):
+    """Rows that attend to themselves, of so many tokens or more."""
+    return lambda q, k, mask: q.shape[1] == k.shape[1] >= length
+
+
 def on(monkeypatch, platform="tpu"):
     """Gives the dispatch a device, and runs splash attention on a CPU."""
     monkeypatch.setattr(devices, "device", lambda: (platform, "a kind"))
@@ -120,7 +126,7 @@ def test_a_decoder_through_splash_attention(monkeypatch):
     step = lambda: jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, hidden)
     expected = step()
     on(monkeypatch)
-    monkeypatch.setitem(dispatch.AUTOMATIC, "tpu", ("splash", 100))
+    monkeypatch.setitem(OPERATION.automatic, "tpu", ("splash", rows_from(100)))
     loss_, gradients = jax.tree.map(np.asarray, step())
     np.testing.assert_allclose(loss_, expected[0], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected[1]), strict=True):
@@ -149,25 +155,25 @@ def test_what_cudnn_is_given(monkeypatch, packed, length, whole):
 def test_the_choice(monkeypatch, caplog):
     q, k, v, _ = draw(rows=1, length=1024, heads=1, key_heads=1)
     mask = causal(jnp.ones((1, 1024), jnp.int32))
-    monkeypatch.setitem(dispatch.AUTOMATIC, "tpu", ("splash", 1024))
-    assert dispatch.choose(q, k, mask) == "xla"
+    monkeypatch.setitem(OPERATION.automatic, "tpu", ("splash", rows_from(1024)))
+    assert OPERATION.choose(q, k, mask) == "xla"
     on(monkeypatch)
-    assert dispatch.choose(q, k, mask) == dispatch.choose(q, k, None) == "splash"
-    assert dispatch.choose(q[:, :512], k[:, :512], mask) == "xla"
-    assert dispatch.choose(q[:, :1], k, AttentionMask(mask.allowed[:, :, :1])) == "xla"  # one decoded token
+    assert OPERATION.choose(q, k, mask) == OPERATION.choose(q, k, None) == "splash"
+    assert OPERATION.choose(q[:, :512], k[:, :512], mask) == "xla"
+    assert OPERATION.choose(q[:, :1], k, AttentionMask(mask.allowed[:, :, :1])) == "xla"  # one decoded token
     assert not caplog.records
     for _ in range(2):
-        assert dispatch.choose(q[..., :20], k[..., :20], mask) == "xla"
+        assert OPERATION.choose(q[..., :20], k[..., :20], mask) == "xla"
     assert [record.message for record in caplog.records] == [
-        "attention over 1024 tokens runs in XLA: splash takes heads of a multiple of 8, not 20"
+        "dense attention runs in XLA: splash takes heads of a multiple of 8, not 20"
     ]
 
 
 @pytest.mark.parametrize(
     "platform, name, change, message",
     [
-        ("cpu", "splash", {}, "runs on a tpu, not on a cpu"),
-        ("tpu", "cudnn", {}, "runs on a gpu, not on a tpu"),
+        ("cpu", "splash", {}, "runs on tpu, not on cpu"),
+        ("tpu", "cudnn", {}, "runs on gpu, not on tpu"),
         ("tpu", "splash", {"width": 20}, "heads of a multiple of 8, not 20"),
         ("tpu", "splash", {"dtype": "float16"}, "float32 or bfloat16, not float16"),
         ("tpu", "splash", {"mask": AttentionMask(jnp.ones((2, 1, 150, 150), bool))}, "rows that attend to themselves"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 
 import jax
@@ -11,12 +10,20 @@ from jaxtyping import Bool, Float, Int
 
 from deltallava_jax.arrays import Array
 from deltallava_jax.kernels import devices
+from deltallava_jax.kernels.registry import Operation
 
-KERNELS = {"splash": "tpu", "cudnn": "gpu"}
-IMPLEMENTATIONS = ("xla", *KERNELS)
-# Platform -> (kernel chosen automatically, least number of keys), e.g. {"tpu": ("splash", 1024)} once it has run on one
-# (benchmarks/measure/kernels.py). XLA keeps the scores of all heads in memory, the kernels keep none.
-AUTOMATIC: dict[str, tuple[str, int]] = {}
+
+def _refusal_of_all(q, k, mask) -> str | None:
+    return devices.indivisible(q.shape[0], q.shape[2], k.shape[2])
+
+
+# XLA keeps the scores of all heads in memory, the kernels keep none. Neither has run on its device yet.
+OPERATION = Operation(
+    name="dense attention",
+    package=__package__,
+    kernels={"splash": {"tpu": "splash"}, "cudnn": {"gpu": "cudnn"}},
+    refusal_of_all=_refusal_of_all,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -48,43 +55,14 @@ def attention(
     """Attention with scale D**-0.5, softmax in float32; H may be a multiple of the key heads G. mask: None: all keys.
 
     implementation: "xla"; "splash" on a TPU, for rows that attend to themselves, whole or by segments; "cudnn" on an
-    NVIDIA GPU, in half precision; None: the platform's kernel of AUTOMATIC for long rows where it can run, else XLA,
-    logged once. The platform is that of the mesh in use, which may be that of another machine. Under a mesh the kernels
-    run on each device's own rows and heads.
+    NVIDIA GPU, in half precision; None: the kernel that was measured to be faster, else XLA, logged once. The platform
+    is that of the mesh in use, which may be that of another machine. Under a mesh the kernels run on each device's own
+    rows and heads.
 
     Raises ValueError where a kernel given by name cannot run."""
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={implementation!r}; expected {', '.join(IMPLEMENTATIONS)} or None")
-    name = implementation or choose(q, k, mask)
+    name = OPERATION.select(implementation, q, k, mask)
     if name == "xla":
         return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask.allowed, implementation="xla")
-    if reason := refusal(name, q, k, mask):
-        raise ValueError(f'implementation="{name}": {reason}')
     heads = devices.rows_spec(4, heads_at=2)
     rows = devices.rows_spec()
-    return devices.per_device(_backend(name).attend, (heads, heads, heads, rows), heads)(q, k, v, mask)
-
-
-def refusal(name: str, q, k, mask: AttentionMask | None) -> str | None:
-    """Why a kernel cannot run on the target devices or on such arrays; None where it can."""
-    platform = devices.device()[0]
-    if platform != KERNELS[name]:
-        return f"runs on a {KERNELS[name]}, not on a {platform}"
-    if reason := devices.indivisible(q.shape[0], q.shape[2], k.shape[2]):
-        return reason
-    return _backend(name).refusal(q, k, mask)
-
-
-def choose(q, k, mask: AttentionMask | None) -> str:
-    """The automatic choice for arrays of these shapes and dtypes; logs a rejected kernel once."""
-    name, least = AUTOMATIC.get(devices.device()[0], ("xla", 0))
-    if name == "xla" or q.shape[1] != k.shape[1] or k.shape[1] < least:
-        return "xla"
-    if reason := refusal(name, q, k, mask):
-        devices.log_once(f"attention over {q.shape[1]} tokens runs in XLA: {name} {reason}")
-        return "xla"
-    return name
-
-
-def _backend(name: str):
-    return importlib.import_module(f"deltallava_jax.kernels.attention.{name}")
+    return devices.per_device(OPERATION.kernel(name).attend, (heads, heads, heads, rows), heads)(q, k, v, mask)

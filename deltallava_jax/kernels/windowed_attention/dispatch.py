@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
-
 from jaxtyping import Float
 
 from deltallava_jax.arrays import Array
 from deltallava_jax.kernels import devices
+from deltallava_jax.kernels.registry import Operation
 from deltallava_jax.kernels.windowed_attention import reference
 from deltallava_jax.kernels.windowed_attention.vjp import attend
 
-# Where the kernel was measured to be faster than XLA, forward and backward: kind of device -> numbers of keys per query
-# (benchmarks/measure/kernels.py). The kernels have not run on a TPU or GPU yet, so XLA is the automatic choice.
-MEASURED: dict[str, tuple[int, ...]] = {}
-HOPPER_ON = ("H100", "H200", "H800", "H20", "GH200", "B100", "B200", "B300")  # GPUs that gpu.py compiles for
+
+def _refusal_of_all(q, k, window: int) -> str | None:
+    if q.dtype != k.dtype or q.shape[3] != k.shape[3]:
+        return "takes queries and keys of one dtype and with as many heads"
+    return devices.indivisible(q.shape[0])
+
+
+OPERATION = Operation(
+    name="windowed attention",
+    package=__package__,
+    kernels={"pallas": {"tpu": "tpu", "gpu": "gpu"}},
+    refusal_of_all=_refusal_of_all,
+)
+choose = OPERATION.choose
 
 
 def windowed_attention(
@@ -33,50 +42,12 @@ def windowed_attention(
 
     Raises ValueError where the shapes do not fit, and where "pallas" cannot run."""
     reference.validate(q, k, v, window)
-    if implementation not in (None, "xla", "pallas"):
-        raise ValueError(f'implementation={implementation!r}; expected "xla", "pallas" or None')
-    if (implementation or choose(q, k, window)) == "xla":
+    name = OPERATION.select(implementation, q, k, window)
+    if name == "xla":
         return reference.windowed_attention(q, k, v, window=window)
-    platform, kind = devices.device()
-    if reason := refusal(platform, kind, q, k, window):
-        raise ValueError(f'implementation="pallas": {reason}')
+    module = OPERATION.kernel(name)
 
     def kernel(q, k, v):
-        return attend(_backend(platform), q, k, v, window)
+        return attend(module, q, k, v, window)
 
     return devices.per_device(kernel, devices.rows_spec(), devices.rows_spec())(q, k, v)
-
-
-def refusal(platform: str, kind: str, q, k, window: int) -> str | None:
-    """Why no kernel can run on such a device or such arrays; None where one can."""
-    if platform not in ("tpu", "gpu"):
-        return f"the kernels run on TPUs and GPUs, not on {platform}"
-    if platform == "gpu" and not any(name in kind for name in HOPPER_ON):
-        return f"the GPU kernel needs Hopper or newer, not {kind}"
-    if q.dtype != k.dtype or q.shape[3] != k.shape[3]:
-        return "the kernels take queries and keys of one dtype and with as many heads"
-    if reason := devices.indivisible(q.shape[0]):
-        return reason
-    return _backend(platform).refusal(q, k, window)
-
-
-def choose(q, k, window: int) -> str:
-    """The automatic choice, "xla" or "pallas", for arrays of these shapes and dtypes; logs a rejected kernel once."""
-    platform, kind = devices.device()
-    if platform not in ("tpu", "gpu"):
-        return "xla"
-    if kind not in MEASURED:
-        devices.log_once(
-            f"windowed attention runs in XLA: its kernel has not been measured on {kind} (benchmarks/measure/kernels.py)"
-        )
-        return "xla"
-    if (window * (k.shape[1] // q.shape[1])) ** 2 not in MEASURED[kind]:
-        return "xla"
-    if reason := refusal(platform, kind, q, k, window):
-        devices.log_once(f"windowed attention runs in XLA: {reason}")
-        return "xla"
-    return "pallas"
-
-
-def _backend(platform: str):
-    return importlib.import_module(f"deltallava_jax.kernels.windowed_attention.{platform}")

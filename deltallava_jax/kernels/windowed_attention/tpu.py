@@ -28,12 +28,12 @@ MAX_STEP = 2**20  # scores of a step and head: 4 MiB
 def refusal(q, k, window: int) -> str | None:
     """Why the kernel cannot run on these arrays; None where it can."""
     if q.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the TPU kernel takes float32 or bfloat16, not {q.dtype}"
+        return f"takes float32 or bfloat16, not {q.dtype}"
     if q.shape[-1] % LANES:
-        return f"the TPU kernel takes heads of a multiple of {LANES}, not {q.shape[-1]}"
+        return f"takes heads of a multiple of {LANES}, not {q.shape[-1]}"
     queries, keys = _step(q.shape[1], k.shape[1], window, q.dtype)
     if queries * keys > MAX_STEP:
-        return f"the TPU kernel takes up to {MAX_STEP} scores per head and step; this grid has {queries} x {keys}"
+        return f"takes up to {MAX_STEP} scores per head and step; this grid has {queries} x {keys}"
     return None
 
 

@@ -69,7 +69,8 @@ def local_attention(
     q = split(q)
     if s * window == 1:
         return v @ v_kernel
-    if s == 1 or choose(q, jax.eval_shape(lambda: split(k @ k_kernel)), window) == "pallas":
+    keys = jax.eval_shape(lambda: split(k @ k_kernel))
+    if s == 1 or choose(q, keys, window) != "xla":
         return merge(windowed_attention(q, split(k @ k_kernel), split(v @ v_kernel), window=window))
     scale = (k.shape[-1] / head_dim) ** 0.5  # windowed_attention divides by the root of its own width
     q = jnp.einsum("nhwad,cad->nhwac", q, split(k_kernel) * scale)
