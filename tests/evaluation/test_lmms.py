@@ -65,9 +65,9 @@ def lmms_evals_own(folder, known, tmp_path):
         text += "dataset_name: null\ndataset_kwargs: {load_from_disk: true}\nprocess_docs: null\n"
         (tmp_path / f"own_{task}.yaml").write_text(text)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    told = Recorder({f"own_{task}": said for task, said in known.items()})
+    recorder = Recorder({f"own_{task}": said for task, said in known.items()})
     os.chdir(tmp_path)  # scorers write their files where they are
-    found = simple_evaluate(recorder, tasks=list(told.known), task_manager=manager, bootstrap_iters=0)
+    found = simple_evaluate(recorder, tasks=list(recorder.known), task_manager=manager, bootstrap_iters=0)
     return {task: found["results"][f"own_{task}"] for task in TASKS}
 
 
