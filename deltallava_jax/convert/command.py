@@ -73,7 +73,7 @@ def main(options: argparse.Namespace) -> None:
     if options.decoder or options.projector:
         if sources or not (options.vision and options.decoder and options.projector):
             raise ConfigError(
-                "composing takes --vision, --decoder, --projector or --config, and one path, the destination"
+                "composing takes --vision, --decoder and --projector (or --config), and one path, the destination"
             )
     elif len(sources) != 1:
         raise ConfigError(f"convert takes a source and a destination, got {len(options.paths)} paths")

@@ -178,7 +178,7 @@ def test_what_cannot_be_drawn_is_refused(tokenizer):
         gradcam.heat_maps(model, picture(), QUESTION, budgets=(5,))
     with pytest.raises(ConfigError, match="method is 'saliency'"):
         gradcam.heat_maps(model, picture(), QUESTION, method="saliency")
-    with pytest.raises(ConfigError, match="holds 2 <image>"):
+    with pytest.raises(ConfigError, match="2 <image> markers for 1 images"):
         gradcam.heat_maps(model, picture(), "<image> <image>")
     with pytest.raises(ConfigError, match="no tokenizer"):
         gradcam.heat_maps(dataclasses.replace(model, tokenizer=None), picture(), QUESTION)

@@ -272,7 +272,7 @@ def test_without_a_chat_template_it_is_the_first_llavas(export, saved, tmp_path)
     file = folder / "tokenizer.json"
     file.write_text(file.read_text().replace('"</s>"', '"<|end_of_text|>"'))
     with pytest.warns(
-        UserWarning, match="prompted as vicuna_v1, but it has no chat template, and its tokenizer no </s>"
+        UserWarning, match="prompted as vicuna_v1, but it has no chat template, and its tokenizer has no </s>"
     ):
         read(folder)
 

@@ -142,7 +142,7 @@ def test_a_torch_file_that_is_no_state_dict(tmp_path, target, kind):
         "numbered": dict(enumerate(state.values())),
     }
     file = bin_folder(tmp_path / "llama", values[kind])
-    assert_has(refused(target, file.parent), file, "no state dict of names and tensors")
+    assert_has(refused(target, file.parent), file, "not a state dict of names and tensors")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, 0.5, -10])

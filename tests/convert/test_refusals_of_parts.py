@@ -130,7 +130,7 @@ def test_a_tower_for_a_workdir(delta, tmp_path, target):
 
 def test_formats_that_do_not_hold_a_part_alone(tmp_path, target):
     source = llama(tmp_path / "llama")
-    assert_has(refused(target, "--to", "llava", source), "--to llava", "tower, projector and decoder")
+    assert_has(refused(target, "--to", "llava", source), "--to llava", "no vision, no projector")
     file = tmp_path / "projector.safetensors"
     save_file(mlp_weights(), file)
     assert_has(refused(target, "--to", "hf", file), "--to hf", "only projector")
