@@ -52,7 +52,7 @@ def of_data(tokenizer, template, system, turns, images):
     turns = [{"from": ("human", "gpt")[number % 2], "value": turn} for number, turn in enumerate(turns)]
     turns[0]["value"] = f"{IMAGE}\n" * len(images) + turns[0]["value"]
     record = Record("0", tuple(images), ([{"from": "system", "value": system}] if system else []) + turns)
-    return Rows([record], tokenizer, DataConfig(template=template), model().cfg.vision).read(0, room=10_000)[1]
+    return Rows([record], tokenizer, DataConfig(template=template), model().cfg.vision).read(0, capacity=10_000)[1]
 
 
 def of_python(one, system, turns, images):

@@ -13,7 +13,7 @@ from deltallava_jax.evaluation import answers, benchmarks, table, tasks
 from deltallava_jax.inference.model import Model
 from tests import tiny
 
-READ = "expected at most 89,478,485 in all, 32,768 a side and 100 times as many on one side as on the other"
+READ = "expected at most 89,478,485 in all, 32,768 per side and an aspect ratio of 100"
 
 
 @pytest.fixture(scope="module")
