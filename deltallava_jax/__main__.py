@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import select
 import sys
 
 from deltallava_jax import cli
@@ -56,13 +58,27 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _run(options: argparse.Namespace) -> None:
+    """Runs a command; ends quietly, as SIGPIPE does, where the reader of its output has gone (``| head``)."""
+    try:
+        options.main(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        reader = select.poll()
+        reader.register(sys.stdout, 0)
+        if not reader.poll(0):  # another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at Python's end
+        sys.exit(141)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in PROCESSES:
         return importlib.import_module(COMMANDS[arguments[0]][0]).run(arguments[1:])
     options = parse(arguments)
-    cli.run(lambda: options.main(options))
+    cli.run(lambda: _run(options))
 
 
 if __name__ == "__main__":

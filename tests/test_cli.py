@@ -121,3 +121,12 @@ for module in ("deltallava_jax", "deltallava_jax.config", "deltallava_jax.models
 """
     done = command("-c", program)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_leaves_ends_a_command_quietly():
+    """As ``deltallava_jax config show ... | head`` does."""
+    program = [sys.executable, "-m", "deltallava_jax", "config", "show", "configs/easy_vqa.py"]
+    process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert (process.wait(), err) == (141, "")
