@@ -35,15 +35,20 @@ def axes() -> dict[str, int]:
     return dict(mesh.shape)
 
 
+def shards() -> tuple[int, int]:
+    """Over how many devices of the mesh in use a kernel's rows are divided, and its heads."""
+    sizes = axes()
+    return math.prod(size for name, size in sizes.items() if name in ROW_AXES), sizes.get(HEADS_AXIS, 1)
+
+
 def indivisible(rows: int, *heads: int) -> str | None:
     """Why so many rows, and heads if any, do not divide over the mesh in use; None where they do."""
-    sizes = axes()
-    shards = math.prod(size for name, size in sizes.items() if name in ROW_AXES)
-    if rows % shards:
-        return f"a batch of {rows} does not divide over {shards} devices"
+    over_rows, over_heads = shards()
+    if rows % over_rows:
+        return f"a batch of {rows} does not divide over {over_rows} devices"
     for count in heads:
-        if count % sizes.get(HEADS_AXIS, 1):
-            return f"{count} heads do not divide over {sizes[HEADS_AXIS]} devices"
+        if count % over_heads:
+            return f"{count} heads do not divide over {over_heads} devices"
     return None
 
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from deltallava_jax.config import Config
+from deltallava_jax.kernels import registry
 from deltallava_jax.models import llavolta, systems, vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.parallel import rules
@@ -159,7 +160,8 @@ class TrainStep:
 
     def _step(self, state: TrainState, batch: Batch, budget: int, pooling) -> tuple[TrainState, dict[str, Array]]:
         rng = jax.random.fold_in(jax.random.key(self.cfg.seed), state.step)
-        loss, supervised, grads = gradients(self.cfg, state.trained, state.frozen, batch, rng, budget, pooling)
+        with registry.forced(self.cfg.model, ordered=True):
+            loss, supervised, grads = gradients(self.cfg, state.trained, state.frozen, batch, rng, budget, pooling)
         norm = optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
             updates, moments = self._optimizer.update(grads, state.optimizer, state.trained)

@@ -32,7 +32,7 @@ WIDTH = 128  # of a head
 THREADS = 128  # of a block
 
 
-def refusal(q, k, window: int) -> str | None:
+def refusal(q, k, window: int, source: int | None = None) -> str | None:
     """Why the kernel cannot run on the target GPU or on these arrays; None where it can."""
     kind = devices.device()[1]
     if not any(name in kind for name in HOPPER_ON):
