@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from deltallava_jax.kernels import devices, registry
 from deltallava_jax.kernels.attention.dispatch import OPERATION as ATTENTION
-from deltallava_jax.kernels.registry import Call, Operation
+from deltallava_jax.kernels.registry import Call, Operation, Trial
 from deltallava_jax.kernels.windowed_attention.dispatch import OPERATION as WINDOWED_ATTENTION
 
 OPERATIONS = ATTENTION, WINDOWED_ATTENTION
@@ -30,6 +30,7 @@ OPERATIONS = ATTENTION, WINDOWED_ATTENTION
 TOLERANCE = {"bfloat16": 2e-2, "float16": 2e-2, "float32": 1e-3}
 MOST = 5e-2
 ROUNDS = 5  # of a timing, which is their median
+FAR = 3  # times the best time
 ROUND = 0.02  # seconds, of as many calls as fit
 # Packages whose versions a measurement depends on, those that are installed.
 PACKAGES = (
@@ -56,45 +57,49 @@ class Result:
 
 def measure(operation: Operation, call: Call) -> Result:
     """The fastest correct candidate; XLA where there is none."""
+    left_out: dict[str, str] = {}
+
+    def attempt(name: str, step: Callable, where: str = ""):
+        try:
+            return jax.block_until_ready(step())
+        except Exception as error:  # whatever a kernel or its compiler raises
+            reason = next(iter(str(error).splitlines()), "")[:200]
+            left_out[name] = f"raises {type(error).__name__}{where}: {reason}"
+
     with jax.default_device(jax.local_devices()[0]):
-        trial = operation.trial(call)
-        floats = [x.astype(call.dtype) for x in trial.arrays]
-        wide = [x.astype(jnp.float32) for x in floats]
-        gradient = jax.random.normal(jax.random.key(9), jax.eval_shape(trial.run, "xla", *wide).shape)
-        gradient = gradient.astype(call.dtype)
-        left_out: dict[str, str] = {}
-
-        def attempt(name: str, step: Callable):
-            try:
-                return step()
-            except Exception as error:  # whatever a kernel or its compiler raises
-                left_out[name] = f"raises {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
-
-        def reference():
-            with jax.default_matmul_precision("highest"):
-                return jax.block_until_ready(_both(trial.run, "xla")(gradient.astype(jnp.float32), *wide))
-
-        expected = attempt("xla", reference)
-        if expected is None:
-            return Result("xla", {}, {"xla": f"{left_out['xla']}, in float32: nothing can be compared"})
+        made = attempt("xla", lambda: _reference(operation, call), " in float32, so that nothing can be compared")
+        if made is None:
+            return Result("xla", {}, left_out)
+        trial, inputs, expected = made
         allowed = TOLERANCE[call.dtype]
         seconds: dict[str, float] = {}
         for name in operation.candidates(*trial.arguments):
-            run = functools.partial(_both(trial.run, name), gradient, *floats)
-            found = attempt(name, lambda run=run: jax.block_until_ready(run()))
+            run = functools.partial(_both(trial.run, name), *inputs)
+            found = attempt(name, run)
             if found is None:
                 continue
-            differences = [float(_difference(*pair)) for pair in zip(found, expected, strict=True)]
-            finite, worst = all(map(math.isfinite, differences)), max(differences)
+            worst = max(float(_difference(*pair)) for pair in zip(found, expected, strict=True))
+            finite = math.isfinite(worst)
             if name == "xla":  # the contract itself
                 allowed = max(allowed, min(2 * worst, MOST)) if finite else allowed
             elif not finite:
                 left_out[name] = "gives NaN or infinite values"
             elif worst > allowed:
                 left_out[name] = f"differs from XLA by {worst:.2g} of the largest value; {allowed:.2g} is allowed"
-            if name not in left_out and (spent := attempt(name, lambda run=run: _seconds(run))) is not None:
-                seconds[name] = spent
+            if name not in left_out:
+                spent = attempt(name, functools.partial(_seconds, run, min(seconds.values(), default=math.inf)))
+                seconds |= {} if spent is None else {name: spent}
     return Result(min(seconds, key=seconds.get) if seconds else "xla", seconds, left_out)
+
+
+def _reference(operation: Operation, call: Call) -> tuple[Trial, list[jax.Array], tuple[jax.Array, ...]]:
+    """(the trial, its inputs with a gradient of the output first, what they give in XLA in float32)."""
+    trial = operation.trial(call)
+    output = jax.eval_shape(functools.partial(trial.run, "xla"), *trial.arrays)
+    gradient = jax.random.normal(jax.random.key(9), output.shape)
+    inputs = [x.astype(call.dtype) for x in (gradient, *trial.arrays)]
+    with jax.default_matmul_precision("highest"):
+        return trial, inputs, _both(trial.run, "xla")(*(x.astype(jnp.float32) for x in inputs))
 
 
 def _both(run: Callable, implementation: str) -> Callable:
@@ -110,12 +115,15 @@ def _both(run: Callable, implementation: str) -> Callable:
 
 @jax.jit
 def _difference(found: jax.Array, expected: jax.Array) -> jax.Array:
-    """The greatest difference over the largest expected value."""
-    return jnp.abs(found.astype(jnp.float32) - expected).max() / jnp.maximum(jnp.abs(expected).max(), 1e-30)
+    """The greatest difference over the largest expected value; infinite where a value is not finite, which a maximum
+    alone may pass over (xla_cpu_enable_fast_min_max)."""
+    found = found.astype(jnp.float32)
+    difference = jnp.abs(found - expected).max() / jnp.maximum(jnp.abs(expected).max(), 1e-30)
+    return jnp.where(jnp.isfinite(found).all(), difference, jnp.inf)
 
 
-def _seconds(run: Callable) -> float:
-    """Of a call, the median of several rounds, after a warm-up."""
+def _seconds(run: Callable, best: float) -> float:
+    """Of a call that has run before: the median of several rounds, or one alone where it is far from the best."""
 
     def spend(count: int) -> float:
         began = time.perf_counter()
@@ -126,7 +134,7 @@ def _seconds(run: Callable) -> float:
 
     once = spend(1)
     count = max(1, min(100, int(ROUND / max(once, 1e-9))))
-    return statistics.median(spend(count) for _ in range(ROUNDS if once < 1 else 1))
+    return once if once > FAR * best else statistics.median(spend(count) for _ in range(ROUNDS))
 
 
 def describe(call: str, result: Result) -> list[str]:
