@@ -13,7 +13,7 @@ from deltallava_jax.kernels import devices
 
 BLOCK = 128
 MAX_WIDTH = 128  # of a head, on any GPU
-BEFORE_AMPERE = re.compile(r"[GR]TX [12]0|GTX|TITAN|Quadro|\b[KMPTV]\d+\b")  # in the names of NVIDIA's GPUs
+BEFORE_AMPERE = re.compile(r"GTX|RTX 20[5-8]0|TITAN|Quadro|\b[KMPTV]\d+\b")  # in the names of NVIDIA's GPUs
 
 
 def refusal(q, k, mask) -> str | None:
