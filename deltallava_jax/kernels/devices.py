@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from deltallava_jax.config import ROW_AXES
 
+HOPPER_ON = ("H100", "H200", "H800", "H20", "GH200", "B100", "B200", "B300")  # in the names of GPUs
 HEADS_AXIS = "tensor"  # the mesh axis that divides the attention heads of towers and decoders
 
 
@@ -19,6 +20,11 @@ def device() -> tuple[str, str]:
     """(platform, kind) of the target device: that of the mesh in use, else jax's first."""
     found = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return found.platform, found.device_kind
+
+
+def from_hopper_on() -> bool:
+    """Whether the target device is an NVIDIA GPU from Hopper on."""
+    return any(name in device()[1] for name in HOPPER_ON)
 
 
 @functools.lru_cache(maxsize=64)
