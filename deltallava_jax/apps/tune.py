@@ -15,6 +15,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from deltallava_jax import cli
@@ -30,6 +31,7 @@ from deltallava_jax.parallel.mesh import make_mesh
 from deltallava_jax.training.step import TrainStep, batch_shapes
 
 MOST_PROGRAMS = 8  # of a run whose calls are measured: its most frequent ones
+UNFINISHED = Result("xla", {}, {"every kernel": "did not end being measured"})
 STEPS = 1000  # of the run: only constants of the learning rate's schedule depend on it
 
 
@@ -85,17 +87,30 @@ def _measure(step: TrainStep, found: Iterable[Program], log: Callable[[str], Non
     else:
         choices = "; ".join(f"{call} -> {known[call].choice}" for call in calls)
         log(f"attention as measured before ({file}): {choices}")
+    for call in calls:
+        if call not in missing and known[call] == UNFINISHED:
+            log(f"warning: {call}: measuring it did not end, so XLA is taken; {cli.program()} tune --again measures it")
+    kept = True
     for call in missing:
+        known[call] = UNFINISHED  # stays where a kernel ends the process
+        kept = kept and _keep(file, table, log)
         known[call] = tuning.measure(*calls[call])
         for line in tuning.describe(call, known[call]):
             log(line)
-    if missing:
-        try:
-            with cache.writing(file) as part:
-                part.write_text(tuning.text(table))
-        except OSError as error:
-            log(f"warning: the measured choices of kernels cannot be kept: {file}: {error.strerror}")
+    if missing and kept:
+        _keep(file, table, log)
     return {call: known[call] for call in calls}
+
+
+def _keep(file: Path, table: tuning.Table, log: Callable[[str], None]) -> bool:
+    """Writes the table; logs where that is not possible, and returns whether it was."""
+    try:
+        with cache.writing(file) as part:
+            part.write_text(tuning.text(table))
+        return True
+    except OSError as error:
+        log(f"warning: the measured choices of kernels cannot be kept: {file}: {error.strerror}")
+        return False
 
 
 # ---------------------------------------------------------------- the command

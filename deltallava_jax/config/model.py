@@ -125,7 +125,8 @@ class FastVConfig:
 # Implementations of kernels/; "auto": the one that was measured to be the fastest, else the library's for the device.
 ATTENTION = ("auto", "xla", "splash", "cudnn")
 WINDOWED_ATTENTION = ("auto", "xla", "pallas")
-REMAT_POLICIES = ("none", "dots", "full")
+REMAT_LADDER = ("none", "dots", "attention", "full")  # from the least recomputation to the least memory
+REMAT_POLICIES = ("auto", *REMAT_LADDER)
 DTYPES = ("bfloat16", "float32")
 # Dtypes of parameters -> their names in use.
 PARAMETER_DTYPES = {
@@ -156,7 +157,7 @@ class ModelConfig:
     decoder: DecoderConfig | None = field(default_factory=DecoderConfig)  # the language model; None: absent
     fastv: FastVConfig | None = None  # drops visual tokens inside the decoder, in inference only; None: off
     dtype: str = "bfloat16"  # compute dtype, bfloat16 or float32; trained parameters are always float32
-    remat: str = "none"  # recomputed in the backward pass: nothing, all but matrix products (dots), or all (full)
+    remat: str = "none"  # recomputed in the backward pass: none, all but dots, all but attention, full; auto: by memory
     attention: str = "auto"  # of rows that attend to themselves: auto (measured), xla, splash (TPU) or cudnn (NVIDIA)
     windowed_attention: str = "auto"  # of Delta, TokenPacker and QueCC: auto (measured), xla or pallas
     loss_chunk: int = 512  # row positions whose logits are in memory at a time

@@ -42,12 +42,12 @@ def folder(tmp_path, monkeypatch):
     planted.uproot()
 
 
-def start(log, **settings):
+def start(log, again=False, **settings):
     """Tunes one program; the step and what was measured."""
     changes = SMALL | {f"model.{name}": value for name, value in settings.items()}
     cfg = override(tiny.get_config(), changes)
     step = TrainStep(cfg, make_mesh(cfg, jax.devices()[:1]), 10)
-    return step, tune.tune(step, [tune.Program(30, 1, 4)], log)
+    return step, tune.tune(step, [tune.Program(30, 1, 4)], log, again=again)
 
 
 def program(step):
@@ -130,6 +130,23 @@ def test_an_unreadable_table_is_reported_and_made_again(folder):
     assert "kernels.json: " in lines[0] and sum("cannot be read" in line for line in lines) == 1
     assert tuning.read(tuning.file(folder))[tuning.environment()] == measured
     assert [file.name for file in folder.iterdir()] == ["kernels.json"]
+
+
+def test_a_kernel_that_ends_the_process_is_not_tried_again(folder, monkeypatch):
+    planted.plant(planted.raising, planted.slow)
+    end = lambda *_: (_ for _ in ()).throw(SystemExit(139))
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "measure", end)
+        with pytest.raises(SystemExit):
+            start(lambda line: None)
+    lines = []
+    _, measured = start(lines.append)
+    (call, ended), *others = measured.items()
+    assert ended.choice == "xla" and not ended.seconds and all(result.seconds for _, result in others)
+    (warning,) = [line for line in lines if line.startswith(f"warning: {call}: measuring it did not end")]
+    assert "tune --again" in warning
+    _, again = start(lines.append, again=True)
+    assert again[call].seconds
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):

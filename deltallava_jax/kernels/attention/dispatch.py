@@ -12,6 +12,9 @@ from deltallava_jax.arrays import Array
 from deltallava_jax.kernels import devices
 from deltallava_jax.kernels.registry import Call, Operation, Trial
 
+SAVED = "attention"  # name, for jax.checkpoint, of what a kernel's forward pass gives to its backward pass
+SKIPPING = "causal_kernel"  # named scope of a kernel that computes no scores of later tokens
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -92,6 +95,15 @@ OPERATION = Operation(
 )
 
 
+def kernel_outputs_saveable(primitive, *_, **params) -> bool:
+    """A policy of jax.checkpoint: what the kernels' forward passes give to their backward passes is saved."""
+    if primitive.name == "pallas_call":
+        return (params.get("name") or "").startswith("splash_mha_fwd")
+    if primitive.name == "name":
+        return params["name"] == SAVED
+    return primitive.name.startswith("dot_product_attention_fwd")  # cuDNN's
+
+
 def attention(
     q: Float[Array, "B Q H D"],
     k: Float[Array, "B K G D"],
@@ -113,4 +125,6 @@ def attention(
         return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask.allowed, implementation="xla")
     heads = devices.rows_spec(4, heads_at=2)
     rows = devices.rows_spec()
-    return devices.per_device(OPERATION.kernel(name).attend, (heads, heads, heads, rows), heads)(q, k, v, mask)
+    kernel = devices.per_device(OPERATION.kernel(name).attend, (heads, heads, heads, rows), heads)
+    with jax.named_scope(SKIPPING if mask is not None and mask.segments is not None else name):
+        return kernel(q, k, v, mask)
