@@ -9,11 +9,10 @@ arrays of a train step are far larger.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,8 +23,12 @@ FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "opt-barrier",
     "partition-id", "replica-id", "domain", "while", "call", "conditional", "async-start",
 }  # fmt: skip
-FREE_CALLS = {"ConcatBitcast", "AllocateBuffer", "Sharding", "AssumeGatherIndicesInBound", "annotate_device_placement"}
+FREE_CALLS = {
+    "ConcatBitcast", "AllocateBuffer", "Sharding", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked",
+    "AsyncCollectiveStart", "AsyncCollectiveDone", "annotate_device_placement",
+}  # fmt: skip
 RUNS_INSIDE = ("while", "call", "conditional", "async-start")
+ASYNC_COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
 VIEWS = ("bitcast", "get-tuple-element")
 READS_PART = ("dynamic-slice", "slice", "gather")
 # Attention kernels -> products of the size of the scores: the forward pass, and both or parts of the backward pass.
@@ -36,11 +39,12 @@ CUDNN_ATTENTION = "__cudnn$fmha"
 @dataclass(frozen=True)
 class Products:
     """operations: a multiply and an add are two. dtype: of the operands, as HLO names it. attention: of an attention
-    kernel."""
+    kernel. weights: one matrix for all rows and heads, as of weights and their gradients, not a batch of products."""
 
     operations: int = 0
     dtype: str = ""
     attention: bool = False
+    weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,14 +127,13 @@ class Counter:
     def products(self, each: Instruction, computation: Computation) -> Products:
         shapes = [computation[name].shape for name in each.operands if name in computation]
         if each.opcode == "dot":
-            contracted = _numbers(each.rest, "lhs_contracting_dims")
-            return _dot(each.shape, shapes, contracted)
+            return _dot(each.shape, shapes, each.rest, "dims")
         if each.opcode == "convolution":
-            return Products(_convolution(each, shapes), arrays(shapes[0])[0][0])
+            return _convolution(each, shapes)
         if each.opcode == "fusion":
             inner = [self.products(i, c) for c in self._computations(each) for i in c.values()]
             largest = max(inner, key=lambda one: one.operations, default=Products())
-            return Products(sum(one.operations for one in inner), largest.dtype, largest.attention)
+            return replace(largest, operations=sum(one.operations for one in inner))
         if each.opcode == "custom-call":
             return self._call(each, shapes)
         return Products()
@@ -141,7 +144,7 @@ class Counter:
             return Products()
         if "gemm_backend_config" in each.rest:
             result = elements(each.shape)[0] if each.shape.startswith("(") else each.shape
-            return _dot(result, shapes, _numbers(each.rest, "lhs_contracting_dimensions"))
+            return _dot(result, shapes, each.rest, "dimensions")
         if target.startswith(CUDNN_ATTENTION):
             scores = math.prod(_numbers(each.rest.split("intermediate_tensor_shape")[1], "dimensions"))
             kind, (*_, width), _ = arrays(shapes[0])[0]
@@ -154,7 +157,7 @@ class Counter:
         if target == "tpu_custom_call" and kernel:
             return _splash(SPLASH[kernel], shapes)
         if "dim_labels=" in each.rest and not target.endswith(("BackwardInput", "BackwardFilter")):
-            return Products(_convolution(each, shapes), arrays(shapes[0])[0][0])
+            return _convolution(each, shapes)
         self.uncounted.add(target)
         return Products()
 
@@ -174,9 +177,11 @@ class Counter:
         result = each.shape
         if each.opcode.endswith("-start"):
             if each.opcode == "slice-start" or each.opcode == "dynamic-slice-start":
-                return 2 * size(elements(each.shape)[1]) if held(elements(each.shape)[1]) else held(
-                    elements(each.shape)[1]
-                ) + size(elements(each.shape)[1])
+                return (
+                    2 * size(elements(each.shape)[1])
+                    if held(elements(each.shape)[1])
+                    else held(elements(each.shape)[1]) + size(elements(each.shape)[1])
+                )
             if each.opcode == "copy-start":
                 return sum(held(part) for part in elements(each.shape)[:2])
             return held(each.shape)  # a collective's operands and results
@@ -263,9 +268,10 @@ def _numbers(text: str, key: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", found.group(1))] if found else []
 
 
-def _dot(result: str, operands: list[str], contracted: list[int]) -> Products:
+def _dot(result: str, operands: list[str], rest: str, ending: str) -> Products:
     (_, out, _), (kind, dims, _) = arrays(result)[0], arrays(operands[0])[0]
-    return Products(2 * math.prod(out) * math.prod(dims[i] for i in contracted), kind)
+    contracted, batch = (_numbers(rest, f"lhs_{key}_{ending}") for key in ("contracting", "batch"))
+    return Products(2 * math.prod(out) * math.prod(dims[i] for i in contracted), kind, weights=not batch)
 
 
 def _splash(products: int, shapes: list[str]) -> Products:
@@ -278,13 +284,14 @@ def _splash(products: int, shapes: list[str]) -> Products:
     return Products(round(products * 2 * math.prod(rows) * slots**2 * width * share), kind, True)
 
 
-def _convolution(each: Instruction, shapes: list[str]) -> int:
+def _convolution(each: Instruction, shapes: list[str]) -> Products:
     """Positions of the window that fall on padding or into the holes of a dilation do not count: the TPU compiler
     writes the rows of a batched dot as such a dimension."""
     inputs, kernel, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.rest).groups()
     window = re.search(r"window=\{([^}]*)\}", each.rest)
     window = dict(re.findall(r"(\w+)=([\w-]+)", window.group(1))) if window else {}
-    (_, in_dims, _), (_, kernel_dims, _), (_, out_dims, _) = (arrays(s)[0] for s in (*shapes[:2], each.shape))
+    (kind, in_dims, _), (_, kernel_dims, _), (_, out_dims, _) = (arrays(s)[0] for s in (*shapes[:2], each.shape))
+    batched = False
     operations = 2 * out_dims[out.index("b")] * out_dims[out.index("f")] * kernel_dims[kernel.index("i")]
     axes = sorted(set(out) - {"b", "f"})
     listed = lambda key, default: window[key].split("x") if key in window else [default] * len(axes)
@@ -298,17 +305,9 @@ def _convolution(each: Instruction, shapes: list[str]) -> int:
         if size_kernel == 1 and size_in == size_out:
             operations *= size_out
             continue
+        batched = batched or size_kernel > 1
         places = np.arange(size_out)[:, None] * int(stride) + np.arange(size_kernel) * int(spread)
         places = places - int(pad.split("_")[0])
         valid = (places >= 0) & (places % int(holes) == 0) & (places < size_in * int(holes))
         operations *= int(valid.sum())
-    return operations
-
-
-def aggregated(found: list[Cost], key) -> dict:
-    """{key(cost): [operations, bytes]} over a run of the program."""
-    ordered = sorted(found, key=lambda one: str(key(one)))
-    return {
-        name: [sum(c.count * c.operations for c in group), sum(c.count * c.bytes for c in group)]
-        for name, (*group,) in itertools.groupby(ordered, key)
-    }
+    return Products(operations, kind, weights=not batched)
