@@ -112,7 +112,10 @@ class Counter:
         for each in computation.values():
             inner = [self.program.computations.get(called, {}) for called in each.called if each.opcode == "fusion"]
             own = [each.source, *(i.source for c in inner for i in reversed(c.values()))]
-            found[each.name] = "" if each.opcode == "parameter" else next(filter(_scoped, own), "")
+            own = (
+                [] if each.opcode == "parameter" else [source for source in own if "/" in source]
+            )  # no argument's name
+            found[each.name] = next(filter(_scoped, own), own[0] if own else "")
         for each in reversed(computation.values()):
             for operand in each.operands:
                 if operand in found and not found[operand]:
@@ -254,8 +257,8 @@ class Counter:
 
 
 def _scoped(source: str) -> bool:
-    """Whether it names an operation, not an argument of the program."""
-    return "/" in source
+    """Whether the operation is inside of a named scope."""
+    return len([word for word in source.split("/") if not word.startswith("jit(")]) > 1
 
 
 def _updates(scatter: Instruction) -> tuple[str, ...]:

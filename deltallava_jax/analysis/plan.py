@@ -20,8 +20,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deltallava_jax import cli
-from deltallava_jax.analysis import flops, targets, units
-from deltallava_jax.analysis.collectives import Collective, collectives, received_bytes, summary
+from deltallava_jax.analysis import estimate, flops, hlo, probe, targets, units
+from deltallava_jax.analysis.collectives import collectives, summary
 from deltallava_jax.analysis.targets import Target
 from deltallava_jax.config import Config, MeshConfig
 from deltallava_jax.data.packing import plan_for
@@ -34,9 +34,6 @@ STEPS = 1000  # of the run: only constants of the learning rate's schedule depen
 TEXTS = {"plain": 40}  # rough tokens of text per image in LLaVA's two stages: captions, and by default
 CONVERSATION = 300
 UNROLLED_WITH = ("0.10", "0.11")  # versions of jax in which ``unrolled`` replaces every scan of a step
-MFU = (
-    0.5  # of the peak, assumed for products of these sizes; MaxText reports 0.45 to 0.65 (github.com/AI-Hypercomputer)
-)
 
 
 def format_parameters(shapes: TrainState) -> str:
@@ -114,7 +111,11 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
         cli.log(f"compiled in {units.seconds(seconds)}; counting operations")
         with compiler_output():
             counted = compiler_flops(cfg, mesh, T, I, budget)
-    found = [] if program is None else collectives(program.as_text(), mesh.size)
+    found, step_seconds = [], None
+    if program is not None:
+        parsed = hlo.parse(program.as_text())
+        found = collectives(parsed, mesh.size)
+        step_seconds = estimate.estimate(parsed, rates(target), mesh.size, cfg.model.decoder.layers)
     per_device = memory(step, program, used, target)
     return dict(
         target=str(target),
@@ -133,7 +134,7 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
         compiler_flops_per_step=counted,
         collectives=summary(found) if program else None,
         largest_collective_bytes=max((one.bytes for one in found), default=0),
-        step_seconds=step_seconds(flops.total(by_part), found, target) if program and target.chip else None,
+        step_seconds=step_seconds,
         seconds_to_compile=round(seconds, 1),
         rematerialization_warnings=len(re.findall("nvoluntary full remat", "".join(output))),
         jax=jax.__version__,
@@ -218,20 +219,10 @@ def unrolled() -> Iterator[None]:
         yield
 
 
-def step_seconds(operations: int, found: list[Collective], target: Target) -> dict[str, float | str]:
-    """An estimate from the stated peaks: products at MFU of the peak, collectives at the link's full rate."""
-    chip = target.chip
-    compute = operations / (target.count * chip.peak_flops * MFU)
-
-    def rate(one: Collective) -> float:
-        return chip.network if chip.per_host and one.group > chip.per_host else chip.link
-
-    moved = sum(one.count * received_bytes(one) / rate(one) for one in found)
-    return dict(estimate=max(compute, moved), compute=compute, collectives=moved, assumption=(
-        f"{MFU:.0%} of {chip.peak_flops / 1e12:g} TFLOP/s a device; collectives at {chip.link / 1e9:g} GB/s"
-        + (f", {chip.network / 1e9:g} GB/s beyond {chip.per_host} devices" if chip.per_host else "")
-        + f", hidden behind the products where they are shorter ({chip.source})"
-    ))  # fmt: skip
+@functools.cache
+def rates(target: Target) -> estimate.Rates:
+    """What a device of the target reaches; of this machine's CPU as measured, once in a process."""
+    return estimate.rates(target, None if target.chip else probe.measure(target.count))
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from deltallava_jax import cli
+from deltallava_jax.analysis.plan_report import format_plan
 from deltallava_jax.analysis.targets import Target, parse_target, prepare
-from deltallava_jax.analysis.units import operations, seconds, size
 from deltallava_jax.config import Config, MeshConfig, load_config, override
 from deltallava_jax.errors import ConfigError
 
@@ -97,52 +97,3 @@ def candidates(cfg: Config, target: Target, plan: dict) -> Iterator[tuple[str, C
         rows = -(-cfg.data.rows // larger.count) * larger.count
         other = replace(cfg, data=replace(cfg.data, rows=rows), mesh=MeshConfig(data=1, fsdp=-1))
         yield f"--target {larger} --mesh data=1,fsdp=-1 --config.data.rows={rows}", other, larger
-
-
-def format_plan(plan: dict) -> str:
-    """The plan as text."""
-    memory, batch, mesh = plan["per_device"], plan["batch"], plan["mesh"]
-    lines = [
-        f"{plan['config']} on {plan['target']}: {plan['devices']} devices, mesh "
-        + ", ".join(f"{axis}={count}" for axis, count in mesh.items()),
-        f"batch: {batch['rows']} rows of {batch['row_length']}, {batch['images']} images of {batch['budget']} tokens "
-        f"and {batch['text_tokens']} tokens of text a row; about {batch['conversations']} conversations, if an image "
-        f"comes with about {batch['text_per_image']} tokens of text (--text)",
-        "",
-        "memory of a device",
-        f"  parameters   {size(memory['parameters_bytes']):>14}",
-        f"  optimizer    {size(memory['optimizer_bytes']):>14}",
-        f"  temporaries  {size(memory['temporary_bytes']):>14}  (gradients {size(memory['gradient_bytes'])}, "
-        f"activations {size(memory['activation_bytes'])})",
-        f"  total        {size(memory['total_bytes']):>14}  of {size(memory['capacity_bytes'])}: "
-        + ("fits" if plan["fits"] else "DOES NOT FIT"),
-        "",
-        f"operations of a step: {operations(plan['flops_per_step'])} in matrix products, "
-        f"{operations(plan['model_flops_per_step'])} without what is recomputed or masked",
-    ]
-    for part, passes in plan["flops_by_part"].items():
-        cells = ", ".join(f"{name} {operations(count)}" for name, count in passes.items() if count)
-        lines.append(f"  {part:<10} {cells}")
-    if plan["compiler_flops_per_step"] is not None:
-        lines.append(f"  XLA counts {operations(plan['compiler_flops_per_step'])}, element-wise work included")
-    if plan["collectives"] is not None:
-        lines += ["", "collectives of a step on a device; bytes of the results, loop iterations included"]
-        for one in plan["collectives"]:
-            lines.append(f"  {one['kind']:<20} {one['count']:>7,} x {size(one['bytes']):>14}")
-    if step := plan["step_seconds"]:
-        lines += [
-            "",
-            f"a step: about {seconds(step['estimate'])} (products {seconds(step['compute'])}, collectives "
-            f"{seconds(step['collectives'])}), estimated: {step['assumption']}",
-        ]
-    lines += ["", f"compiled in {seconds(plan['seconds_to_compile'])} with jax {plan['jax']}"]
-    if plan["rematerialization_warnings"]:
-        lines.append(f"the compiler warns {plan['rematerialization_warnings']} times that it replicates a whole array")
-    if not plan["fits"]:
-        near = plan["nearest"]
-        lines.append(
-            f"nearest setting that fits: {near['change']} ({size(near['per_device']['total_bytes'])} a device)"
-            if near
-            else "none of the neighbouring settings fits either"
-        )
-    return "\n".join(lines)
