@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import re
 import sys
@@ -28,7 +27,7 @@ from deltallava_jax.data.packing import plan_for
 from deltallava_jax.models import systems
 from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel.mesh import AXES, compiler_options, make_mesh
-from deltallava_jax.training.step import TrainState, TrainStep, batch_shapes
+from deltallava_jax.training.step import TrainState, TrainStep, batch_shapes, device_bytes
 
 STEPS = 1000  # of the run: only constants of the learning rate's schedule depend on it
 TEXTS = {"plain": 40}  # rough tokens of text per image in LLaVA's two stages: captions, and by default
@@ -63,12 +62,6 @@ def format_parameter_counts(shapes: TrainState) -> str:
     return "\n".join([*lines, f"all: {sum(parts.values()):,} parameters"])
 
 
-def device_bytes(tree) -> int:
-    """Bytes on one device of a tree of arrays or shapes with shardings."""
-    sizes = [math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)]
-    return int(np.sum(sizes, dtype=np.int64))
-
-
 def format_memory(shapes: TrainState, program: jax.stages.Compiled) -> str:
     """Memory of one device: the state, and what the compiled step allocates in addition."""
     rows = {
@@ -94,7 +87,7 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
     budget, T, I, conversations = first_batch(cfg, text)
     step = TrainStep(cfg, mesh, STEPS)
     traced = step.trace(batch_shapes(cfg, mesh, T, I), budget)
-    by_part = flops.traced(traced.jaxpr)
+    by_part, skipped = flops.traced(traced.jaxpr), flops.skipped(traced.jaxpr)
     budgets = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
     cli.log(f"compiling {cfg.name} for {target}; this takes minutes")
     with compiler_output() as output:
@@ -128,7 +121,8 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
         ),
         fits=per_device["total_bytes"] <= per_device["capacity_bytes"],
         per_device=per_device,
-        flops_per_step=flops.total(by_part),
+        flops_per_step=flops.total(by_part) - skipped,
+        skipped_flops_per_step=skipped,
         model_flops_per_step=flops.needed(by_part, cfg, [T + I * (each - 1) for each in budgets]),
         flops_by_part=by_part,
         compiler_flops_per_step=counted,
