@@ -56,7 +56,9 @@ TPU = Efficiency(
     "products as in MaxText's reports of up to 66 % of a whole step (github.com/AI-Hypercomputer/maxtext), splash "
     "attention about half of the peak",
 )  # fmt: skip
-MEASURED = Efficiency(1.0, 1.0, 1.0, 0.0, 0.0, "measured on this machine")
+# Of a CPU the probe measures what it reaches. Programs reach less: their products are smaller and of many shapes, and
+# exponentials, transposes and sums over rows take longer than a copy (benchmarks/results/plan_accuracy.json).
+MEASURED = Efficiency(0.90, 0.90, 0.50, 1e-6, 0.0, "measured on this machine")
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,14 @@
     python -m deltallava_jax plan --config configs/finetune_7b.py --target v5e:4x4 --mesh data=2,fsdp=8 \\
         --config.data.rows=32 --json
 
-Targets: cpu:8, v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8, h100:2x8 (hosts x GPUs). TPUs need libtpu (requirements-plan.txt),
-GPUs JAX's CUDA plugin ('jax[cuda13]'); neither needs the hardware. Prints the memory of a device against its capacity,
-operations, collectives, an estimate of the step's time, and, if it does not fit, the nearest setting that does.
+    python -m deltallava_jax plan --config configs/finetune_7b.py --target a100:8 --memory 40 --best
+
+Targets: cpu:8, v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8, h100:2x8 (hosts x GPUs), and a100, h200, b200, l40s, rtx4090 as
+h100. TPUs need libtpu (requirements-plan.txt), GPUs JAX's CUDA plugin ('jax[cuda13]'); neither needs the hardware.
+Prints the memory of a device against its capacity, operations, collectives, an estimate of the step's time with its
+parts and its dearest operations, and, if it does not fit, the nearest setting that does. With remat=auto: also every
+policy of recomputation, and which one is chosen. --best looks for the fastest setting instead, over mesh,
+recomputation, accumulation and attention.
 """
 
 from __future__ import annotations
@@ -29,20 +34,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, help="the machine: KIND:SHAPE")
     parser.add_argument("--mesh", default="", metavar="data=1,fsdp=8", help="instead of the configuration's mesh")
     parser.add_argument("--text", type=int, default=0, metavar="N", help="approximate tokens of text per image")
+    parser.add_argument("--memory", type=float, default=0, metavar="GIB", help="of a device, instead of the target's")
+    parser.add_argument("--best", action="store_true", help="look for the fastest setting that fits")
+    parser.add_argument("--tries", type=int, default=0, metavar="N", help="with --best: settings to compile at most")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
     parser.set_defaults(overrides=[])
 
 
 def main(options: argparse.Namespace) -> None:
-    target = parse_target(options.target)
+    target = parse_target(options.target, options.memory)
     cfg = override(load_config(options.config), cli.overrides(options.overrides, f"{cli.program()} plan"))
     if options.mesh:
         cfg = replace(cfg, mesh=parse_mesh(options.mesh))
     if options.text < 0:
         raise ConfigError(f"--text {options.text}: expected a number of tokens, 0 or more")
+    if options.tries < 0 or (options.tries and not options.best):
+        raise ConfigError(f"--tries {options.tries}: expected 1 or more settings to compile, with --best")
     cfg.validate_devices(target.count)
     prepare(target)
+    if options.best:
+        from deltallava_jax.analysis import best
+
+        found = best.measure(cfg, target, options.text, options.tries or best.TRIES)
+        print(json.dumps(found, indent=2) if options.json else best.format_best(found))
+        return
     from deltallava_jax.analysis.plan import measure
 
     plan = measure(cfg, target, options.text)

@@ -37,6 +37,8 @@ def format_plan(plan: dict) -> str:
             lines.append(f"  {one['kind']:<20} {one['count']:>7,} x {size(one['bytes']):>14}")
     if step := plan["step_seconds"]:
         lines += ["", *format_step(step)]
+    if "ladder" in plan:
+        lines += ["", *format_ladder(plan)]
     lines += ["", f"compiled in {seconds(plan['seconds_to_compile'])} with jax {plan['jax']}"]
     if plan["rematerialization_warnings"]:
         lines.append(f"the compiler warns {plan['rematerialization_warnings']} times that it replicates a whole array")
@@ -77,6 +79,21 @@ def format_step(step: dict) -> list[str]:
     lines += ["", "the dearest operations, those of equal scopes added up"]
     lines += table([(f"{row['scope']}: {row['operation']}", row["pass"], *shown(row)) for row in step["dearest"]])
     return lines
+
+
+def format_ladder(plan: dict) -> list[str]:
+    """What each policy of recomputation needs, from the least recomputation on."""
+    rows = []
+    for row in plan["ladder"]:
+        if row["total_bytes"] is None:
+            cells = (f"more than {size(row['least_bytes'])}", "", "")
+        else:
+            estimate = seconds(row["estimate"]) if row["estimate"] else ""
+            cells = (size(row["total_bytes"]), operations(row["flops_per_step"]), estimate)
+        rows.append(
+            (row["remat"], *cells, "chosen" if row["remat"] == plan["remat"] else "" if row["fits"] else "too large")
+        )
+    return ["recomputation (remat=auto): the least that leaves 8 % of a device free", *table(rows)]
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:
