@@ -254,6 +254,8 @@ def estimate(program: Program, rates: Rates, devices: int, layers: int) -> dict:
 
 
 def part(source: str) -> str:
+    """The part of the model by an operation's scopes; names of compiled functions, jit(loss), are none."""
+    source = re.sub(r"\bjit\([^()]*\)", "", source)
     return next((name for name, pattern in PARTS.items() if re.search(pattern, source)), OTHER)
 
 
@@ -282,7 +284,11 @@ def _scope(one: Timed) -> dict[str, str]:
     for word in source.split("/"):
         inner = re.search(r"\(([^()]*)\)+$", word)
         name = inner.group(1) if inner and not word.startswith(("jit(", "vmap(")) else word
-        if name and not re.match(r"(jit|vmap)\(|(while|body|closed_call|checkpoint|rematted_computation)$", name):
+        if (
+            name
+            and "->" not in name
+            and not re.match(r"(jit|vmap)\(|(while|body|closed_call|checkpoint|rematted_computation)$", name)
+        ):
             words.append(name)
     operation = one.cost.opcode if one.cost.opcode in KINDS else words.pop() if len(words) > 1 else one.cost.opcode
     return {"scope": "/".join(words) or "outside of the model's scopes", "operation": operation,
