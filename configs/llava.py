@@ -104,6 +104,7 @@ def base(
             projector,
             dtype="bfloat16",
             remat="auto",  # what the devices have room for
+            loss_chunk=2048,  # two parts of a row: 0.9 GiB of logits for two rows of a device
         ),
         data=data,
         # LLaVA's rates: a fresh projector alone takes a larger one than a pretrained decoder with it.

@@ -146,14 +146,15 @@ def loss_sum(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(summed next-token cross-entropy, supervised tokens), float32: unreduced, so that parts of a batch add up.
 
-    Only ``loss_chunk`` tokens of a row have logits at a time, recomputed in the backward pass. The chunks divide the
-    row, not the vocabulary, so that a head sharded over the vocabulary reduces in place."""
+    At most ``loss_chunk`` tokens of a row have logits at a time, recomputed in the backward pass. The chunks divide the
+    row, not the vocabulary, so that a head sharded over the vocabulary reduces in place. Each gathers the head that is
+    divided over fsdp once and adds to its whole gradient: few chunks move less."""
     hidden, rows, penalty = hidden_states(
         params, cfg, batch, budget=budget, pooling=pooling, key=rng if train else None
     )
     B, S, d = hidden.shape
-    chunk = min(cfg.loss_chunk, S)
-    count = -(-S // chunk)
+    count = -(-S // cfg.loss_chunk)
+    chunk = -(-S // count)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, count * chunk - S)) + ((0, 0),) * (x.ndim - 2))
     split = lambda x: jnp.swapaxes(pad(x).reshape(B, count, chunk, *x.shape[2:]), 0, 1)
 
