@@ -192,7 +192,15 @@ class Timeline:
                     self.link += count * seconds
                     moved = replace(cost, opcode=one.kind, products=Products(), bytes=cost.bytes if own else 0)
                     begin(place, seconds, moved, "collectives")
+            before = now
             now += self._compute(each, replace(cost, bytes=0) if own else cost, count)
+            if not own and free["memory"] > before:  # what it moves itself holds up the copies that are on their way
+                delay = self._rates.seconds(cost.products, cost.bytes)[1]
+                free["memory"] += delay
+                begun |= {
+                    key: (end + delay, copied, bound)
+                    for key, (end, copied, bound) in begun.items() if bound == "memory" and end > before
+                }  # fmt: skip
             asynchronous = each.opcode.endswith("-start") and '"is_sync":true' not in each.rest
             for key in [each.name] if not asynchronous else []:
                 wait(key)

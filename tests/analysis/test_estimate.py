@@ -134,6 +134,9 @@ def test_copies_into_on_chip_memory_run_beside_products():
     dot = "%d = bf16[100,2]{1,0:T(8)S(1)} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
     assert timeline(program(*given, copy[0], dot, copy[1])).seconds == 4  # 4,000 operations, 4 s; 400 bytes, 4 s
     assert timeline(program(*given, dot, *copy)).seconds == 8
+    # Beside an instruction that needs the memory itself, they share it: 400 bytes and 800.
+    both = ("%y = s8[400]{0:T(128)} parameter(2)", copy[0], "%n = s8[400]{0:T(128)} negate(%y)", copy[1])
+    assert timeline(program(*both)).seconds == 12
 
 
 @pytest.mark.parametrize(
