@@ -1,8 +1,9 @@
 """The fastest setting that fits a machine, by the plan's estimate: over mesh, recomputation, accumulation, attention.
 
 Settings are compiled in the order of a bound that is cheap: the seconds of their products. One is passed over without
-compiling where its state and saved activations alone do not fit, where its bound is no better than an estimate already
-found, or where it recomputes more, or splits the batch further, than another that fits and is otherwise equal."""
+compiling where its state and saved activations alone do not fit, or are no less than those of another that did not;
+where its bound is no better than an estimate already found; or where it recomputes more, or splits the batch further,
+than another that fits and is otherwise equal."""
 
 from __future__ import annotations
 
@@ -58,9 +59,12 @@ class Setting:
 
     def needs_no_more_than(self, other: Setting) -> bool:
         """Whether it recomputes no more and splits the batch no further, and is equal otherwise."""
-        mesh = lambda one: (one.data, one.fsdp, one.tensor, one.attention)
+        return (self.data, self.fsdp) == (other.data, other.fsdp) and self.saves_no_less_than(other)
+
+    def saves_no_less_than(self, other: Setting) -> bool:
+        """Whether it recomputes no more and splits the batch no further, over as many devices a layer."""
         return (
-            mesh(self) == mesh(other)
+            (self.tensor, self.attention) == (other.tensor, other.attention)
             and REMAT_LADDER.index(self.remat) <= REMAT_LADDER.index(other.remat)
             and self.accumulation <= other.accumulation
         )
@@ -99,11 +103,14 @@ def search(
     """(the settings that were compiled with their plans, fastest of those that fit first; how many were passed over,
     by reason)."""
     tried: list[tuple[Setting, dict]] = []
+    too_large: list[tuple[Setting, Bound]] = []
     passed, best = Counter(), float("inf")
     order = lambda one: (one[1].seconds, one[0].accumulation, one[0].tensor, one[0].data)
     for setting, bound in sorted(found, key=order):
         fitting = [other for other, plan in tried if _fits(plan)]
-        if not remat.fits(bound.bytes, capacity):
+        if not remat.fits(bound.bytes, capacity) or any(
+            setting.saves_no_less_than(other) and bound.bytes >= least.bytes for other, least in too_large
+        ):
             passed["memory"] += 1
         elif bound.seconds >= best:
             passed["slower"] += 1
@@ -116,6 +123,8 @@ def search(
             tried.append((setting, plan))
             if _fits(plan):
                 best = min(best, plan["step_seconds"]["estimate"])
+            else:
+                too_large.append((setting, bound))
     key = lambda one: (not _fits(one[1]), one[1]["step_seconds"]["estimate"] if one[1]["step_seconds"] else 0)
     return sorted(tried, key=key), passed
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from deltallava_jax import __main__ as command_line
-from deltallava_jax.analysis import plan, plan_command, plan_report
+from deltallava_jax.analysis import best, plan, plan_command, plan_report
 from deltallava_jax.analysis.targets import Target, parse_target
 from deltallava_jax.config import MeshConfig, ModelConfig
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel.mesh import make_mesh
-from deltallava_jax.training.step import TrainStep, batch_shapes
+from deltallava_jax.training.step import TrainStep, batch_shapes, device_bytes
 from tests import tiny
 
 FOUR = Target("cpu", (4,))
@@ -66,6 +66,14 @@ def test_the_plan_has_its_documented_fields(measured):
     assert measured["flops_per_step"] <= executed < 1.3 * measured["flops_per_step"]
     assert measured["model_flops_per_step"] < measured["flops_per_step"] < measured["compiler_flops_per_step"]
     assert json.loads(json.dumps(measured)) == measured
+
+
+def test_the_bound_of_the_search_holds_for_what_was_compiled(measured):
+    bounds = best.Bounds(sharded(), FOUR, 20)
+    bound = bounds(best.Setting(1, 4, 1, "none", 1))
+    assert 0 < bound.seconds < measured["step_seconds"]["products"]
+    assert device_bytes(TrainStep(sharded(), make_mesh(sharded(), jax.devices()[:4]), 9).shapes) < bound.bytes
+    assert bound.bytes < measured["per_device"]["program_bytes"]
 
 
 def test_parameters_lie_where_the_rules_say(measured):
