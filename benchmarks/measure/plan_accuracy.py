@@ -5,12 +5,14 @@
 For each of SIZES the train step is compiled, estimated from its program and the probe of this machine, and run. The
 process has one thread and counts its CPU seconds, so that other work on the machine changes little; the seconds by
 the clock are written too. The shares of the probe's rates that programs reach (analysis/estimate.py, MEASURED) were
-chosen with the sizes of CHOSEN_WITH; the others check them. Writes benchmarks/results/plan_accuracy.json.
+chosen with the sizes of CHOSEN_WITH; the others check them. Writes benchmarks/results/plan_accuracy.json; a size that it
+has is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
@@ -113,6 +115,7 @@ def main() -> None:
     from deltallava_jax.analysis import estimate, probe
     from deltallava_jax.analysis.targets import Target
 
+    done = json.loads(FILE.read_text())["sizes"] if FILE.exists() else []
     chip = probe.measure(1, time.process_time)
     rates = estimate.rates(Target("cpu", (1,)), chip)
     result = {
@@ -120,9 +123,10 @@ def main() -> None:
         "seconds": "CPU seconds of a process with one thread, median of the steps",
         "probe": {"float32_gflops": round(chip.float32_flops / 1e9, 1),
                   "gb_per_second": round(chip.bandwidth / 1e9, 1)},
-        "assumption": rates.assumption, "steps": options.steps, "sizes": [],
+        "assumption": rates.assumption, "steps": options.steps, "sizes": done,
     }  # fmt: skip
-    for size in SIZES:
+    measured = {tuple(row[key] for key in ("width", "layers", "rows", "row_length")) for row in done}
+    for size in [size for size in SIZES if size not in measured]:
         row = run(size, rates, options.steps)
         print(row, flush=True)
         result["sizes"].append(row)
