@@ -20,6 +20,7 @@ COMMANDS = {
     "data": ("deltallava_jax.data.command", "LLaVA data sets: check them, build them into ArrayRecord"),
     "convert": ("deltallava_jax.convert.command", "checkpoints of Hugging Face, LLaVA and ours, into each other"),
     "plan": ("deltallava_jax.analysis.plan_command", "memory, operations and collectives of a run on a machine"),
+    "tune": ("deltallava_jax.apps.tune", "which implementation of attention is fastest on the devices at hand"),
     "chat": ("deltallava_jax.apps.chat", "a conversation with a model in the terminal"),
     "demo": ("deltallava_jax.apps.demo", "a web page to ask a model about pictures"),
     "serve": ("deltallava_jax.apps.serve", "a server with OpenAI's protocol"),

@@ -31,7 +31,7 @@ from deltallava_jax.parallel import hosts
 from deltallava_jax.training.checkpoints import Checkpoints, Place, as_saved, has_finished
 
 # Settings of the model that may change when a run resumes: how it is computed, not what.
-FREE_ON_RESUME = ("dtype", "remat", "loss_chunk", "tower_images")
+FREE_ON_RESUME = ("dtype", "remat", "attention", "windowed_attention", "loss_chunk", "tower_images")
 # Those that may differ from the model in init_from: also how it is trained, and the number of visual tokens.
 FREE_ON_INIT = FREE_ON_RESUME + (
     "decoder.initializer_range", "projector.initializer_range", "projector.drop_path",

@@ -26,7 +26,11 @@ PASSES = ("forward", "backward", "recompute")
 # Part of the model -> its named scopes; the first one found in an operation's scopes decides.
 PARTS = {"logits": "logits", "tower": "tower", "projector": "projector", "decoder": "decoder_layers|question"}
 # cuDNN's attention: products of the scores' size in a pass, and how many of them are recomputation.
-CUDNN = {"dot_product_attention_fwd_wrapper": (2, 0), "dot_product_attention_bwd_wrapper": (5, 1)}
+CUDNN = {
+    "dot_product_attention_fwd_wrapper": (2, 0), "dot_product_attention_bwd_wrapper": (5, 1),
+    "__cudnn$fmhaSoftmax": (2, 0), "__cudnn$fmhaSoftmaxBackward": (5, 1),
+    "__cudnn$fmhaScaleBiasSoftmax": (2, 0), "__cudnn$fmhaScaleBiasSoftmaxBackward": (5, 1),
+}  # fmt: skip
 # Splash attention's backward kernels (jax.experimental.pallas.ops.tpu) -> the recomputed share of their products: the
 # scores among scores, dV, dP, dK; scores and dP among scores, dP, dQ.
 RECOMPUTED = {"splash_mha_dkv": 1 / 4, "splash_mha_dq": 2 / 3}
@@ -95,7 +99,7 @@ class StepOperations:
 def _products(jaxpr: jax.extend.core.Jaxpr, scopes: str, times: int) -> Iterator[tuple[str, int]]:
     """(named scopes, operations) of every matrix product and convolution, inner programs included."""
     for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
+        name = eqn.params["target_name"] if eqn.primitive.name == "ffi_call" else eqn.primitive.name
         inside = f"{scopes}/{eqn.source_info.name_stack}"
         shapes = [getattr(v.aval, "shape", ()) for v in (*eqn.invars[:2], eqn.outvars[0])] if eqn.outvars else []
         if name == "dot_general":
@@ -112,6 +116,8 @@ def _products(jaxpr: jax.extend.core.Jaxpr, scopes: str, times: int) -> Iterator
             if repeated:
                 yield f"{inside}/rematted", repeated * product
         inner = [each for value in eqn.params.values() for each in _jaxprs(value)]
+        if name == "cond":  # one of them runs: counted is the one with most
+            inner = [max(inner, key=lambda each: sum(count for _, count in _products(each, inside, 1)))]  # noqa: B023
         runs = times * _runs(eqn)
         if name == "while" and any(True for each in inner for _ in _products(each, inside, 1)):
             raise ValueError(f"a while loop in {inside} has matrix products but an unknown number of iterations")

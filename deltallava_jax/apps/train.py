@@ -67,6 +67,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     from deltallava_jax.analysis.flops import StepOperations
     from deltallava_jax.analysis.plan import format_memory, format_parameter_counts, format_parameters
     from deltallava_jax.analysis.targets import peak_flops
+    from deltallava_jax.apps.tune import programs, tune
     from deltallava_jax.data.pipeline import Rows
     from deltallava_jax.data.sources import training_source
     from deltallava_jax.evaluation.validation import validation
@@ -119,6 +120,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     if plan.cut:
         limit = plan.text_capacity.min()
         log(f"{plan.cut:,} conversations are longer than a row's {limit} text tokens and will be truncated")
+    tune(step, programs(cfg, plan, steps), log)
     shapes = batch_shapes(cfg, mesh, first.text, first.images)
     if cfg.model.remat == "auto":
         make = lambda cfg: TrainStep(cfg, mesh, steps)

@@ -122,6 +122,9 @@ class FastVConfig:
         require_at_least(1, "fastv", self, "layer", "keep")
 
 
+# Implementations of kernels/; "auto": the one that was measured to be the fastest, else the library's for the device.
+ATTENTION = ("auto", "xla", "splash", "cudnn")
+WINDOWED_ATTENTION = ("auto", "xla", "pallas")
 REMAT_LADDER = ("none", "dots", "attention", "full")  # from the least recomputation to the least memory
 REMAT_POLICIES = ("auto", *REMAT_LADDER)
 DTYPES = ("bfloat16", "float32")
@@ -155,6 +158,8 @@ class ModelConfig:
     fastv: FastVConfig | None = None  # drops visual tokens inside the decoder, in inference only; None: off
     dtype: str = "bfloat16"  # compute dtype, bfloat16 or float32; trained parameters are always float32
     remat: str = "none"  # recomputed in the backward pass: none, all but dots, all but attention, full; auto: by memory
+    attention: str = "auto"  # of rows that attend to themselves: auto (measured), xla, splash (TPU) or cudnn (NVIDIA)
+    windowed_attention: str = "auto"  # of Delta, TokenPacker and QueCC: auto (measured), xla or pallas
     loss_chunk: int = 512  # row positions whose logits are in memory at a time
     tower_images: int = 0  # images of a row that the tower processes at a time; 0: all
 
@@ -163,6 +168,9 @@ class ModelConfig:
         require_at_least(0, "model", self, "tower_images")
         require(self.dtype in DTYPES, f"model.dtype is {self.dtype!r}; known: {', '.join(DTYPES)}")
         require(self.remat in REMAT_POLICIES, f"model.remat is {self.remat!r}; known: {', '.join(REMAT_POLICIES)}")
+        for name, known in (("attention", ATTENTION), ("windowed_attention", WINDOWED_ATTENTION)):
+            given = getattr(self, name)
+            require(given in known, f"model.{name} is {given!r}; known: {', '.join(known)}")
         p, v, d = self.projector, self.vision, self.decoder
         require(any((p, v, d)), "model has neither vision nor projector nor decoder")
         if p and v:

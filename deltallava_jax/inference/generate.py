@@ -13,12 +13,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from deltallava_jax.config import ModelConfig
+from deltallava_jax.data import cache
 from deltallava_jax.data.conversation import Tokenized
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference import slots as device
 from deltallava_jax.inference.sampling import GREEDY, Sampling, controls
 from deltallava_jax.inference.slots import CHUNK, Slots
+from deltallava_jax.kernels import tuning
 from deltallava_jax.models import decoder, systems
 from deltallava_jax.models.layers import Params
 from deltallava_jax.sequence import Batch
@@ -65,6 +67,7 @@ class Engine:
     def __init__(self, params: Params, cfg: ModelConfig):
         if cfg.decoder is None:
             raise ConfigError("the model has no decoder, so it cannot answer")
+        tuning.recall(tuning.file(cache.folder()))
         self.cfg = cfg
         self.params = {**params, "decoder": decoder.unstacked(params["decoder"], cfg.decoder, cfg.dtype)}
 

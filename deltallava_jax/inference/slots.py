@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from deltallava_jax.config import ModelConfig
 from deltallava_jax.inference.sampling import Controls, choose
+from deltallava_jax.kernels.registry import as_configured
 from deltallava_jax.models import decoder, fastv, vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.sequence import Batch, Layout, layout, text_layout
@@ -57,6 +58,7 @@ def layer_slices(cfg: ModelConfig) -> tuple[tuple[int, int], ...]:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "capacity"))
+@as_configured
 def prefill(
     params: Params,
     cfg: ModelConfig,
@@ -86,6 +88,7 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("slots",))
+@as_configured
 def extend(
     params: Params,
     cfg: ModelConfig,

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from deltallava_jax.config import ROW_AXES
 
+HOPPER_ON = ("H100", "H200", "H800", "H20", "GH200", "B100", "B200", "B300")  # in the names of GPUs
 HEADS_AXIS = "tensor"  # the mesh axis that divides the attention heads of towers and decoders
 
 
@@ -19,6 +20,11 @@ def device() -> tuple[str, str]:
     """(platform, kind) of the target device: that of the mesh in use, else jax's first."""
     found = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return found.platform, found.device_kind
+
+
+def from_hopper_on() -> bool:
+    """Whether the target device is an NVIDIA GPU from Hopper on."""
+    return any(name in device()[1] for name in HOPPER_ON)
 
 
 @functools.lru_cache(maxsize=64)
@@ -35,15 +41,20 @@ def axes() -> dict[str, int]:
     return dict(mesh.shape)
 
 
+def shards() -> tuple[int, int]:
+    """Over how many devices of the mesh in use a kernel's rows are divided, and its heads."""
+    sizes = axes()
+    return math.prod(size for name, size in sizes.items() if name in ROW_AXES), sizes.get(HEADS_AXIS, 1)
+
+
 def indivisible(rows: int, *heads: int) -> str | None:
     """Why so many rows, and heads if any, do not divide over the mesh in use; None where they do."""
-    sizes = axes()
-    shards = math.prod(size for name, size in sizes.items() if name in ROW_AXES)
-    if rows % shards:
-        return f"a batch of {rows} does not divide over {shards} devices"
+    over_rows, over_heads = shards()
+    if rows % over_rows:
+        return f"a batch of {rows} does not divide over {over_rows} devices"
     for count in heads:
-        if count % sizes.get(HEADS_AXIS, 1):
-            return f"{count} heads do not divide over {sizes[HEADS_AXIS]} devices"
+        if count % over_heads:
+            return f"{count} heads do not divide over {over_heads} devices"
     return None
 
 

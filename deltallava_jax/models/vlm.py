@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, UInt8
 from deltallava_jax.arrays import Array
 from deltallava_jax.config import ModelConfig
 from deltallava_jax.errors import ConfigError
+from deltallava_jax.kernels.registry import as_configured
 from deltallava_jax.models import decoder, llavolta, systems, vision
 from deltallava_jax.models.layers import Params, by_rows
 from deltallava_jax.sequence import Batch, Layout, layout, text_layout
@@ -27,6 +28,7 @@ def init_params(cfg: ModelConfig, key: Array) -> Params:
     }
 
 
+@as_configured
 def visual_tokens(
     params: Params,
     cfg: ModelConfig,
@@ -92,6 +94,7 @@ def merge(
     return by_rows(jnp.where(rows.is_visual[..., None], opened.astype(text.dtype), text))
 
 
+@as_configured
 def hidden_states(
     params: Params,
     cfg: ModelConfig,

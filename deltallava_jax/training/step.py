@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from deltallava_jax.config import Config
+from deltallava_jax.kernels import registry
 from deltallava_jax.models import llavolta, systems, vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.parallel import rules
@@ -110,7 +111,8 @@ def _loss_sum(cfg: Config, trained: Params, frozen: Params, part: Batch, key: Ar
     """(summed loss, supervised tokens) of a microbatch."""
     budgets = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
     params = join(trained, frozen)
-    sums = [vlm.loss_sum(params, cfg.model, part, key, budget=each, pooling=pooling) for each in budgets]
+    with registry.forced(cfg.model, ordered=True):
+        sums = [vlm.loss_sum(params, cfg.model, part, key, budget=each, pooling=pooling) for each in budgets]
     return sum(total for total, _ in sums) / len(sums), sums[0][1]
 
 

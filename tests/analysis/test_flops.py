@@ -10,7 +10,7 @@ from deltallava_jax import kernels
 from deltallava_jax.analysis import flops
 from deltallava_jax.analysis.plan import compiler_flops, unrolled
 from deltallava_jax.config import DecoderConfig, OptimizerConfig, VisionConfig
-from deltallava_jax.kernels.attention.dispatch import OPERATION
+from deltallava_jax.kernels.attention import dispatch
 from deltallava_jax.models import decoder, vision
 from deltallava_jax.parallel.mesh import make_mesh
 from deltallava_jax.sequence import text_layout
@@ -80,7 +80,7 @@ def test_splash_attention_counts_as_dense_attention(monkeypatch, remat, mesh):
     expected, _, skipped = count()
     assert skipped == 0
     monkeypatch.setattr(kernels.devices, "device", lambda: ("tpu", "a kind"))
-    monkeypatch.setitem(OPERATION.automatic, "tpu", ("splash", lambda *_: True))
+    monkeypatch.setattr(dispatch, "MIN_LENGTH", length)
     found, calls, skipped = count()
     again = remat == "full"
     assert calls == 3 + again

@@ -9,8 +9,7 @@ import pytest
 
 from deltallava_jax.config import DecoderConfig
 from deltallava_jax.kernels import devices
-from deltallava_jax.kernels.attention import AttentionMask, attention, causal, cudnn, splash
-from deltallava_jax.kernels.attention.dispatch import OPERATION
+from deltallava_jax.kernels.attention import AttentionMask, attention, causal, cudnn, dispatch, splash
 from deltallava_jax.models import decoder
 from deltallava_jax.sequence import text_layout
 
@@ -84,14 +83,9 @@ def test_segments_do_not_attend_to_each_other(form):
         assert np.abs(a - b)[segments == 2].max() > 0.1
 
 
-def rows_from(length):
-    """Rows that attend to themselves, of so many tokens or more."""
-    return lambda q, k, mask: q.shape[1] == k.shape[1] >= length
-
-
 def on(monkeypatch, platform="tpu"):
     """Gives the dispatch a device, and runs splash attention on a CPU."""
-    monkeypatch.setattr(devices, "device", lambda: (platform, "a kind"))
+    monkeypatch.setattr(devices, "device", lambda: (platform, "NVIDIA H100"))
     monkeypatch.setattr(splash, "attend", interpreted)
     devices.log_once.cache_clear()
 
@@ -126,47 +120,39 @@ def test_a_decoder_through_splash_attention(monkeypatch):
     step = lambda: jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, hidden)
     expected = step()
     on(monkeypatch)
-    monkeypatch.setitem(OPERATION.automatic, "tpu", ("splash", rows_from(100)))
+    monkeypatch.setattr(dispatch, "MIN_LENGTH", 100)
     loss_, gradients = jax.tree.map(np.asarray, step())
     np.testing.assert_allclose(loss_, expected[0], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("packed, length, whole", [(True, 192, 256), (False, 149, 150), (False, 150, 150)])
-def test_what_cudnn_is_given(monkeypatch, packed, length, whole):
-    """With a mask lengths of whole multiples of 128, else even ones, no query without a key, and the same output."""
+@pytest.mark.parametrize(
+    "kind, length, whole",
+    [("segments", 192, 256), ("segments", 149, 256), ("any", 192, 256), ("all", 149, 150), ("all", 150, 150)],
+)
+def test_what_cudnn_is_given(monkeypatch, kind, length, whole):
+    """With a mask lengths of whole multiples of 128, else even ones, no query without a key, the causal order by its
+    type, and the same output and gradients."""
     given = []
 
-    def record(q, k, v, mask=None, implementation=None, **lengths):
-        given.append((q.shape[1], k.shape[1], mask, implementation))
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, **lengths, implementation="xla")
+    def record(q, k, v, mask=None, is_causal=False, implementation=None, **lengths):
+        given.append((q.shape[1], k.shape[1], mask, is_causal, implementation))
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, **lengths, implementation="xla")
 
-    q, k, v, _ = draw(length=length)
-    mask = causal(jnp.asarray(np.pad(SEGMENTS, ((0, 0), (0, length - 150))))) if packed else None
-    expected = attention(q, k, v, mask)
+    q, k, v, do = draw(length=length)
+    segments = jnp.asarray(np.pad(SEGMENTS, ((0, 0), (0, 50)))[:, :length])
+    mask = {"all": None, "segments": causal(segments), "any": AttentionMask(causal(segments).allowed)}[kind]
+    expected = both(lambda *qkv: attention(*qkv, mask))(q, k, v, do)
     monkeypatch.setattr(cudnn, "dot_product_attention", record)
-    np.testing.assert_allclose(cudnn.attend(q, k, v, mask), expected, atol=1e-6)
-    (queries, keys, allowed, implementation), *_ = given
-    assert (queries, keys, implementation) == (whole, whole, "cudnn")
-    assert not packed or allowed.any(-1).all()
-
-
-def test_the_choice(monkeypatch, caplog):
-    q, k, v, _ = draw(rows=1, length=1024, heads=1, key_heads=1)
-    mask = causal(jnp.ones((1, 1024), jnp.int32))
-    monkeypatch.setitem(OPERATION.automatic, "tpu", ("splash", rows_from(1024)))
-    assert OPERATION.choose(q, k, mask) == "xla"
-    on(monkeypatch)
-    assert OPERATION.choose(q, k, mask) == OPERATION.choose(q, k, None) == "splash"
-    assert OPERATION.choose(q[:, :512], k[:, :512], mask) == "xla"
-    assert OPERATION.choose(q[:, :1], k, AttentionMask(mask.allowed[:, :, :1])) == "xla"  # one decoded token
-    assert not caplog.records
-    for _ in range(2):
-        assert OPERATION.choose(q[..., :20], k[..., :20], mask) == "xla"
-    assert [record.message for record in caplog.records] == [
-        "dense attention runs in XLA: splash takes heads of a multiple of 8, not 20"
-    ]
+    out, pull = jax.vjp(lambda *qkv: cudnn.attend(*qkv, mask), q, k, v)
+    for a, b in zip((out, *pull(do)), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    queries, keys, allowed, is_causal, implementation = given[0]
+    assert (queries, keys, implementation) == (whole, whole, "cudnn") and is_causal == (kind == "segments")
+    if kind != "all":
+        order = np.tril(np.ones((whole, whole), bool)) if is_causal else True
+        assert (np.asarray(allowed) & order).any(-1).all()
 
 
 @pytest.mark.parametrize(

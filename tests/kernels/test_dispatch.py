@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from deltallava_jax.kernels import devices
-from deltallava_jax.kernels.windowed_attention import dispatch, reference, windowed_attention
+from deltallava_jax.kernels import devices, registry
+from deltallava_jax.kernels.windowed_attention import dispatch, local_attention, reference, windowed_attention
 from tests.kernels.windows import draw
 
 
@@ -31,7 +31,8 @@ def on(monkeypatch):
         devices.log_once.cache_clear()
         return calls
 
-    return device
+    yield device
+    registry.use("", {})
 
 
 def test_xla_on_a_cpu_logs_nothing(arrays, caplog):
@@ -48,26 +49,39 @@ def test_pallas_is_taken_where_forced(arrays, on, platform, kind):
     assert calls == [(platform, arrays[0].shape)]
 
 
-def test_unmeasured_devices_take_xla_and_log_it_once(arrays, on, caplog):
-    calls = on("tpu", "TPU v5 lite")
-    for _ in range(2):
-        windowed_attention(*arrays)
-    assert not calls
-    assert [record.message for record in caplog.records] == [
-        "windowed attention runs in XLA: no kernel has been measured on TPU v5 lite (benchmarks/measure/kernels.py)"
-    ]
-
-
-def test_measured_devices_take_the_kernel_where_it_was_faster(arrays, on, monkeypatch, caplog):
-    faster = lambda q, k, window: (window * (k.shape[1] // q.shape[1])) ** 2 in (4, 16)  # keys of a query
-    monkeypatch.setitem(dispatch.OPERATION.automatic, "NVIDIA H100 80GB HBM3", ("pallas", faster))
+def test_measured_calls_take_the_kernel_where_it_was_faster(arrays, on, caplog):
+    call = str(dispatch.OPERATION.call(arrays[0], arrays[1], 1))
     calls = on("gpu", "NVIDIA H100 80GB HBM3")
+    windowed_attention(*arrays)
+    assert not calls
+    registry.use("NVIDIA H100 80GB HBM3", {call: "pallas"})
     windowed_attention(*arrays)
     assert len(calls) == 1
     windowed_attention(*draw(2, 2, 3, 2, 128, "float32")[:3])  # 9 keys per query
+    windowed_attention(*arrays, window=2)
     assert len(calls) == 1 and not caplog.records
-    windowed_attention(*arrays, window=2)  # 16 keys, but two queries per window
-    assert len(calls) == 1 and "windows of one query, not 2 x 2" in caplog.text
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("window", [1, 2])
+def test_projected_keys_and_values_are_attended_to_in_either_form(on, scale, window):
+    """In XLA the matrices move to the queries' side; a kernel takes keys by heads."""
+    rng = np.random.default_rng(0)
+    new = lambda *shape: jax.numpy.asarray(rng.standard_normal(shape), "float32")
+    q, k, v = new(2, 2, 2, 12), new(2, 2 * scale, 2 * scale, 20), new(2, 2 * scale, 2 * scale, 20)
+    matrices = new(20, 12) / 5, new(20, 12) / 5
+    split = lambda x: x.reshape(*x.shape[:3], 3, 4)
+    expected = reference.windowed_attention(split(q), split(k @ matrices[0]), split(v @ matrices[1]), window=window)
+    attend = lambda name: local_attention(q, k, v, *matrices, head_dim=4, window=window, implementation=name)
+    np.testing.assert_allclose(split(attend("xla")), expected, atol=1e-5)
+    registered = dispatch.OPERATION.kernels["pallas"]
+    calls = on("tpu", "TPU v5")
+    dispatch.OPERATION.kernels["pallas"] = {"tpu": "tests.kernels.windows"}
+    try:
+        np.testing.assert_allclose(split(attend("pallas")), expected, atol=1e-5)
+    finally:
+        dispatch.OPERATION.kernels["pallas"] = registered
+    assert len(calls) == (scale * window > 1)
 
 
 def test_under_a_mesh_each_device_takes_its_rows(on):

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from deltallava_jax.config import system_config
-from deltallava_jax.kernels.windowed_attention import gpu, tpu
+from deltallava_jax.config import ModelConfig, system_config
+from deltallava_jax.kernels import devices, registry
+from deltallava_jax.kernels.windowed_attention import dispatch, gpu, tpu
 from deltallava_jax.kernels.windowed_attention.vjp import attend
 from deltallava_jax.models import systems
-from deltallava_jax.models.systems import common
 from tests import golden
 from tests.kernels.windows import assert_same, draw
 
@@ -80,9 +80,14 @@ def test_golden_projector_through_the_gpu_kernel(monkeypatch):
 
 def assert_golden(monkeypatch, backend, interpret, scale_factor):
     """The release's output for its golden inputs, windowed attention by a kernel."""
-    monkeypatch.setattr(common, "choose", lambda q, k, window: "pallas")
-    monkeypatch.setattr(common, "windowed_attention", lambda *qkv, window: attend(backend, *qkv, window, interpret))
+    monkeypatch.setattr(devices, "device", lambda: (backend.__name__.split(".")[-1], "a kind"))
+    monkeypatch.setattr(backend, "refusal", lambda *arguments: None)  # the golden heads are narrow
+    monkeypatch.setattr(dispatch, "attend", lambda module, *arrays: attend(module, *arrays, interpret))
     cfg = system_config(out_width=64, scale_factor=scale_factor)
     params = systems.from_torch(golden.state_dict("delta"), cfg)
-    out = jax.jit(lambda params, features: systems.project(params, cfg, features))(params, golden.features(cfg))
+    with registry.forced(ModelConfig(attention="xla", windowed_attention="pallas"), ordered=True):
+        project = jax.jit(lambda params, features: systems.project(params, cfg, features))
+        program = project.trace(params, golden.features(cfg))
+        out = project(params, golden.features(cfg))
+    assert "windowed_attention_forward" in str(program.jaxpr) or backend is gpu
     np.testing.assert_allclose(out, golden.outputs("delta")[f"y_s{scale_factor}"], atol=1e-4)

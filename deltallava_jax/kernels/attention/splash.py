@@ -35,7 +35,10 @@ def attend(q, k, v, mask, interpret: bool = False):
     block = max(n for n in range(LANES, min(size, MAX_BLOCK) + 1, LANES) if size % n == 0)
     order = (masks.FullMask if mask is None else masks.CausalMask)((size, size))
     kernel = splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([order] * heads), block_sizes=splash.BlockSizes(*[block] * 8), interpret=interpret
+        masks.MultiHeadMask([order] * heads),
+        block_sizes=splash.BlockSizes(*[block] * 8),
+        residual_checkpoint_name="attention",  # output and logsumexp, for policies of jax.checkpoint
+        interpret=interpret,
     )
     segments = mask.segments if mask is not None else None
     if segments is None and size > length:

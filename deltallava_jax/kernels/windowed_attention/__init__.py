@@ -3,6 +3,6 @@
 reference.py is the contract, in plain XLA; tpu.py and gpu.py are the kernels, vjp.py their derivative, and dispatch.py
 chooses among them."""
 
-from deltallava_jax.kernels.windowed_attention.dispatch import choose, windowed_attention
+from deltallava_jax.kernels.windowed_attention.dispatch import local_attention, windowed_attention
 
-__all__ = ["choose", "windowed_attention"]
+__all__ = ["local_attention", "windowed_attention"]

@@ -24,7 +24,6 @@ from jaxtyping import Float
 from deltallava_jax.arrays import Array
 from deltallava_jax.kernels import devices
 
-HOPPER_ON = ("H100", "H200", "H800", "H20", "GH200", "B100", "B200", "B300")  # GPUs that it compiles for
 ROWS = 32  # windows per block: their accumulators stay in the registers of its 128 threads
 FETCH_BYTES = 2**16  # of keys and values in flight
 BLOCKS = 264  # two for each of the 132 multiprocessors of an H100
@@ -32,11 +31,10 @@ WIDTH = 128  # of a head
 THREADS = 128  # of a block
 
 
-def refusal(q, k, window: int) -> str | None:
+def refusal(q, k, window: int, source: int | None = None) -> str | None:
     """Why the kernel cannot run on the target GPU or on these arrays; None where it can."""
-    kind = devices.device()[1]
-    if not any(name in kind for name in HOPPER_ON):
-        return f"needs a GPU from Hopper on, not {kind}"
+    if not devices.from_hopper_on():
+        return f"needs a GPU from Hopper on, not {devices.device()[1]}"
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes float32 or bfloat16, not {q.dtype}"
     if window != 1:

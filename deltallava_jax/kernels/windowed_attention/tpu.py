@@ -25,7 +25,7 @@ VMEM = 64 * 2**20  # bytes; the smallest TPU with Mosaic has 128 MiB on the core
 MAX_STEP = 2**20  # scores of a step and head: 4 MiB
 
 
-def refusal(q, k, window: int) -> str | None:
+def refusal(q, k, window: int, source: int | None = None) -> str | None:
     """Why the kernel cannot run on these arrays; None where it can."""
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes float32 or bfloat16, not {q.dtype}"

@@ -6,7 +6,7 @@ the published numbers: block, position, projection, local attention, MLP. "paper
 depends on the scale factor s, so one set of weights serves every budget (grid / s)^2. At s = 1 the release's queries
 have one key each: the output then depends on the values alone, and the query branch gets no gradient.
 
-Where windowed attention runs in XLA, keys and values by heads are never in memory (common.local_attention): the paper's
+Where windowed attention runs in XLA, keys and values by heads are never in memory (local_attention): the paper's
 variant attends to the tower's layers directly, the release's to k and v after their GELU and LayerNorm.
 """
 
@@ -24,6 +24,7 @@ from jaxtyping import Float
 from deltallava_jax.arrays import Array
 from deltallava_jax.config.checks import require, require_at_least
 from deltallava_jax.kernels.attention import attention
+from deltallava_jax.kernels.windowed_attention import local_attention
 from deltallava_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -264,7 +265,7 @@ class Delta(MultiLevel):
         with jax.named_scope("windowed_attention"):
             kernels = (self.k.matrix.astype(q.dtype), self.v.matrix.astype(q.dtype))
             sizes = dict(head_dim=self.cfg.head_dim, window=self.cfg.window)
-            y = common.local_attention(q, levels, levels, *kernels, **sizes)
+            y = local_attention(q, levels, levels, *kernels, **sizes)
         with jax.named_scope("mlp"):
             y = self.head(y)
             return y + self.down(gelu(self.up(self.norm(y))))
