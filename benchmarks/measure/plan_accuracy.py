@@ -5,8 +5,8 @@
 For each of SIZES the train step is compiled, estimated from its program and the probe of this machine, and run. The
 process has one thread and counts its CPU seconds, so that other work on the machine changes little; the seconds by
 the clock are written too. The shares of the probe's rates that programs reach (analysis/estimate.py, MEASURED) were
-chosen with the sizes of CHOSEN_WITH; the others check them. Writes benchmarks/results/plan_accuracy.json; a size that it
-has is not measured again.
+chosen with the sizes of CHOSEN_WITH; the others check them. Writes benchmarks/results/plan_accuracy.json; a size that
+it has is not measured again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def config(width: int, layers: int, rows: int, row_length: int):
                 kv_heads=width // 64,
                 mlp_width=3 * width,
             ),
-            dict(scale_factor=4, head_dim=16, block_head_dim=16, rank=4),
+            dict(name="mlp"),
             dtype="float32",
         ),
         data=c.DataConfig(template="brief", rows=rows, row_length=row_length, workers=0),
@@ -121,13 +121,15 @@ def main() -> None:
     result = {
         **origin(__spec__.name, [], f"1 of {os.cpu_count()} CPU cores", ("jax", "jaxlib")),
         "seconds": "CPU seconds of a process with one thread, median of the steps",
-        "probe": {"float32_gflops": round(chip.float32_flops / 1e9, 1),
-                  "gb_per_second": round(chip.bandwidth / 1e9, 1)},
-        "assumption": rates.assumption, "steps": options.steps, "sizes": done,
+        "reached_of_the_probe": {"products": rates.efficiency.products, "memory": rates.efficiency.memory},
+        "steps": options.steps, "sizes": done,
     }  # fmt: skip
     measured = {tuple(row[key] for key in ("width", "layers", "rows", "row_length")) for row in done}
     for size in [size for size in SIZES if size not in measured]:
-        row = run(size, rates, options.steps)
+        row = run(size, rates, options.steps) | {
+            "probe_float32_gflops": round(chip.float32_flops / 1e9, 1),
+            "probe_gb_per_second": round(chip.bandwidth / 1e9, 1),
+        }
         print(row, flush=True)
         result["sizes"].append(row)
         write_result(FILE, result)

@@ -25,7 +25,7 @@ from deltallava_jax.training.step import device_bytes, state_shapes
 
 TRIES = 12
 ACCUMULATIONS = (1, 2, 4, 8)
-ATTENTIONS = ("auto", "xla")
+ATTENTIONS = ("auto", "xla")  # the library's kernel for the device where it can run, and none; besides the given one
 REASONS = {
     "memory": "cannot fit",
     "slower": "cannot be faster",
@@ -48,12 +48,10 @@ class Setting:
         """To be pasted behind a command of train.py or of plan."""
         text = " ".join(f"--config.mesh.{axis}={getattr(self, axis)}" for axis in ("data", "fsdp", "tensor"))
         text += f" --config.model.remat={self.remat} --config.optimizer.accumulation={self.accumulation}"
-        return text if self.attention == "auto" else f"{text} --config.model.attention={self.attention}"
+        return f"{text} --config.model.attention={self.attention}"
 
     def of(self, cfg: Config) -> Config:
-        model = replace(cfg.model, remat=self.remat)
-        if hasattr(model, "attention"):
-            model = replace(model, attention=self.attention)
+        model = replace(cfg.model, remat=self.remat, attention=self.attention)
         mesh = MeshConfig(self.data, self.fsdp, self.tensor)
         return replace(cfg, model=model, mesh=mesh, optimizer=replace(cfg.optimizer, accumulation=self.accumulation))
 
@@ -72,7 +70,7 @@ class Setting:
 
 def settings(cfg: Config, devices: int) -> Iterator[Setting]:
     """Those that divide the devices, the model and the batch."""
-    attentions = ATTENTIONS if hasattr(cfg.model, "attention") else ATTENTIONS[:1]
+    attentions = sorted({cfg.model.attention, *ATTENTIONS}, key=(*ATTENTIONS, cfg.model.attention).index)
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     for fsdp, tensor in itertools.product(reversed(divisors), divisors):
         if devices % (fsdp * tensor):

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from deltallava_jax.analysis import units
 from deltallava_jax.analysis.collectives import KINDS, Collective, chain, collective, received_bytes
 from deltallava_jax.analysis.costs import ASYNC_COPIES, RUNS_INSIDE, Cost, Counter, Products
 from deltallava_jax.analysis.hlo import Instruction, Program
@@ -84,9 +85,9 @@ class Rates:
     @property
     def assumption(self) -> str:
         chip, reached = self.chip, self.efficiency
+        peak, half = units.operations(chip.float32_flops), units.operations(chip.peak_flops)
         text = (
-            f"products at {reached.products:.0%} of {chip.peak_flops / 1e12:.4g} TFLOP/s "
-            f"({chip.float32_flops / 1e12:.4g} in float32), memory at {reached.memory:.0%} of "
+            f"products at {reached.products:.0%} of {half}/s ({peak}/s in float32), memory at {reached.memory:.0%} of "
             f"{chip.bandwidth / 1e9:.4g} GB/s ({reached.source})"
         )
         if not chip.link:

@@ -191,6 +191,6 @@ def test_the_dearest_are_scopes_of_the_model(layer):
 
 def test_rates_are_those_of_the_target():
     h100 = estimate.rates(Target("h100", (8,)))
-    assert h100.chip is CHIPS["h100"] and "989.4 TFLOP/s" in h100.assumption and "450 GB/s" in h100.assumption
+    assert h100.chip is CHIPS["h100"] and "989 TFLOP/s" in h100.assumption and "450 GB/s" in h100.assumption
     assert estimate.rates(Target("v5e", (2, 2))).efficiency is estimate.TPU
     assert estimate.rates(Target("cpu", (1,)), CHIP).chip is CHIP

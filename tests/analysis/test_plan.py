@@ -58,7 +58,7 @@ def test_the_plan_has_its_documented_fields(measured):
     assert all(one["count"] > 0 and one["bytes"] > 0 for one in measured["collectives"])
     step = measured["step_seconds"]  # of the CPU at hand, as it was measured
     parts = step["products"] + step["memory"] + step["collectives"] + step["overhead"]
-    assert 0 < step["products"] < step["estimate"] == pytest.approx(parts)
+    assert 0 < step["memory"] < step["estimate"] == pytest.approx(parts)
     assert sum(row["seconds"] for row in step["parts"]) == pytest.approx(parts)
     assert {"decoder: attention", "decoder: mlp", "optimizer", "tower"} <= {row["part"] for row in step["parts"]}
     # What runs on four devices are the operations that were traced, but for those that every device repeats.
@@ -71,7 +71,7 @@ def test_the_plan_has_its_documented_fields(measured):
 def test_the_bound_of_the_search_holds_for_what_was_compiled(measured):
     bounds = best.Bounds(sharded(), FOUR, 20)
     bound = bounds(best.Setting(1, 4, 1, "none", 1))
-    assert 0 < bound.seconds < measured["step_seconds"]["products"]
+    assert 0 < bound.seconds < measured["step_seconds"]["estimate"]
     assert device_bytes(TrainStep(sharded(), make_mesh(sharded(), jax.devices()[:4]), 9).shapes) < bound.bytes
     assert bound.bytes < measured["per_device"]["program_bytes"]
 
@@ -143,7 +143,7 @@ def test_the_command_prints_one_object_or_a_table(monkeypatch, capsys, measured)
     chosen = options()
     chosen.main(chosen)
     printed = capsys.readouterr().out
-    assert " 0.0" not in printed
+    assert " 0.0 " not in printed and " 0.00 " not in printed
     step = ("a step: about", "by part", "decoder: attention", "the dearest operations")
     for part in ("4 devices, mesh data=1, fsdp=4", "parameters", "fits", "all-gather", "FLOP", "compiled in", *step):
         assert part in printed
