@@ -67,6 +67,7 @@ class Engine:
             raise ConfigError("the model has no decoder, so it cannot answer")
         self.cfg = cfg
         self.params = {**params, "decoder": decoder.unstacked(params["decoder"], cfg.decoder, cfg.dtype)}
+        self._weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params["decoder"]))
 
     def encode(
         self, images: UInt8[np.ndarray, "n H W 3"], prompts: Batch | None = None, *, budget: int | None = None
@@ -141,7 +142,8 @@ class Engine:
 
     def decode(self, slots: Slots, steps: int = CHUNK) -> tuple[Slots, list[list[int]]]:
         """Up to ``steps`` further tokens of every active slot."""
-        slots, out = device.decode(self.params, self.cfg, slots, steps)
+        read = device.read_lengths(slots, steps, self._weights)
+        slots, out = device.decode(self.params, self.cfg, slots, steps, read=read)
         return slots, [[int(token) for token in row if token >= 0] for row in np.asarray(out)]
 
     def tokens(
