@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from deltallava_jax.data.tokens import Tokenizer
 
 INCOMPLETE = "\ufffd"  # what tokenizers decode bytes to that are no character, or not yet one
-LONGEST = 32  # tokens without the end of a character, after which the older ones are settled: they hold none
+LONGEST = 32  # open tokens: of more, the older ones hold no character, since one has at most four bytes
 
 
 class Stream:
@@ -30,7 +30,7 @@ class Stream:
         self.open = self._behind(self._tokens)
         if not self.open.endswith(INCOMPLETE):
             return self._settle(len(self._tokens))
-        return self._settle(self._boundary()) if len(self._tokens) > LONGEST else ""
+        return self._settle(LONGEST // 2) if len(self._tokens) > LONGEST else ""
 
     def _behind(self, tokens: list[int]) -> str:
         """The text of tokens behind the context."""
@@ -48,15 +48,6 @@ class Stream:
         self._context, self._before, self._tokens = tokens, before, self._tokens[count:]
         self.open = self.open[len(settled) :]
         return settled
-
-    def _boundary(self) -> int:
-        """Open tokens, at least half of them, that end where no character continues: both sides decoded alone are as
-        long as the whole. 0 if there are none."""
-        for count in range(len(self._tokens) // 2, len(self._tokens)):
-            first, rest = self._behind(self._tokens[:count]), self._decode(self._tokens[count:])
-            if rest and first + rest == self.open:
-                return count
-        return 0
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, strip=False)
