@@ -103,7 +103,7 @@ def base(
             c.preset(c.DecoderConfig, decoder),
             projector,
             dtype="bfloat16",
-            remat="full",  # fits the most devices; where there is room, "none" is faster
+            remat="auto",  # what the devices have room for
         ),
         data=data,
         # LLaVA's rates: a fresh projector alone takes a larger one than a pretrained decoder with it.

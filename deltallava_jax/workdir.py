@@ -213,6 +213,20 @@ class Workdir:
         if tokenizer is not None:
             tokenizer.save(self._tokenizer_file)
 
+    def with_choices(self, cfg: Config) -> Config:
+        """``cfg``, for "auto" with what the run chose when it was started, if it resumes."""
+        if cfg.model.remat != "auto" or not has_finished(self.path):
+            return cfg
+        return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat=self.config.model.remat))
+
+    def keep_choices(self, cfg: Config) -> None:
+        """Writes what the run chose for "auto" to config.json. Every process calls it, one writes."""
+        if hosts.leads():
+            kept = self.config
+            self.write(
+                dataclasses.replace(kept, model=dataclasses.replace(kept.model, remat=cfg.model.remat)), tokenizer=None
+            )
+
     def validate_resume(self, cfg: Config) -> list[str]:
         """Lines about settings that differ. Raises ConfigError if the model or its prompts differ from the
         workdir's."""

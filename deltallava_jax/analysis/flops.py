@@ -2,7 +2,8 @@
 
 A multiply and an add are two operations; element-wise work (about 1 % of a train step) is left out. Exact for every
 system, since the program itself is counted: a scan's body as often as it runs, recomputation in the backward pass
-separately, attention as the whole square of scores that dense attention computes.
+separately, attention as the whole square of scores that dense attention computes (``skipped``: what a kernel leaves out
+of it).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax.extend.core
 from jax.sharding import PartitionSpec as P
 
 from deltallava_jax.config import Config, DecoderConfig
+from deltallava_jax.kernels.attention import SKIPPING
 from deltallava_jax.models import llavolta, systems
 from deltallava_jax.sequence import Batch
 from deltallava_jax.training.step import TrainStep
@@ -23,6 +25,8 @@ from deltallava_jax.training.step import TrainStep
 PASSES = ("forward", "backward", "recompute")
 # Part of the model -> its named scopes; the first one found in an operation's scopes decides.
 PARTS = {"logits": "logits", "tower": "tower", "projector": "projector", "decoder": "decoder_layers|question"}
+# cuDNN's attention: products of the scores' size in a pass, and how many of them are recomputation.
+CUDNN = {"dot_product_attention_fwd_wrapper": (2, 0), "dot_product_attention_bwd_wrapper": (5, 1)}
 # Splash attention's backward kernels (jax.experimental.pallas.ops.tpu) -> the recomputed share of their products: the
 # scores among scores, dV, dP, dK; scores and dP among scores, dP, dQ.
 RECOMPUTED = {"splash_mha_dkv": 1 / 4, "splash_mha_dq": 2 / 3}
@@ -39,6 +43,16 @@ def traced(program) -> Flops:
         backward = "transpose(" in scopes
         counts[part]["recompute" if "rematted" in scopes else "backward" if backward else "forward"] += operations
     return {part: passes for part, passes in counts.items() if any(passes.values())}
+
+
+def skipped(program) -> int:
+    """Operations among them on scores of later tokens that attention kernels do not compute."""
+    return sum(_later(scopes, operations) for scopes, operations in _products(program.jaxpr, "", 1))
+
+
+def _later(scopes: str, operations: int) -> int:
+    """About half of a causal kernel's operations: of its blocks of scores, those on the diagonal are computed whole."""
+    return operations // 2 if SKIPPING in scopes else 0
 
 
 def total(flops: Flops, passes: tuple[str, ...] = PASSES) -> int:
@@ -90,6 +104,13 @@ def _products(jaxpr: jax.extend.core.Jaxpr, scopes: str, times: int) -> Iterator
         elif name == "conv_general_dilated":
             out_features = shapes[1][eqn.params["dimension_numbers"].rhs_spec[0]]
             yield inside, times * 2 * math.prod(shapes[2]) * math.prod(shapes[1]) // out_features
+        elif name in CUDNN:
+            products, repeated = CUDNN[name]
+            (rows, queries, heads, width), keys = shapes[0], shapes[1][1]
+            product = times * 2 * rows * heads * queries * keys * width
+            yield inside, (products - repeated) * product
+            if repeated:
+                yield f"{inside}/rematted", repeated * product
         inner = [each for value in eqn.params.values() for each in _jaxprs(value)]
         runs = times * _runs(eqn)
         if name == "while" and any(True for each in inner for _ in _products(each, inside, 1)):

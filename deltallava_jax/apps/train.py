@@ -72,7 +72,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     from deltallava_jax.evaluation.validation import validation
     from deltallava_jax.models import systems
     from deltallava_jax.parallel.mesh import make_mesh
-    from deltallava_jax.training import faults
+    from deltallava_jax.training import faults, remat
     from deltallava_jax.training.loop import train
     from deltallava_jax.training.profile import parse_steps
     from deltallava_jax.training.step import TrainStep, batch_shapes
@@ -82,6 +82,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     workdir = Workdir(options.workdir)
     cfg.model.require_whole("training")
     cfg.data.validate_dataset_settings()
+    cfg = workdir.with_choices(cfg)
     profile = parse_steps(options.profile) if options.profile else None
 
     def log(line: str) -> None:
@@ -118,11 +119,17 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     if plan.cut:
         limit = plan.text_capacity.min()
         log(f"{plan.cut:,} conversations are longer than a row's {limit} text tokens and will be truncated")
-    log(format_memory(step.shapes, step.compile(batch_shapes(cfg, mesh, first.text, first.images), first.budget)))
+    shapes = batch_shapes(cfg, mesh, first.text, first.images)
+    if cfg.model.remat == "auto":
+        make = lambda cfg: TrainStep(cfg, mesh, steps)
+        step, line = remat.choose(cfg, make, shapes, first.budget, remat.device_capacity(jax.local_devices()[0]))
+        workdir.keep_choices(step.cfg)
+        log(line)
+    log(format_memory(step.shapes, step.compile(shapes, first.budget)))
 
     # ---------------------------------------------------------------- training
     finished = train(
-        cfg, step, rows, plan, workdir.path, steps, evaluate=evaluate, profile=profile,
+        step.cfg, step, rows, plan, workdir.path, steps, evaluate=evaluate, profile=profile,
         operations=StepOperations(step), peak=peak_flops(jax.devices()[0].device_kind),
     )  # fmt: skip
     if finished:

@@ -7,6 +7,7 @@ Invalid values raise ConfigError with one line that states what was expected.
 
 from deltallava_jax.config.model import (
     DTYPES,
+    REMAT_LADDER,
     DecoderConfig,
     FastVConfig,
     ModelConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "ASPECTS",
     "DTYPES",
     "PRESETS",
+    "REMAT_LADDER",
     "ROW_AXES",
     "Config",
     "ConfigError",

@@ -122,7 +122,8 @@ class FastVConfig:
         require_at_least(1, "fastv", self, "layer", "keep")
 
 
-REMAT_POLICIES = ("none", "dots", "full")
+REMAT_LADDER = ("none", "dots", "attention", "full")  # from the least recomputation to the least memory
+REMAT_POLICIES = ("auto", *REMAT_LADDER)
 DTYPES = ("bfloat16", "float32")
 # Dtypes of parameters -> their names in use.
 PARAMETER_DTYPES = {
@@ -153,7 +154,7 @@ class ModelConfig:
     decoder: DecoderConfig | None = field(default_factory=DecoderConfig)  # the language model; None: absent
     fastv: FastVConfig | None = None  # drops visual tokens inside the decoder, in inference only; None: off
     dtype: str = "bfloat16"  # compute dtype, bfloat16 or float32; trained parameters are always float32
-    remat: str = "none"  # recomputed in the backward pass: nothing, all but matrix products (dots), or all (full)
+    remat: str = "none"  # recomputed in the backward pass: none, all but dots, all but attention, full; auto: by memory
     loss_chunk: int = 512  # row positions whose logits are in memory at a time
     tower_images: int = 0  # images of a row that the tower processes at a time; 0: all
 

@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from deltallava_jax.arrays import Array
 from deltallava_jax.config import ROW_AXES
+from deltallava_jax.kernels.attention import kernel_outputs_saveable
 
 Params = dict  # nested dict of jax.Array
 
@@ -47,9 +48,17 @@ def bind(cls: type, config, params: Params) -> nnx.Module:
     return nnx.merge(_graphdef(cls, config), nnx.State(params))
 
 
+_policies = jax.checkpoint_policies
+# model.remat -> a layer's body whose backward pass recomputes so much. A forward pass alone recomputes nothing, so
+# "auto" stands for itself there; training replaces it (training/remat.py).
 REMAT: dict[str, Callable] = {
+    "auto": lambda body: body,
     "none": lambda body: body,
-    "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": functools.partial(
+        jax.checkpoint,
+        policy=_policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, kernel_outputs_saveable),
+    ),
+    "attention": functools.partial(jax.checkpoint, policy=kernel_outputs_saveable),
     "full": jax.checkpoint,
 }
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -83,12 +85,9 @@ def gradients(
     The batch is split into ``optimizer.accumulation`` microbatches: summed losses and gradients are accumulated and
     divided once by the supervised tokens of the whole batch, so that the result does not depend on the split."""
     parts = cfg.optimizer.accumulation
-    budgets = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
 
     def part_loss(trained, part, key):
-        params = join(trained, frozen)
-        sums = [vlm.loss_sum(params, cfg.model, part, key, budget=each, pooling=pooling) for each in budgets]
-        return sum(total for total, _ in sums) / len(sums), sums[0][1]
+        return _loss_sum(cfg, trained, frozen, part, key, budget, pooling)
 
     value_and_grad = jax.value_and_grad(part_loss, has_aux=True)
     if parts == 1:
@@ -105,6 +104,20 @@ def gradients(
         (total, count, grads), _ = jax.lax.scan(body, zeros, (strided, jax.random.split(rng, parts)))
     scale = 1.0 / jnp.maximum(count, 1.0)
     return total * scale, count, jax.tree.map(lambda g: g * scale, grads)
+
+
+def _loss_sum(cfg: Config, trained: Params, frozen: Params, part: Batch, key: Array, budget: int, pooling):
+    """(summed loss, supervised tokens) of a microbatch."""
+    budgets = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
+    params = join(trained, frozen)
+    sums = [vlm.loss_sum(params, cfg.model, part, key, budget=each, pooling=pooling) for each in budgets]
+    return sum(total for total, _ in sums) / len(sums), sums[0][1]
+
+
+def device_bytes(tree) -> int:
+    """Bytes on one device of a tree of arrays or shapes with shardings."""
+    sizes = [math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)]
+    return int(np.sum(sizes, dtype=np.int64))
 
 
 def batch_shapes(cfg: Config, mesh: Mesh, text: int, images: int) -> Batch:
@@ -151,6 +164,22 @@ class TrainStep:
             lowered = self.trace(batch, budget, pooling).lower()
             self.compiled[signature] = lowered.compile(compiler_options(self.mesh))
         return self.compiled[signature]
+
+    def saved(self, batch: Batch, budget: int) -> list[jax.ShapeDtypeStruct]:
+        """What the forward pass of a microbatch keeps for its backward pass besides the weights and the batch, as
+        shapes of all devices together. Traced, not compiled."""
+        parts = self.cfg.optimizer.accumulation
+        micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) // parts, *x.shape[1:]), x.dtype), batch)
+
+        def residuals(trained, frozen, batch):
+            key = jax.random.key(0)
+            loss = lambda trained: _loss_sum(self.cfg, trained, frozen, batch, key, budget, None)
+            pull = jax.vjp(loss, trained, has_aux=True)[1]
+            given = {id(x) for x in jax.tree.leaves((trained, frozen, batch))}
+            return [x for x in jax.tree.leaves(pull) if id(x) not in given]
+
+        with jax.set_mesh(self.mesh):
+            return jax.eval_shape(residuals, self.shapes.trained, self.shapes.frozen, micro)
 
     def __call__(
         self, state: TrainState, batch: Batch, budget: int, pooling: llavolta.Pooling | None = None

@@ -56,10 +56,11 @@ def test_decoder_is_its_formula():
     assert 3 * attention - flops.masked(cfg, LENGTH) == 3 * 2 * 2 * (LENGTH * (LENGTH + 1) // 2) * 64
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)])
 def test_splash_attention_counts_as_dense_attention(monkeypatch, remat, mesh):
-    """On a mesh too. What its backward kernels compute again is three products of the scores' size."""
+    """On a mesh too. What its backward kernels compute again is three products of the scores' size; half of all are
+    skipped. Its forward kernel runs again only where its outputs are not saved."""
     cfg, length = dataclasses.replace(GROUPED, layers=1), 128
 
     def loss(params, hidden):
@@ -74,15 +75,18 @@ def test_splash_attention_counts_as_dense_attention(monkeypatch, remat, mesh):
     def count():
         with jax.set_mesh(jax.make_mesh(mesh, ("data", "fsdp", "tensor"), axis_types=axis_types, devices=devices)):
             program = jax.make_jaxpr(lambda *x: jax.value_and_grad(loss, (0, 1))(*x))(params, hidden)
-        return flops.traced(program)["decoder"], str(program).count("pallas_call")
+        return flops.traced(program)["decoder"], str(program).count("pallas_call"), flops.skipped(program)
 
-    expected, _ = count()
+    expected, _, skipped = count()
+    assert skipped == 0
     monkeypatch.setattr(kernels.devices, "device", lambda: ("tpu", "a kind"))
     monkeypatch.setitem(OPERATION.automatic, "tpu", ("splash", lambda *_: True))
-    found, calls = count()
-    assert calls == {"none": 3, "full": 4}[remat]
+    found, calls, skipped = count()
+    again = remat == "full"
+    assert calls == 3 + again
     product = ROWS * 2 * length * length * 64
-    expected["recompute"] += 3 * product
+    expected["recompute"] += (3 if again or remat == "none" else 1) * product  # XLA's scores and values, run again
+    assert skipped == pytest.approx((9 + 2 * again) * product / 2, rel=1e-3)
     assert found == pytest.approx(expected, rel=1e-3)  # a row's sum of output times gradient is a product here
 
 

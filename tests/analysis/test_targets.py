@@ -25,7 +25,7 @@ def test_targets_by_name(text, kind, shape, count):
 
 
 @pytest.mark.parametrize(
-    "text", ["v5e", "v5e:", "v5e:4", "v5p:2x2", "h100:2x8x2", "cpu:0", "b200:8", "h10:8", "v5e:4x4 "]
+    "text", ["v5e", "v5e:", "v5e:4", "v5p:2x2", "h100:2x8x2", "cpu:0", "b100:8", "h10:8", "v5e:4x4 "]
 )
 def test_what_is_no_target_is_refused_with_examples(text):
     with pytest.raises(ConfigError, match=r"v5p:2x2x2"):

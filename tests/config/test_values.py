@@ -217,7 +217,7 @@ def test_overrides_are_checked_together_so_that_presets_can_change_the_widths():
         ("model.projector.select_layer", "0", ["select_layer=0", "-1, the last"]),
         ("model.projector.select_layer", "-4", ["select_layer=-4", "-3 to -1"]),
         ("model.dtype", "float16", ["model.dtype", "'float16'", "bfloat16, float32"]),
-        ("model.remat", "some", ["model.remat", "'some'", "none, dots, full"]),
+        ("model.remat", "some", ["model.remat", "'some'", "auto, none, dots, attention, full"]),
         ("data.rows", "0", ["data.rows=0", "1 or more"]),
         ("data.row_length", "4", ["data.row_length=4", "8 or more"]),
         ("data.max_bad_fraction", "1.5", ["data.max_bad_fraction=1.5", "0 to 1"]),

@@ -3,6 +3,12 @@
 XLA's form is the contract; splash.py (TPU) and cudnn.py (NVIDIA) wrap the libraries' kernels, which keep no scores
 in memory, and dispatch.py chooses among them."""
 
-from deltallava_jax.kernels.attention.dispatch import AttentionMask, attention, causal
+from deltallava_jax.kernels.attention.dispatch import (
+    SKIPPING,
+    AttentionMask,
+    attention,
+    causal,
+    kernel_outputs_saveable,
+)
 
-__all__ = ["AttentionMask", "attention", "causal"]
+__all__ = ["SKIPPING", "AttentionMask", "attention", "causal", "kernel_outputs_saveable"]

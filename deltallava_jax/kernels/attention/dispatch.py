@@ -12,6 +12,8 @@ from deltallava_jax.arrays import Array
 from deltallava_jax.kernels import devices
 from deltallava_jax.kernels.registry import Operation
 
+SKIPPING = "causal_kernel"  # named scope of a kernel that computes no scores of later tokens
+
 
 def _refusal_of_all(q, k, mask) -> str | None:
     return devices.indivisible(q.shape[0], q.shape[2], k.shape[2])
@@ -44,6 +46,13 @@ def causal(segments: Int[Array, "B S"]) -> AttentionMask:
     return AttentionMask(allowed[:, None], segments)
 
 
+def kernel_outputs_saveable(primitive, *_, **params) -> bool:
+    """A policy of jax.checkpoint: what the kernels' forward passes give to their backward passes is saved."""
+    if primitive.name == "pallas_call":
+        return (params.get("name") or "").startswith("splash_mha_fwd")
+    return primitive.name.startswith("dot_product_attention_fwd")  # cuDNN's
+
+
 def attention(
     q: Float[Array, "B Q H D"],
     k: Float[Array, "B K G D"],
@@ -65,4 +74,6 @@ def attention(
         return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask.allowed, implementation="xla")
     heads = devices.rows_spec(4, heads_at=2)
     rows = devices.rows_spec()
-    return devices.per_device(OPERATION.kernel(name).attend, (heads, heads, heads, rows), heads)(q, k, v, mask)
+    kernel = devices.per_device(OPERATION.kernel(name).attend, (heads, heads, heads, rows), heads)
+    with jax.named_scope(SKIPPING if mask is not None and mask.segments is not None else name):
+        return kernel(q, k, v, mask)
