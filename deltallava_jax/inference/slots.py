@@ -115,14 +115,15 @@ def read_lengths(slots: Slots, steps: int, weights: int) -> tuple[int, ...]:
     weights: bytes of the decoder. Waits for the slots."""
     lengths, active = jax.device_get(([cache.length for cache in slots.caches], slots.active))
     return tuple(
-        _read_length(int(np.max(length, where=active, initial=0)) + min(steps, CHUNK), cache, weights)
+        read_length(int(np.max(length, where=active, initial=0)) + min(steps, CHUNK), cache, weights)
         for length, cache in zip(lengths, slots.caches, strict=True)
     )
 
 
-def _read_length(used: int, cache: decoder.Cache, weights: int) -> int:
+def read_length(used: int, cache: decoder.Cache, weights: int) -> int:
+    """Of a cache of which the first ``used`` positions are needed."""
     capacity = length = cache.live.shape[1]
-    position = sum(x.nbytes for x in (*cache.k, *cache.v)) // capacity  # bytes
+    position = sum(x.size * x.dtype.itemsize for x in (*cache.k, *cache.v)) // capacity  # bytes
     while length > LEAST:
         half = -(-length // (2 * LEAST)) * LEAST
         if used > half or (length - half) * position < WORTH * (weights + length * position):
