@@ -22,13 +22,13 @@ def prepare(text: str) -> None:
     """To be called before JAX initializes its devices."""
     target = targets.parse_target(text)
     if target.is_gpu:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DUMP.format(_dump())}".strip()
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DUMP.format(_dump().name)}".strip()
     targets.prepare(target)
 
 
 @functools.cache
-def _dump() -> str:
-    return tempfile.mkdtemp()
+def _dump() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()
 
 
 def programs(cfg, options) -> list[dict]:
@@ -115,9 +115,9 @@ def launches() -> dict:
     """What the host launches for a token on a GPU whose driver knows graphs of library calls (CUDA 12.3): graphs, the
     kernels in them, and others with the conditional of the sampler, which the host waits for. From XLA's dump of the
     program that was compiled last."""
-    (file,) = Path(_dump()).glob("*.thunk_sequence_after_thunk_passes.txt")
+    (file,) = Path(_dump().name).glob("*.thunk_sequence_after_thunk_passes.txt")
     lines = file.read_text().split("\n")
-    for other in Path(_dump()).iterdir():
+    for other in Path(_dump().name).iterdir():
         other.unlink()
     inside = lines[next(i for i, line in enumerate(lines) if line == "  body:") + 1 :]
     kinds = [re.match(r"( *)\d+: (k\w+)", line) for line in inside]
