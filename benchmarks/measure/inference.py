@@ -162,12 +162,11 @@ def by_budget(options: argparse.Namespace, record: dict, out: Path) -> list[dict
 
     began, results = time.monotonic(), earlier(out, record)
     engine = load(options.workdir).engine if options.workdir else Engine(*random_model(options.random))
-    speed = bandwidth()
-    for pair in pairs(options, systems.budgets(engine.cfg.projector)):
-        if has(results, pair):
-            continue
-        if time.monotonic() - began > 60 * options.minutes:
-            print(f"{options.minutes:g} minutes are over; the same command goes on with batch and budget {pair}")
+    speed, left = bandwidth(), pairs(options, systems.budgets(engine.cfg.projector))
+    left = [pair for pair in left if not any((one["batch"], one["budget"]) == pair for one in results)]
+    for done, pair in enumerate(left):
+        if done and time.monotonic() - began > 60 * options.minutes:
+            print(f"{options.minutes:g} minutes are over; the same command measures the other {len(left) - done}")
             break
         result = measured(engine, *pair, speed, options)
         print(json.dumps(result), flush=True)
@@ -181,10 +180,6 @@ def by_budget(options: argparse.Namespace, record: dict, out: Path) -> list[dict
         for rows in map(int, options.batches.split(",")):
             print(ratios(results, rows))
     return results
-
-
-def has(results: list[dict], pair: tuple[int, int]) -> bool:
-    return any((one["batch"], one["budget"]) == pair for one in results)
 
 
 def earlier(out: Path, record: dict) -> list[dict]:
