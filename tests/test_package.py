@@ -76,7 +76,7 @@ def test_it_has_its_dependencies_its_extras_and_its_command(installed):
         assert sorted(of(extra)) == sorted(line for name in names for line in lines(f"requirements-{name}.txt"))
     (command,) = about.entry_points.select(group="console_scripts")
     assert (command.name, command.value) == ("deltallava", "deltallava_jax.__main__:main")
-    assert (installed / "deltallava_jax" / "analysis" / "h100.txtpb").is_file()
+    assert (installed / "deltallava_jax" / "analysis" / "gpu.txtpb").is_file()
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "config", ""])

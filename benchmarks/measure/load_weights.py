@@ -1,7 +1,7 @@
 """Seconds to load a Vicuna-7B-sized checkpoint of random weights from local safetensors onto one device.
 
     python -m benchmarks.measure.load_weights --folder /local/disk --layers 32
-    python -m benchmarks.measure.load_weights --compile-for h100.txtpb      # no GPU: compile what runs on it alone
+    python -m benchmarks.measure.load_weights --compile-for h100:1      # no GPU: compile what runs on it alone
 
 The peer is reading the same files and doing nothing with them: the ratio says how far loading is from the disk."""
 
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks.program import RESULTS, argument_parser, cores, origin, write_result
+from deltallava_jax.analysis.targets import Target, devices, parse_target, prepare
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -24,7 +25,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=32, help="fewer for a trial")
     parser.add_argument("--shards", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "load_weights.json")
-    parser.add_argument("--compile-for", type=Path, help="an XLA GPU target description in text form")
+    parser.add_argument("--compile-for", metavar="TARGET", help="as for the plan command, e.g. h100:1")
     return parser.parse_args(arguments)
 
 
@@ -68,10 +69,9 @@ def tensors(cfg, layout):
             yield name, entry.torch_shape(shape)
 
 
-def compile_for(target: Path, layers: int) -> None:
+def compile_for(target: Target, layers: int) -> None:
     """Compiles every step of the loading that runs on the device for one GPU of the target."""
     import jax
-    from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
     from deltallava_jax.config import DecoderConfig, ModelConfig, preset
@@ -80,8 +80,7 @@ def compile_for(target: Path, layers: int) -> None:
     from deltallava_jax.models import vlm
     from deltallava_jax.models.names import flatten
 
-    topology = topologies.get_topology_desc("1x1x1", "cuda", topology="1x1x1", target_config=target.read_text())
-    place = SingleDeviceSharding(topology.devices[0])
+    place = SingleDeviceSharding(devices(target)[0])
     model = ModelConfig(None, None, preset(DecoderConfig, "vicuna_7b", layers=layers))
     shapes = flatten(jax.eval_shape(lambda: vlm.init_params(model, jax.random.key(0))))
     whole = peak = 0
@@ -104,7 +103,9 @@ def compile_for(target: Path, layers: int) -> None:
 def main() -> None:
     options = parse()
     if options.compile_for:
-        compile_for(options.compile_for, options.layers)
+        target = parse_target(options.compile_for)
+        prepare(target)
+        compile_for(target, options.layers)
         return
     import jax
 

@@ -78,7 +78,8 @@ def page() -> str:
         "own compiler (libtpu, XLA for the H100) and reads memory, operations and collectives from the program.\n"
         "Steps' times are estimates from peaks, not measurements.",
         "## Memory\n\n" + memory(found),
-        "## Operations and time\n\n" + operations(found),
+        "## Operations and time\n\n" + timed if (timed := operations(found)) else "",
+        ladders(found),
         "## Collectives\n\n" + moved(found),
         "## More chips at the same rows a chip\n\n" + scaling(found),
     ]
@@ -118,18 +119,43 @@ def operations(found: dict) -> str:
     rows, assumptions = [], {}
     for config, plan in recipes(found):
         counted, seconds = plan["compiler_flops_per_step"], plan["step_seconds"]
+        if "assumption" not in seconds or "products" not in seconds:
+            continue  # made before traffic was counted
         assumptions[plan["target"].split(":")[0]] = seconds["assumption"]
         rows.append([
-            f"`{config}`", plan["target"], f"{plan['flops_per_step'] / 1e15:.2f}",
-            f"{counted / 1e15:.2f}", f"{plan['model_flops_per_step'] / 1e15:.2f}",
-            f"{seconds['compute']:.2f}", f"{seconds['collectives']:.2f}", f"{seconds['estimate']:.2f}",
+            f"`{config}`", plan["target"], plan["remat"], f"{plan['flops_per_step'] / 1e15:.2f}",
+            f"{counted / 1e15:.2f}" if counted else "", f"{plan['model_flops_per_step'] / 1e15:.2f}",
+            f"{sum(seconds['attention_bytes_per_layer'].values()) / 1e9:.1f}",
+            *(f"{seconds[key]:.2f}" for key in ("products", "memory", "collectives", "estimate")),
         ])  # fmt: skip
-    head = ["Recipe", "Target", "PFLOP", "by XLA", "needed", "Products, s", "Collectives, s", "Step, s"]
+    if not rows:
+        return ""
+    head = ["Recipe", "Target", "Recomputed", "PFLOP", "by XLA", "needed", "Attention, GB a layer", "Products, s",
+            "Memory, s", "Collectives, s", "Step, s"]  # fmt: skip
     note = (
         "Operations of a step in matrix products, as traced; as XLA's CPU compiler counts them, element-wise work\n"
-        "included; without what is recomputed or masked. Assumed for the times:"
+        "included; without what is recomputed or masked. What attention of a decoder layer moves in all passes on a\n"
+        "device, besides the products with its four matrices. Each instruction takes what its operations or its bytes\n"
+        "need, whichever is more (products, memory); of collectives, what nothing hides. Assumed:"
     )
     return "\n".join([table(head, rows), "", note, "", *(f"- {kind}: {text}" for kind, text in assumptions.items())])
+
+
+def ladders(found: dict) -> str:
+    rows = [
+        [
+            f"`{config}`", plan["target"], row["remat"] + (" (chosen)" if row["remat"] == plan["remat"] else ""),
+            gib(row["total_bytes"]) if row["total_bytes"] else f"more than {gib(row['least_bytes'])}",
+            f"{row['flops_per_step'] / 1e15:.2f}" if row["flops_per_step"] else "",
+            f"{row['estimate']:.2f}" if row["estimate"] else "",
+        ]
+        for config, plan in recipes(found) for row in plan.get("ladder", ())
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    head = ["Recipe", "Target", "Recomputed", "Memory of a device, GiB", "PFLOP", "Step, s"]
+    note = "`model.remat=auto` takes the first that leaves 8 % of the device free."
+    return "## Recomputation\n\n" + table(head, rows) + "\n\n" + note
 
 
 def moved(found: dict) -> str:

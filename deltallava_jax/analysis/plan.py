@@ -19,23 +19,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deltallava_jax import cli
-from deltallava_jax.analysis import flops, targets, units
-from deltallava_jax.analysis.collectives import Collective, collectives, received_bytes, summary
+from deltallava_jax.analysis import estimate, flops, hlo, probe, targets, units
+from deltallava_jax.analysis.collectives import collectives, summary
 from deltallava_jax.analysis.targets import Target
-from deltallava_jax.config import Config, MeshConfig
+from deltallava_jax.config import REMAT_LADDER, Config, MeshConfig
 from deltallava_jax.data.packing import plan_for
 from deltallava_jax.models import systems
 from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel.mesh import AXES, compiler_options, make_mesh
+from deltallava_jax.sequence import Batch
+from deltallava_jax.training import remat
 from deltallava_jax.training.step import TrainState, TrainStep, batch_shapes, device_bytes
 
 STEPS = 1000  # of the run: only constants of the learning rate's schedule depend on it
 TEXTS = {"plain": 40}  # rough tokens of text per image in LLaVA's two stages: captions, and by default
 CONVERSATION = 300
 UNROLLED_WITH = ("0.10", "0.11")  # versions of jax in which ``unrolled`` replaces every scan of a step
-MFU = (
-    0.5  # of the peak, assumed for products of these sizes; MaxText reports 0.45 to 0.65 (github.com/AI-Hypercomputer)
-)
 
 
 def format_parameters(shapes: TrainState) -> str:
@@ -79,41 +78,93 @@ def format_memory(shapes: TrainState, program: jax.stages.Compiled) -> str:
 
 
 def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> dict:
-    """The plan as one JSON object. text: tokens of text per image (0: by the template). count: also compile for
-    the compiler's count of operations.
+    """The plan as one JSON object; with remat=auto, of the policy that train.py would choose, and of the others in
+    "ladder". text: tokens of text per image (0: by the template). count: also compile for the compiler's count of
+    operations.
 
     Raises ConfigError if the target's compiler is missing or the configuration does not fit the mesh."""
-    cfg.model.require_whole("a plan")
-    with compiler_output():  # libtpu prints many lines because there is no TPU
-        mesh = make_mesh(cfg, targets.devices(target))
-    text = text or TEXTS.get(cfg.data.template, CONVERSATION)
-    budget, T, I, conversations = first_batch(cfg, text)
-    step = TrainStep(cfg, mesh, STEPS)
-    traced = step.trace(batch_shapes(cfg, mesh, T, I), budget)
-    by_part, skipped = flops.traced(traced.jaxpr), flops.skipped(traced.jaxpr)
-    budgets = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
-    cli.log(f"compiling {cfg.name} for {target}; this takes minutes")
-    with compiler_output() as output:
-        began = time.monotonic()
-        lowered = traced.lower()
-        program, used = compile_or_size(lowered, compiler_options(mesh))
-        seconds = time.monotonic() - began
-    counted = None
+    if cfg.model.remat == "auto":
+        plan, cfg = ladder(cfg, target, text)
+    else:
+        plan = one(cfg, target, text)
     if count and not can_unroll():
         cli.log(
             f"XLA's count is left out: it is tested with jax {' and '.join(UNROLLED_WITH)}, this is {jax.__version__}"
         )
     elif count:
-        cli.log(f"compiled in {units.seconds(seconds)}; counting operations")
+        cli.log(f"compiled in {units.seconds(plan['seconds_to_compile'])}; counting operations")
+        batch = plan["batch"]
         with compiler_output():
-            counted = compiler_flops(cfg, mesh, T, I, budget)
-    found = [] if program is None else collectives(program.as_text(), mesh.size)
+            plan["compiler_flops_per_step"] = compiler_flops(
+                cfg, mesh_of(cfg, target), batch["text_tokens"], batch["images"], batch["budget"]
+            )
+    return plan
+
+
+def ladder(cfg: Config, target: Target, text: int = 0) -> tuple[dict, Config]:
+    """(the plan, the configuration) of the policy of recomputation that training.remat chooses; plan["ladder"] has
+    memory, operations and estimate of them all. One that is far too large by what it saves is not compiled."""
+    rows, chosen = [], None
+    for policy in REMAT_LADDER:
+        other = remat.with_policy(cfg, policy)
+        last = policy == REMAT_LADDER[-1]
+        row = dict(remat=policy, total_bytes=None, flops_per_step=None, estimate=None, fits=False)
+        least = remat.least_bytes(*step_and_batch(other, target, text))
+        if last or remat.fits(least, target.capacity):
+            plan = one(other, target, text)
+            used = plan["per_device"]["program_bytes"]
+            row |= dict(total_bytes=used, flops_per_step=plan["flops_per_step"], fits=remat.fits(used, target.capacity))
+            row |= dict(estimate=plan["step_seconds"] and plan["step_seconds"]["estimate"])
+            if chosen is None and (row["fits"] or last):
+                chosen, kept = plan, other
+        rows.append(row | dict(least_bytes=least))
+    return chosen | dict(ladder=rows), kept
+
+
+def mesh_of(cfg: Config, target: Target) -> Mesh:
+    with compiler_output():  # libtpu prints many lines because there is no TPU
+        return make_mesh(cfg, targets.devices(target))
+
+
+def step_and_batch(cfg: Config, target: Target, text: int = 0) -> tuple[TrainStep, Batch, int]:
+    """(the train step, shapes of its first batch, budget)."""
+    mesh = mesh_of(cfg, target)
+    budget, T, I, _ = first_batch(cfg, text or default_text(cfg))
+    return TrainStep(cfg, mesh, STEPS), batch_shapes(cfg, mesh, T, I), budget
+
+
+def default_text(cfg: Config) -> int:
+    return TEXTS.get(cfg.data.template, CONVERSATION)
+
+
+def one(cfg: Config, target: Target, text: int = 0) -> dict:
+    """The plan of a configuration with a fixed policy of recomputation, without the compiler's count."""
+    cfg.model.require_whole("a plan")
+    mesh = mesh_of(cfg, target)
+    text = text or default_text(cfg)
+    budget, T, I, conversations = first_batch(cfg, text)
+    step = TrainStep(cfg, mesh, STEPS)
+    traced = step.trace(batch_shapes(cfg, mesh, T, I), budget)
+    by_part, skipped = flops.traced(traced.jaxpr), flops.skipped(traced.jaxpr)
+    budgets = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
+    cli.log(f"compiling {cfg.name} for {target}, remat={cfg.model.remat}; this takes minutes")
+    with compiler_output() as output:
+        began = time.monotonic()
+        lowered = traced.lower()
+        program, used = compile_or_size(lowered, compiler_options(mesh))
+        seconds = time.monotonic() - began
+    found, step_seconds = [], None
+    if program is not None:
+        parsed = hlo.parse(program.as_text())
+        found = collectives(parsed, mesh.size)
+        step_seconds = estimate.estimate(parsed, rates(target), mesh.size, cfg.model.decoder.layers)
     per_device = memory(step, program, used, target)
     return dict(
         target=str(target),
         devices=mesh.size,
         config=cfg.name,
         mesh=dict(zip(AXES, mesh.devices.shape, strict=True)),
+        remat=cfg.model.remat,
         batch=dict(
             rows=cfg.data.rows, row_length=cfg.data.row_length, text_tokens=T, images=I, budget=budget,
             text_per_image=text, conversations=conversations, accumulation=cfg.optimizer.accumulation,
@@ -124,10 +175,10 @@ def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> d
         skipped_flops_per_step=skipped,
         model_flops_per_step=flops.needed(by_part, cfg, [T + I * (each - 1) for each in budgets]),
         flops_by_part=by_part,
-        compiler_flops_per_step=counted,
+        compiler_flops_per_step=None,
         collectives=summary(found) if program else None,
         largest_collective_bytes=max((one.bytes for one in found), default=0),
-        step_seconds=step_seconds(flops.total(by_part), found, target) if program and target.chip else None,
+        step_seconds=step_seconds,
         seconds_to_compile=round(seconds, 1),
         rematerialization_warnings=len(re.findall("nvoluntary full remat", "".join(output))),
         jax=jax.__version__,
@@ -172,6 +223,7 @@ def memory(step: TrainStep, program: jax.stages.Compiled | None, used: int, targ
         gradient_bytes=min(gradients, temporary),
         activation_bytes=max(temporary - gradients, 0),
         total_bytes=parameters + optimizer + temporary,
+        program_bytes=used if program is None else remat.program_bytes(program),
         capacity_bytes=target.capacity,
     )
 
@@ -212,20 +264,10 @@ def unrolled() -> Iterator[None]:
         yield
 
 
-def step_seconds(operations: int, found: list[Collective], target: Target) -> dict[str, float | str]:
-    """An estimate from the stated peaks: products at MFU of the peak, collectives at the link's full rate."""
-    chip = target.chip
-    compute = operations / (target.count * chip.peak_flops * MFU)
-
-    def rate(one: Collective) -> float:
-        return chip.network if chip.per_host and one.group > chip.per_host else chip.link
-
-    moved = sum(one.count * received_bytes(one) / rate(one) for one in found)
-    return dict(estimate=max(compute, moved), compute=compute, collectives=moved, assumption=(
-        f"{MFU:.0%} of {chip.peak_flops / 1e12:g} TFLOP/s a device; collectives at {chip.link / 1e9:g} GB/s"
-        + (f", {chip.network / 1e9:g} GB/s beyond {chip.per_host} devices" if chip.per_host else "")
-        + f", hidden behind the products where they are shorter ({chip.source})"
-    ))  # fmt: skip
+@functools.cache
+def rates(target: Target) -> estimate.Rates:
+    """What a device of the target reaches; of this machine's CPU as measured, once in a process."""
+    return estimate.rates(target, None if target.chip else probe.measure(target.count))
 
 
 @contextlib.contextmanager

@@ -4,9 +4,14 @@
     python -m deltallava_jax plan --config configs/finetune_7b.py --target v5e:4x4 --mesh data=2,fsdp=8 \\
         --config.data.rows=32 --json
 
-Targets: cpu:8, v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8, h100:2x8 (hosts x GPUs). TPUs need libtpu (requirements-plan.txt),
-GPUs JAX's CUDA plugin ('jax[cuda13]'); neither needs the hardware. Prints the memory of a device against its capacity,
-operations, collectives, an estimate of the step's time, and, if it does not fit, the nearest setting that does.
+    python -m deltallava_jax plan --config configs/finetune_7b.py --target a100:8 --memory 40 --best
+
+Targets: cpu:8, v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8, h100:2x8 (hosts x GPUs), and a100, h200, b200, l40s, rtx4090 as
+h100. TPUs need libtpu (requirements-plan.txt), GPUs JAX's CUDA plugin ('jax[cuda13]'); neither needs the hardware.
+Prints the memory of a device against its capacity, operations, collectives, an estimate of the step's time with its
+parts and its dearest operations, and, if it does not fit, the nearest setting that does. With remat=auto: also every
+policy of recomputation, and which one is chosen. --best looks for the fastest setting instead, over mesh,
+recomputation, accumulation and attention.
 """
 
 from __future__ import annotations
@@ -18,8 +23,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from deltallava_jax import cli
+from deltallava_jax.analysis.plan_report import format_plan
 from deltallava_jax.analysis.targets import Target, parse_target, prepare
-from deltallava_jax.analysis.units import operations, seconds, size
 from deltallava_jax.config import Config, MeshConfig, load_config, override
 from deltallava_jax.errors import ConfigError
 
@@ -29,20 +34,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, help="the machine: KIND:SHAPE")
     parser.add_argument("--mesh", default="", metavar="data=1,fsdp=8", help="instead of the configuration's mesh")
     parser.add_argument("--text", type=int, default=0, metavar="N", help="approximate tokens of text per image")
+    parser.add_argument("--memory", type=float, default=0, metavar="GIB", help="of a device, instead of the target's")
+    parser.add_argument("--best", action="store_true", help="look for the fastest setting that fits")
+    parser.add_argument("--tries", type=int, default=0, metavar="N", help="with --best: settings to compile at most")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--config.SECTION.KEY", metavar="VALUE", help="overrides a setting; may be repeated")
     parser.set_defaults(overrides=[])
 
 
 def main(options: argparse.Namespace) -> None:
-    target = parse_target(options.target)
+    target = parse_target(options.target, options.memory)
     cfg = override(load_config(options.config), cli.overrides(options.overrides, f"{cli.program()} plan"))
     if options.mesh:
         cfg = replace(cfg, mesh=parse_mesh(options.mesh))
     if options.text < 0:
         raise ConfigError(f"--text {options.text}: expected a number of tokens, 0 or more")
+    if options.tries < 0 or (options.tries and not options.best):
+        raise ConfigError(f"--tries {options.tries}: expected 1 or more settings to compile, with --best")
     cfg.validate_devices(target.count)
     prepare(target)
+    if options.best:
+        from deltallava_jax.analysis import best
+
+        found = best.measure(cfg, target, options.text, options.tries or best.TRIES)
+        print(json.dumps(found, indent=2) if options.json else best.format_best(found))
+        return
     from deltallava_jax.analysis.plan import measure
 
     plan = measure(cfg, target, options.text)
@@ -80,7 +96,7 @@ def candidates(cfg: Config, target: Target, plan: dict) -> Iterator[tuple[str, C
     fixed = plan["per_device"]["total_bytes"] - plan["per_device"]["activation_bytes"]
     if fixed < plan["per_device"]["capacity_bytes"]:  # otherwise smaller activations do not suffice
         change = ""
-        if cfg.model.remat != "full":
+        if plan["remat"] != "full":
             cfg = replace(cfg, model=replace(cfg.model, remat="full"))
             change = "--config.model.remat=full"
             yield change, cfg, target
@@ -97,52 +113,3 @@ def candidates(cfg: Config, target: Target, plan: dict) -> Iterator[tuple[str, C
         rows = -(-cfg.data.rows // larger.count) * larger.count
         other = replace(cfg, data=replace(cfg.data, rows=rows), mesh=MeshConfig(data=1, fsdp=-1))
         yield f"--target {larger} --mesh data=1,fsdp=-1 --config.data.rows={rows}", other, larger
-
-
-def format_plan(plan: dict) -> str:
-    """The plan as text."""
-    memory, batch, mesh = plan["per_device"], plan["batch"], plan["mesh"]
-    lines = [
-        f"{plan['config']} on {plan['target']}: {plan['devices']} devices, mesh "
-        + ", ".join(f"{axis}={count}" for axis, count in mesh.items()),
-        f"batch: {batch['rows']} rows of {batch['row_length']}, {batch['images']} images of {batch['budget']} tokens "
-        f"and {batch['text_tokens']} tokens of text a row; about {batch['conversations']} conversations, if an image "
-        f"comes with about {batch['text_per_image']} tokens of text (--text)",
-        "",
-        "memory of a device",
-        f"  parameters   {size(memory['parameters_bytes']):>14}",
-        f"  optimizer    {size(memory['optimizer_bytes']):>14}",
-        f"  temporaries  {size(memory['temporary_bytes']):>14}  (gradients {size(memory['gradient_bytes'])}, "
-        f"activations {size(memory['activation_bytes'])})",
-        f"  total        {size(memory['total_bytes']):>14}  of {size(memory['capacity_bytes'])}: "
-        + ("fits" if plan["fits"] else "DOES NOT FIT"),
-        "",
-        f"operations of a step: {operations(plan['flops_per_step'])} in matrix products, "
-        f"{operations(plan['model_flops_per_step'])} without what is recomputed or masked",
-    ]
-    for part, passes in plan["flops_by_part"].items():
-        cells = ", ".join(f"{name} {operations(count)}" for name, count in passes.items() if count)
-        lines.append(f"  {part:<10} {cells}")
-    if plan["compiler_flops_per_step"] is not None:
-        lines.append(f"  XLA counts {operations(plan['compiler_flops_per_step'])}, element-wise work included")
-    if plan["collectives"] is not None:
-        lines += ["", "collectives of a step on a device; bytes of the results, loop iterations included"]
-        for one in plan["collectives"]:
-            lines.append(f"  {one['kind']:<20} {one['count']:>7,} x {size(one['bytes']):>14}")
-    if step := plan["step_seconds"]:
-        lines += [
-            "",
-            f"a step: about {seconds(step['estimate'])} (products {seconds(step['compute'])}, collectives "
-            f"{seconds(step['collectives'])}), estimated: {step['assumption']}",
-        ]
-    lines += ["", f"compiled in {seconds(plan['seconds_to_compile'])} with jax {plan['jax']}"]
-    if plan["rematerialization_warnings"]:
-        lines.append(f"the compiler warns {plan['rematerialization_warnings']} times that it replicates a whole array")
-    if not plan["fits"]:
-        near = plan["nearest"]
-        lines.append(
-            f"nearest setting that fits: {near['change']} ({size(near['per_device']['total_bytes'])} a device)"
-            if near
-            else "none of the neighbouring settings fits either"
-        )
-    return "\n".join(lines)

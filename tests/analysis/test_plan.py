@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from deltallava_jax import __main__ as command_line
-from deltallava_jax.analysis import plan, plan_command
+from deltallava_jax.analysis import best, plan, plan_command, plan_report
 from deltallava_jax.analysis.targets import Target, parse_target
 from deltallava_jax.config import MeshConfig, ModelConfig
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel.mesh import make_mesh
-from deltallava_jax.training.step import TrainStep, batch_shapes
+from deltallava_jax.training.step import TrainStep, batch_shapes, device_bytes
 from tests import tiny
 
 FOUR = Target("cpu", (4,))
@@ -56,9 +56,24 @@ def test_the_plan_has_its_documented_fields(measured):
     assert measured["seconds_to_compile"] > 0 and measured["rematerialization_warnings"] == 0
     assert {"all-gather"} <= {one["kind"] for one in measured["collectives"]}
     assert all(one["count"] > 0 and one["bytes"] > 0 for one in measured["collectives"])
-    assert measured["step_seconds"] is None  # a CPU has no stated peak
+    step = measured["step_seconds"]  # of the CPU at hand, as it was measured
+    parts = step["products"] + step["memory"] + step["collectives"] + step["overhead"]
+    assert 0 < step["memory"] < step["estimate"] == pytest.approx(parts)
+    assert sum(row["seconds"] for row in step["parts"]) == pytest.approx(parts)
+    assert {"decoder: attention", "decoder: mlp", "optimizer", "tower"} <= {row["part"] for row in step["parts"]}
+    # What runs on four devices are the operations that were traced, but for those that every device repeats.
+    executed = 4 * sum(row["operations"] for row in step["parts"])
+    assert measured["flops_per_step"] <= executed < 1.3 * measured["flops_per_step"]
     assert measured["model_flops_per_step"] < measured["flops_per_step"] < measured["compiler_flops_per_step"]
     assert json.loads(json.dumps(measured)) == measured
+
+
+def test_the_bound_of_the_search_holds_for_what_was_compiled(measured):
+    bounds = best.Bounds(sharded(), FOUR, 20)
+    bound = bounds(best.Setting(1, 4, 1, "none", 1))
+    assert 0 < bound.seconds < measured["step_seconds"]["estimate"]
+    assert device_bytes(TrainStep(sharded(), make_mesh(sharded(), jax.devices()[:4]), 9).shapes) < bound.bytes
+    assert bound.bytes < measured["per_device"]["program_bytes"]
 
 
 def test_parameters_lie_where_the_rules_say(measured):
@@ -106,9 +121,9 @@ def test_the_size_of_a_program_that_the_tpu_compiler_refuses_is_parsed_from_its_
 def fake(total, capacity=100, **more):
     memory = dict(
         parameters_bytes=10, optimizer_bytes=20, temporary_bytes=total - 30, gradient_bytes=10,
-        activation_bytes=total - 40, total_bytes=total, capacity_bytes=capacity,
+        activation_bytes=total - 40, total_bytes=total, program_bytes=total, capacity_bytes=capacity,
     )  # fmt: skip
-    return dict(fits=total <= capacity, per_device=memory, **more)
+    return dict(fits=total <= capacity, per_device=memory, **{"remat": "none", **more})
 
 
 def options(*more):
@@ -128,8 +143,9 @@ def test_the_command_prints_one_object_or_a_table(monkeypatch, capsys, measured)
     chosen = options()
     chosen.main(chosen)
     printed = capsys.readouterr().out
-    assert " 0.0" not in printed
-    for part in ("4 devices, mesh data=1, fsdp=4", "parameters", "fits", "all-gather", "FLOP", "compiled in"):
+    assert " 0.0 " not in printed and " 0.00 " not in printed
+    step = ("a step: about", "by part", "decoder: attention", "the dearest operations")
+    for part in ("4 devices, mesh data=1, fsdp=4", "parameters", "fits", "all-gather", "FLOP", "compiled in", *step):
         assert part in printed
 
 
@@ -141,6 +157,8 @@ def test_the_command_prints_one_object_or_a_table(monkeypatch, capsys, measured)
         (["--config.optimizer.lrr=1"], "did you mean 'lr'"),
         (["--config.data.rows=6"], "data.rows=6 is not divisible"),
         (["--config.model.vision=None"], "a plan needs a whole model; this one has no vision"),
+        (["--memory", "-1"], "--memory -1: expected GiB"),
+        (["--tries", "3"], "--tries 3: expected 1 or more settings to compile, with --best"),
         (["--text", "-5"], "--text -5: expected a number of tokens, 0 or more"),
     ],
 )
@@ -162,6 +180,31 @@ def test_the_nearest_setting_that_fits_is_found(monkeypatch):
     assert tried == [("full", 1, 4), ("full", 2, 4)]
     assert found["change"] == "--config.model.remat=full --config.optimizer.accumulation=2"
     assert found["per_device"]["total_bytes"] == 90
+
+
+def test_the_ladder_names_the_least_recomputation_that_leaves_room(monkeypatch, capsys):
+    compiled = []
+    needs = dict(none=200, dots=95, attention=90, full=80)
+
+    def one(cfg, target, text):
+        compiled.append(cfg.model.remat)
+        used = needs[cfg.model.remat]
+        return fake(used, remat=cfg.model.remat, flops_per_step=7, step_seconds=dict(estimate=used / 10))
+
+    monkeypatch.setattr(plan, "one", one)
+    monkeypatch.setattr(plan, "step_and_batch", lambda cfg, target, text: (needs[cfg.model.remat],))
+    monkeypatch.setattr(plan.remat, "least_bytes", lambda used: 0.9 * used)
+    cfg = dataclasses.replace(tiny.get_config(), model=dataclasses.replace(tiny.get_config().model, remat="auto"))
+    found, chosen = plan.ladder(cfg, dataclasses.replace(FOUR, memory=100))
+    assert compiled == ["dots", "attention", "full"]  # "none" needs more than there is, whatever the compiler does
+    assert chosen.model.remat == found["remat"] == "attention"
+    assert [(row["remat"], row["total_bytes"], row["fits"]) for row in found["ladder"]] == [
+        ("none", None, False), ("dots", 95, False), ("attention", 90, True), ("full", 80, True),
+    ]  # fmt: skip
+    text = "\n".join(plan_report.format_ladder(found))
+    assert "more than 180 bytes" in text and "chosen" in next(line for line in text.splitlines() if "attention" in line)
+    found, chosen = plan.ladder(cfg, dataclasses.replace(FOUR, memory=50))
+    assert chosen.model.remat == "full"  # the last one, though it does not fit
 
 
 def test_where_the_state_alone_does_not_fit_more_devices_are_tried(monkeypatch):

@@ -15,6 +15,8 @@ from deltallava_jax.errors import ConfigError
         ("v5p:2x2x2", "v5p", (2, 2, 2), 8),
         ("h100:8", "h100", (8,), 8),
         ("h100:2x8", "h100", (2, 8), 16),
+        ("b200:8", "b200", (8,), 8),
+        ("rtx4090:1", "rtx4090", (1,), 1),
     ],
 )
 def test_targets_by_name(text, kind, shape, count):
@@ -25,7 +27,7 @@ def test_targets_by_name(text, kind, shape, count):
 
 
 @pytest.mark.parametrize(
-    "text", ["v5e", "v5e:", "v5e:4", "v5p:2x2", "h100:2x8x2", "cpu:0", "b200:8", "h10:8", "v5e:4x4 "]
+    "text", ["v5e", "v5e:", "v5e:4", "v5p:2x2", "h100:2x8x2", "cpu:0", "b100:8", "h10:8", "v5e:4x4 "]
 )
 def test_what_is_no_target_is_refused_with_examples(text):
     with pytest.raises(ConfigError, match=r"v5p:2x2x2"):
@@ -49,3 +51,35 @@ def test_cpu_devices_are_those_of_the_process():
     with pytest.raises(ConfigError, match="has 8 CPU devices"):
         targets.devices(Target("cpu", (9,)))
     assert Target("cpu", (2,)).capacity == 2 * Target("cpu", (4,)).capacity
+
+
+def test_memory_replaces_that_of_the_chip_and_stays_with_larger_slices():
+    target = parse_target("a100:8", 40)
+    assert target.capacity == 40 * 2**30 == target.larger().capacity and str(target) == "a100:8"
+    assert parse_target("a100:8").capacity == pytest.approx(0.95 * 79.15 * 2**30, rel=1e-3)
+    with pytest.raises(ConfigError, match="--memory -2: expected GiB"):
+        parse_target("a100:8", -2)
+
+
+@pytest.mark.parametrize("chip", [chip for chip in targets.CHIPS.values() if chip.gpu], ids=lambda chip: chip.name)
+def test_gpus_are_described_to_the_compiler_and_known_by_their_kind(chip):
+    text = targets.description(chip)
+    assert "$" not in text and f"memory_bandwidth: {int(chip.bandwidth)}\n" in text
+    assert f'device_description_str: "{chip.gpu.name}"' in text
+    assert targets.peak_flops(chip.gpu.name) == chip.peak_flops > chip.float32_flops > 0
+
+
+def test_every_chip_has_a_memory_that_feeds_its_products():
+    for chip in targets.CHIPS.values():
+        assert 100 < chip.peak_flops / chip.bandwidth < 700, chip.name  # operations a byte
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H200", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12), ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 3090", None),
+    ],
+)  # fmt: skip
+def test_peaks_by_the_kind_of_device(kind, peak):
+    assert targets.peak_flops(kind) == peak
