@@ -11,13 +11,17 @@ What to install for SmolLM2 is said in benchmarks/smollm2.py. Both sides run the
 process; torch does so with a thread for each core and with one alone, and the faster of the two counts. Beside the
 speeds stands what the memory allows: all weights read once for a token, at the speed at which torch sums a large array
 in the same rounds.
-Other programs slow both sides, torch's threads more than ours: the load of the machine is written down."""
+Other programs slow both sides, torch's threads more than ours: the load of the machine is written down.
+
+With --workdir or --random each pair of a batch and a budget is a row, the most telling first (144 tokens an image),
+written as soon as it is measured. A call ends after --minutes; the next one of the same command on the same machine
+goes on with the missing rows. Beside tokens a second stands the bound: weights and used cache read once for a token, at
+the memory bandwidth of the data sheet, or where the device is not known, at which it sums a large array."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import os
 import sys
@@ -26,7 +30,7 @@ import time
 from pathlib import Path
 
 from benchmarks import smollm2
-from benchmarks.measure import sizes
+from benchmarks.measure import compiled_inference, sizes
 from benchmarks.program import RESULTS, argument_parser, cores, origin, write_result
 
 PROMPTS = (
@@ -47,6 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--new", type=int, default=30, help="new tokens")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=7, help="after which no further row is begun")
     parser.add_argument("--out", type=Path)
     return parser.parse_args(arguments)
 
@@ -134,54 +139,164 @@ def beside_torch(options: argparse.Namespace) -> list[dict]:
     return results
 
 
-def by_budget(options: argparse.Namespace) -> list[dict]:
+FIRST = (144, 576, 1)  # budgets; the others follow
+# XLA makes a graph of the decode loop's body; with these options, of the whole loop and its conditional.
+ONE_GRAPH = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    "xla_gpu_graph_min_graph_size": 1,
+}
+
+
+def pairs(options: argparse.Namespace, budgets: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(batch, budget), the most telling first."""
+    order = sorted(budgets, key=lambda budget: (FIRST.index(budget) if budget in FIRST else len(FIRST), -budget))
+    return [(rows, budget) for budget in order for rows in map(int, options.batches.split(","))]
+
+
+def by_budget(options: argparse.Namespace, record: dict, out: Path) -> list[dict]:
+    import jax
+
+    from deltallava_jax import load
+    from deltallava_jax.inference.generate import Engine
+    from deltallava_jax.models import systems
+
+    began, results = time.monotonic(), earlier(out, record)
+    engine = load(options.workdir).engine if options.workdir else Engine(*random_model(options.random))
+    speed, left = bandwidth(), pairs(options, systems.budgets(engine.cfg.projector))
+    left = [pair for pair in left if not any((one["batch"], one["budget"]) == pair for one in results)]
+    for done, pair in enumerate(left):
+        if done and time.monotonic() - began > 60 * options.minutes:
+            print(f"{options.minutes:g} minutes are over; the same command measures the other {len(left) - done}")
+            break
+        result = measured(engine, *pair, speed, options)
+        print(json.dumps(result), flush=True)
+        results = sorted([*results, result], key=lambda one: (one["batch"], -one["budget"]))
+        write_result(out, record | {"results": results})
+        if jax.default_backend() == "gpu" and pair == pairs(options, (144,))[0]:
+            result["loop_as_one_graph"] = as_one_graph(engine, *pair, options)
+            print(json.dumps(result), flush=True)
+            write_result(out, record | {"results": results})
+    if options.random:
+        for rows in map(int, options.batches.split(",")):
+            print(ratios(results, rows))
+    return results
+
+
+def earlier(out: Path, record: dict) -> list[dict]:
+    """The rows of a result file that the same command made with the same versions on the same hardware."""
+    found = json.loads(out.read_text()) if out.is_file() else {}
+    same = all(found.get(key) == value for key, value in record.items() if key != "date")
+    return found["results"] if same and found else []
+
+
+def bandwidth() -> dict:
+    """Bytes a second of the device's memory: of its data sheet, else as it sums an array of a GiB."""
+    import jax
+    import jax.numpy as jnp
+
+    from deltallava_jax.analysis.targets import CHIPS
+
+    kind = jax.devices()[0].device_kind
+    for chip in CHIPS.values():
+        if chip.gpu and chip.gpu.name == kind:
+            return {"bytes": chip.bandwidth, "source": f"data sheet of {kind}"}
+    array, add = jnp.ones(2**28), jax.jit(jnp.sum)
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        add(array).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return {"bytes": array.nbytes / min(seconds[1:]), "source": "sum of an array of 1 GiB"}
+
+
+def token_bytes(cfg, rows: int, used: int, dtype_bytes: int) -> int:
+    """Bytes that a step reads at least: every weight but the embedding's unused rows, keys and values of ``used``
+    positions a row."""
+    import jax
+
+    from deltallava_jax.models import decoder
+
+    shapes = jax.eval_shape(lambda: decoder.init_params(cfg, jax.random.key(0)))
+    parts = shapes if cfg.tied_head else {key: shapes[key] for key in ("layers", "head")}
+    weights = sum(leaf.size for leaf in jax.tree.leaves(parts))
+    return dtype_bytes * (weights + rows * used * 2 * cfg.layers * cfg.kv_heads * cfg.head_dim)
+
+
+def asked(engine, rows: int, budget: int):
+    """(prompts, the function that makes their visual tokens)"""
+    import numpy as np
+
+    from deltallava_jax.inference.generate import bucket, prompt_batch
+
+    cfg, rng = engine.cfg, np.random.default_rng(0)
+    ids = rng.integers(3, min(cfg.decoder.vocab_size, 300), TEXT + 1).astype(np.int32)
+    ids[1] = 0  # the image
+    batch, side = prompt_batch([prompt(ids)] * rows, bucket(len(ids))), cfg.vision.image_size
+    pixels = rng.integers(0, 256, (rows, side, side, 3)).astype(np.uint8)
+    return batch, functools.partial(engine.encode, pixels, batch, budget=budget)
+
+
+def measured(engine, rows: int, budget: int, speed: dict, options: argparse.Namespace) -> dict:
+    import jax.numpy as jnp
+    import numpy as np
+
+    cfg, (batch, look) = engine.cfg, asked(engine, rows, budget)
+    ours(engine, batch, look, options.new)  # compiles
+    first, step = np.median([ours(engine, batch, look, options.new) for _ in range(options.rounds)], axis=0)
+    least = token_bytes(cfg.decoder, rows, TEXT + budget + options.new // 2, jnp.dtype(cfg.dtype).itemsize)
+    return {
+        "batch": rows,
+        "budget": budget,
+        "first_ms": round(first * 1e3, 1),
+        "tokens_per_second": round(rows / step, 1),
+        "bound_tokens_per_second": round(rows * speed["bytes"] / least, 1),
+        "share_of_the_bound": round(least / speed["bytes"] / step, 3),
+        "bandwidth": speed["source"],
+        "new_tokens_per_second_of_the_whole_call": round(rows * options.new / (first + step * (options.new - 1)), 1),
+    }
+
+
+def as_one_graph(engine, rows: int, budget: int, options: argparse.Namespace) -> dict:
+    """The decode loop of ``ours``, compiled with ONE_GRAPH."""
     import jax
     import numpy as np
 
-    from deltallava_jax import load
-    from deltallava_jax.data.conversation import Tokenized
-    from deltallava_jax.inference.generate import Engine, bucket, prompt_batch
-    from deltallava_jax.models import systems
+    from deltallava_jax.inference import slots as device
+    from deltallava_jax.inference.sampling import Sampling
 
-    engine = load(options.workdir).engine if options.workdir else Engine(*random_model(options.random))
-    cfg, rng, results = engine.cfg, np.random.default_rng(0), []
-    weights = sum(x.nbytes for x in jax.tree.leaves(engine.params["decoder"]))
-    for rows in map(int, options.batches.split(",")):
-        ids = rng.integers(3, min(cfg.decoder.vocab_size, 300), TEXT + 1).astype(np.int32)
-        ids[1] = 0  # the image
-        nothing = np.zeros(len(ids), np.int32)
-        one = Tokenized(ids, nothing > 0, np.ones(1, np.int32), nothing, np.zeros((1, 0), np.int32))
-        batch, side = prompt_batch([one] * rows, bucket(len(ids))), cfg.vision.image_size
-        pixels = rng.integers(0, 256, (rows, side, side, 3)).astype(np.uint8)
-        known = systems.budgets(cfg.projector)
-        look = {budget: functools.partial(engine.encode, pixels, batch, budget=budget) for budget in known}
-        for visual in look.values():
-            ours(engine, batch, visual, options.new)  # compiles
-        times = {budget: [] for budget in known}
-        for _ in range(options.rounds):
-            for budget, visual in look.items():
-                times[budget].append(ours(engine, batch, visual, options.new))
-        for budget, found in times.items():
-            first, step = np.median(found, axis=0)
-            whole = first + step * (options.new - 1)
-            result = {
-                "batch": rows,
-                "budget": budget,
-                "first_ms": round(first * 1e3, 1),
-                "tokens_per_second": round(rows / step, 1),
-                "new_tokens_per_second_of_the_whole_call": round(rows * options.new / whole, 1),
-                "weights_gigabytes_per_second": round(weights / step / 1e9, 1),
-            }
-            print(json.dumps(result), flush=True)
-            results.append(result)
-        if options.random:
-            print(ratios(results, rows))
-    return results
+    batch, look = asked(engine, rows, budget)
+    visual, program, seconds = look(), None, []
+    for _ in range(options.rounds + 1):
+        slots = engine.prefill(batch, *visual, [Sampling(max_new_tokens=options.new)] * rows, -1)
+        if program is None:
+            try:
+                lowered = device.decode.lower(engine.params, engine.cfg, slots, device.CHUNK)
+                program = lowered.compile(compiler_options=ONE_GRAPH)
+            except jax.errors.JaxRuntimeError as error:
+                return {"refused": str(error).splitlines()[0]}
+        np.asarray(slots.token)
+        began = time.perf_counter()
+        while np.asarray(slots.active).any():
+            slots, _ = program(engine.params, slots, device.CHUNK)
+        seconds.append((time.perf_counter() - began) / (options.new - 1))
+    return {"tokens_per_second": round(rows / float(np.median(seconds[1:])), 1)}
+
+
+def prompt(ids):
+    """With an image at its second token."""
+    import numpy as np
+
+    from deltallava_jax.data.conversation import Tokenized
+
+    nothing = np.zeros(len(ids), np.int32)
+    return Tokenized(ids, nothing > 0, np.ones(1, np.int32), nothing, np.zeros((1, 0), np.int32))
 
 
 def ratios(results: list[dict], rows: int) -> str:
     """Tokens a second of whole calls as shares of those at 576 visual tokens, beside the paper's."""
     rate = {one["budget"]: one["new_tokens_per_second_of_the_whole_call"] for one in results if one["batch"] == rows}
+    if 576 not in rate:
+        return f"batch {rows}: 576 visual tokens are not measured yet"
     paper = lambda budget: f" (the paper's: {PAPER[budget] / PAPER[576]:.2f})" if budget in PAPER else ""
     shares = [f"{budget}: {each / rate[576]:.2f}{paper(budget)}" for budget, each in rate.items()]
     return f"batch {rows}, ratio to 576 visual tokens: " + ", ".join(shares)
@@ -204,74 +319,15 @@ def random_model(size: str):
     return jax.tree.map(lambda leaf: draw(next(keys), leaf.shape), shapes), cfg
 
 
-def compile_for(options: argparse.Namespace) -> list[dict]:
-    """Compiles what the measurement runs, for one device of the target; the memory that each program takes there.
-
-    Without a GPU the compiler makes no kernels of its own for the products, so that a single row's head is widened to
-    float32 first (0.5 GiB for a 7B): on the GPU that is one fused kernel."""
-    from deltallava_jax.analysis import targets
-
-    target = targets.parse_target(options.compile_for)
-    targets.prepare(target)
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import SingleDeviceSharding
-
-    from deltallava_jax.data.conversation import Tokenized
-    from deltallava_jax.inference import slots as device
-    from deltallava_jax.inference.generate import bucket, prompt_batch
-    from deltallava_jax.inference.sampling import Sampling, controls
-    from deltallava_jax.models import decoder, systems, vlm
-
-    place = SingleDeviceSharding(targets.devices(target)[0])
-    there = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
-    like = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-    cfg, results = random_config(options.random), []
-
-    def serving():
-        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), vlm.init_params(cfg, jax.random.key(0)))
-        return {**params, "decoder": decoder.unstacked(params["decoder"], cfg.decoder, cfg.dtype)}
-
-    params = there(jax.eval_shape(serving))
-    nothing = np.zeros(TEXT + 1, np.int32)
-    one = Tokenized(nothing, nothing > 0, np.ones(1, np.int32), nothing, np.zeros((1, 0), np.int32))
-    side, length = cfg.vision.image_size, bucket(len(nothing))
-    for rows, budget in itertools.product(map(int, options.batches.split(",")), systems.budgets(cfg.projector)):
-        batch, said = prompt_batch([one] * rows, length), controls([Sampling(max_new_tokens=options.new)] * rows, -1)
-        visual = like((rows, budget, cfg.decoder.width), jnp.bfloat16)
-        read = functools.partial(device.prefill, capacity=bucket(length + budget - 1 + options.new))
-        slots = there(jax.eval_shape(lambda *x, read=read: read(x[0], cfg, *x[1:]), params, batch, visual, None, said))
-        programs = {
-            "encode": (device.encode, (like((rows, side, side, 3), jnp.uint8),), {"budget": budget}),
-            "prefill": (device.prefill, (there(batch), visual, None, there(said)), read.keywords),
-            "decode": (device.decode, (slots, like((), jnp.int32)), {}),
-        }
-        for name, (program, arguments, fixed) in programs.items():
-            memory = program.lower(params, cfg, *arguments, **fixed).compile().memory_analysis()
-            gib = lambda size: round(size / 2**30, 2)
-            result = {
-                "batch": rows,
-                "budget": budget,
-                "program": name,
-                "arguments_gib": gib(memory.argument_size_in_bytes),
-                "beside_them_gib": gib(memory.temp_size_in_bytes + memory.output_size_in_bytes),
-                "in_place_gib": gib(memory.alias_size_in_bytes),
-            }
-            print(json.dumps(result), flush=True)
-            results.append(result)
-    return results
-
-
 def main() -> None:
     options = parse()
-    hardware = f"compiled for {options.compile_for}, not run" if options.compile_for else ""
+    if options.compile_for and not options.random:
+        sys.exit("--compile-for needs --random")
     if options.compile_for:
-        results = compile_for(options)
-    else:
-        results = by_budget(options) if options.workdir or options.random else beside_torch(options)
+        compiled_inference.prepare(options.compile_for)
     import jax
 
+    hardware = f"compiled for {options.compile_for}, not run" if options.compile_for else ""
     hardware = hardware or f"{jax.devices()[0].device_kind}, {cores()}"
     name = "compiled" if options.compile_for else "random" if options.random else "workdir"
     packages = ("jax",)
@@ -281,8 +337,11 @@ def main() -> None:
     out = options.out or RESULTS / f"inference_{name}.json"
     record = origin(__spec__.name, [Path(word).name for word in sys.argv[1:]], hardware, packages)
     record["new_tokens"] = options.new
-    if not options.compile_for:
+    if options.compile_for:
+        results = compiled_inference.programs(random_config(options.random), options)
+    else:
         record |= {"rounds": options.rounds, "pairs": "ours, transformers'"}
+        results = by_budget(options, record, out) if options.workdir or options.random else beside_torch(options)
     write_result(out, record | {"results": results})
     print(f"written to {out}")
 

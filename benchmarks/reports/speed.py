@@ -83,11 +83,11 @@ def throughput() -> str:
         found, rows = json.loads(file.read_text()), []
         for one in found["results"]:
             key = "new_tokens_per_second_of_the_whole_call"
-            most = next(each for each in found["results"] if (each["batch"], each["budget"]) == (one["batch"], 576))
+            same = {each["budget"]: each[key] for each in found["results"] if each["batch"] == one["batch"]}
             paper = inference.PAPER.get(one["budget"])
             rows.append([
                 str(one["batch"]), str(one["budget"]), f"{one['first_ms']:.0f}", f"{one['tokens_per_second']:.1f}",
-                f"{one[key]:.1f}", f"{one[key] / most[key]:.2f}",
+                f"{one[key]:.1f}", f"{one[key] / same[576]:.2f}" if 576 in same else "",
                 f"{paper / inference.PAPER[576]:.2f}" if paper and one["batch"] == 1 else "",
             ])  # fmt: skip
         head = ["Batch", "Tokens", "First token, ms", "Then tokens/s", "Tokens/s of the whole", "Ratio to 576",

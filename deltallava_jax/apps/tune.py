@@ -132,7 +132,7 @@ def main(options: argparse.Namespace) -> None:
     measured = tune(step, [Program(text, images, budget)], cli.log, again=options.again)
     kind = devices.device()[1]
     if not measured:
-        reason = "it is forced, or no kernel takes it" if tuning.has_kernels() else f"only XLA runs on {kind}"
+        reason = "it is forced, or no kernel takes it" if tuning.has_kernels() else f"on {kind} nothing is measured"
         print(f"nothing to choose for the attention of {cfg.name} here: {reason}")
         return
     print(f"attention of {cfg.name} on {kind}, forward and backward; kept in {tuning.file(cache.folder())}")

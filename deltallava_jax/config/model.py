@@ -123,7 +123,7 @@ class FastVConfig:
 
 
 # Implementations of kernels/; "auto": the one that was measured to be the fastest, else the library's for the device.
-ATTENTION = ("auto", "xla", "splash", "cudnn")
+ATTENTION = ("auto", "xla", "blocks", "splash", "cudnn")
 WINDOWED_ATTENTION = ("auto", "xla", "pallas")
 REMAT_LADDER = ("none", "dots", "attention", "full")  # from the least recomputation to the least memory
 REMAT_POLICIES = ("auto", *REMAT_LADDER)
@@ -158,7 +158,9 @@ class ModelConfig:
     fastv: FastVConfig | None = None  # drops visual tokens inside the decoder, in inference only; None: off
     dtype: str = "bfloat16"  # compute dtype, bfloat16 or float32; trained parameters are always float32
     remat: str = "none"  # recomputed in the backward pass: none, all but dots, all but attention, full; auto: by memory
-    attention: str = "auto"  # of rows that attend to themselves: auto (measured), xla, splash (TPU) or cudnn (NVIDIA)
+    attention: str = (
+        "auto"  # of rows that attend to themselves: auto (measured), xla, blocks (CPU), splash (TPU), cudnn
+    )
     windowed_attention: str = "auto"  # of Delta, TokenPacker and QueCC: auto (measured), xla or pallas
     loss_chunk: int = 512  # row positions whose logits are in memory at a time
     tower_images: int = 0  # images of a row that the tower processes at a time; 0: all

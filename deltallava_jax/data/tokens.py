@@ -67,9 +67,18 @@ class Tokenizer:
         """A digest of everything that determines the ids."""
         return hashlib.sha256(f"{self._backend.to_str()} {self._names}".encode()).hexdigest()
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, special tokens left out."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+    def decode(self, ids: Iterable[int], *, strip: bool = True) -> str:
+        """Text of ids, special tokens left out. strip: without the white space around it."""
+        text = self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        return text.strip() if strip else text
+
+    def has_text(self, id: int) -> bool:
+        """False for special tokens and for ids beyond the vocabulary: ``decode`` leaves them out."""
+        return bool(self._backend.id_to_token(int(id))) and int(id) not in self._special
+
+    @functools.cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(id for id, token in self._backend.get_added_tokens_decoder().items() if token.special)
 
     def save(self, path: str | Path) -> None:
         """Writes tokenizer.json, and beside it tokenizer_config.json with the names of the special tokens."""

@@ -15,11 +15,11 @@ from jaxtyping import Array, Bool, Float, UInt8
 from deltallava_jax.config import ModelConfig
 from deltallava_jax.data import cache
 from deltallava_jax.data.conversation import Tokenized
-from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.inference import slots as device
 from deltallava_jax.inference.sampling import GREEDY, Sampling, controls
 from deltallava_jax.inference.slots import CHUNK, Slots
+from deltallava_jax.inference.text import Text
 from deltallava_jax.kernels import tuning
 from deltallava_jax.models import decoder, systems
 from deltallava_jax.models.layers import Params
@@ -70,6 +70,7 @@ class Engine:
         tuning.recall(tuning.file(cache.folder()))
         self.cfg = cfg
         self.params = {**params, "decoder": decoder.unstacked(params["decoder"], cfg.decoder, cfg.dtype)}
+        self._weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params["decoder"]))
 
     def encode(
         self, images: UInt8[np.ndarray, "n H W 3"], prompts: Batch | None = None, *, budget: int | None = None
@@ -144,7 +145,8 @@ class Engine:
 
     def decode(self, slots: Slots, steps: int = CHUNK) -> tuple[Slots, list[list[int]]]:
         """Up to ``steps`` further tokens of every active slot."""
-        slots, out = device.decode(self.params, self.cfg, slots, steps)
+        read = device.read_lengths(slots, steps, self._weights)
+        slots, out = device.decode(self.params, self.cfg, slots, steps, read=read)
         return slots, [[int(token) for token in row if token >= 0] for row in np.asarray(out)]
 
     def tokens(
@@ -180,52 +182,6 @@ def _require_matching_images(prompts: Batch, images: int) -> None:
     rows, places = prompts.image_positions.shape
     if rows * places != images:
         raise ValueError(f"{rows} prompts with {places} image places each, but {images} images")
-
-
-class Text:
-    """Decodes the text of an answer token by token. ``add`` returns the new text that is final: no incomplete
-    characters, no possible start of a stop text; ``close`` returns the rest. finish: "stop" or "length" at the end."""
-
-    def __init__(self, tokenizer: Tokenizer, end: int, stop: Sequence[str] = ()):
-        self.tokenizer = tokenizer
-        self.end = end
-        self.stop = stop
-        self.ids: list[int] = []  # of the text: without the end token and the token that completed a stop text
-        self.text = ""
-        self.finish: str | None = None
-
-    def add(self, token: int) -> str:
-        if token == self.end:
-            self.finish = "stop"
-            return self._upto(self.tokenizer.decode(self.ids))
-        text = self.tokenizer.decode([*self.ids, token])
-        found = [text.index(stop) for stop in self.stop if stop in text]
-        if found:
-            self.finish = "stop"
-            return self._upto(text[: min(found)])
-        self.ids.append(token)
-        final = text.rstrip("\ufffd")
-        held = max((_overlap(final, stop) for stop in self.stop), default=0)
-        return self._upto(final[: len(final) - held])
-
-    def close(self) -> str:
-        if self.finish is not None:
-            return ""
-        self.finish = "length"
-        return self._upto(self.tokenizer.decode(self.ids))
-
-    def _upto(self, text: str) -> str:
-        new = text[len(self.text) :]
-        self.text += new
-        return new
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of the text that may become the stop text."""
-    for size in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
 
 
 class Clock:

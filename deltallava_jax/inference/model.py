@@ -28,8 +28,9 @@ from deltallava_jax.data.conversation import (
 from deltallava_jax.data.images import load_image
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import ConfigError
-from deltallava_jax.inference.generate import Answer, Engine, Text, bucket, halted, prompt_batch
+from deltallava_jax.inference.generate import Answer, Engine, bucket, halted, prompt_batch
 from deltallava_jax.inference.sampling import Sampling
+from deltallava_jax.inference.text import Text
 from deltallava_jax.models import systems
 from deltallava_jax.models.layers import Params
 

@@ -16,9 +16,10 @@ import numpy as np
 from deltallava_jax.data.conversation import Tokenized
 from deltallava_jax.errors import Busy, ConfigError
 from deltallava_jax.inference import slots as device
-from deltallava_jax.inference.generate import STREAMED, Text, bucket, prompt_batch
+from deltallava_jax.inference.generate import STREAMED, bucket, prompt_batch
 from deltallava_jax.inference.model import Model
 from deltallava_jax.inference.sampling import GREEDY, Sampling, controls
+from deltallava_jax.inference.text import Text
 
 
 @dataclass

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from deltallava_jax.config import ModelConfig
@@ -22,6 +23,8 @@ from deltallava_jax.models.layers import Params
 from deltallava_jax.sequence import Batch, Layout, layout, text_layout
 
 CHUNK = 16  # most tokens that one call of ``decode`` generates in a slot
+LEAST = 64  # positions of a cache: read lengths are multiples of it
+WORTH = 0.05  # of a step's bytes: what a shorter read must save to be worth a program of its own
 
 
 @jax.tree_util.register_dataclass
@@ -108,10 +111,39 @@ def extend(
         return _run_prompts(params, cfg, slots, prompts, visual, valid, fresh=False)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("slots",))
-def decode(params: Params, cfg: ModelConfig, slots: Slots, steps: int) -> tuple[Slots, Int[Array, "B CHUNK"]]:
-    """Up to ``steps`` (at most CHUNK) further tokens of each active slot; -1 where there is none."""
+def read_lengths(slots: Slots, steps: int, weights: int) -> tuple[int, ...]:
+    """Positions of each cache that ``steps`` further tokens of the active slots need, in few different lengths: the
+    capacity, its half, its quarter, ... down to where the half would save too little of what a step reads.
+
+    weights: bytes of the decoder. Waits for the slots."""
+    lengths, active = jax.device_get(([cache.length for cache in slots.caches], slots.active))
+    return tuple(
+        read_length(int(np.max(length, where=active, initial=0)) + min(steps, CHUNK), cache, weights)
+        for length, cache in zip(lengths, slots.caches, strict=True)
+    )
+
+
+def read_length(used: int, cache: decoder.Cache, weights: int) -> int:
+    """Of a cache of which the first ``used`` positions are needed."""
+    capacity = length = cache.live.shape[1]
+    position = sum(x.size * x.dtype.itemsize for x in (*cache.k, *cache.v)) // capacity  # bytes
+    while length > LEAST:
+        half = -(-length // (2 * LEAST)) * LEAST
+        if used > half or (length - half) * position < WORTH * (weights + length * position):
+            break
+        length = half
+    return length
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "read"), donate_argnames=("slots",))
+def decode(
+    params: Params, cfg: ModelConfig, slots: Slots, steps: int, *, read: tuple[int, ...] | None = None
+) -> tuple[Slots, Int[Array, "B CHUNK"]]:
+    """Up to ``steps`` (at most CHUNK) further tokens of each active slot; -1 where there is none.
+
+    read: positions of each cache that are read, see ``read_lengths``; by default all."""
     B = slots.token.shape[0]
+    lengths = read or (None,) * len(slots.caches)
 
     def unfinished(carry):
         step, slots, _ = carry
@@ -122,8 +154,10 @@ def decode(params: Params, cfg: ModelConfig, slots: Slots, steps: int) -> tuple[
         rows = text_layout(slots.position[:, None], slots.active[:, None].astype(jnp.int32))
         hidden = decoder.embed(params["decoder"], cfg.decoder, slots.token[:, None], cfg.dtype)
         caches = []
-        for layers, cache in zip(layer_slices(cfg), slots.caches, strict=True):
-            hidden, cache = decoder.forward(params["decoder"], cfg.decoder, hidden, rows, layers=layers, cache=cache)
+        for layers, cache, length in zip(layer_slices(cfg), slots.caches, lengths, strict=True):
+            hidden, cache = decoder.forward(
+                params["decoder"], cfg.decoder, hidden, rows, layers=layers, cache=cache, read=length
+            )  # fmt: skip
             caches.append(cache)
         position = slots.position + slots.active
         after = _sample(params, cfg, dataclasses.replace(slots, caches=tuple(caches), position=position), hidden)

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -53,8 +53,9 @@ class Operation:
     package: where the modules of the kernels are; ``refusal(*arguments)`` of a module is why its kernel cannot run on
     such arrays, None where it can. kernels: implementation -> platform -> module, relative to the package.
     refusal_of_all: the same for every kernel. is_forced: whether a forced name holds for such arrays. default: platform
-    -> the kernel that is taken unmeasured, by the arguments; None: XLA. call, trial: the ``Call`` of arguments, and
-    a ``Trial`` of it."""
+    -> the kernel that is taken unmeasured, by the arguments; None: XLA. settled: platforms on which runs need not
+    measure, as the default is known to be the fastest. call, trial: the ``Call`` of arguments, and a ``Trial`` of
+    it."""
 
     name: str
     setting: str
@@ -65,6 +66,7 @@ class Operation:
     default: Callable[..., str | None]
     call: Callable[..., Call]
     trial: Callable[[Call], Trial]
+    settled: set[str] = field(default_factory=set)
 
     @property
     def implementations(self) -> tuple[str, ...]:

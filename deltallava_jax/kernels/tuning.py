@@ -40,9 +40,10 @@ PACKAGES = (
 
 
 def has_kernels() -> bool:
-    """Whether there is any kernel for the target platform."""
+    """Whether there is any kernel to choose on the target platform."""
     platform = devices.device()[0]
-    return any(platform in modules for operation in OPERATIONS for modules in operation.kernels.values())
+    open_ = [operation for operation in OPERATIONS if platform not in operation.settled]
+    return any(platform in modules for operation in open_ for modules in operation.kernels.values())
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,13 @@ MATRICES = ("kernel", "embedding")  # the last names of matrices' paths; the res
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of a slice of the layers, one array per layer; of a row's C positions the first ``length`` are
-    written.
+    written. Heads come before positions: the products of attention then read the cache as it lies, where CPUs would
+    first copy it.
 
     live: the written positions that hold a token; padding and missing visual tokens are not attended to."""
 
-    k: tuple[Float[Array, "B C G D"], ...]
-    v: tuple[Float[Array, "B C G D"], ...]
+    k: tuple[Float[Array, "B G C D"], ...]
+    v: tuple[Float[Array, "B G C D"], ...]
     live: Bool[Array, "B C"]
     length: Int[Array, " B"]
 
@@ -226,7 +227,7 @@ def layer(params: Params, cfg: DecoderConfig, index: int) -> Layer:
 
 def init_cache(cfg: DecoderConfig, rows: int, capacity: int, dtype=jnp.float32, layers: int | None = None) -> Cache:
     """An empty cache for ``rows`` rows of at most ``capacity`` tokens, for that many layers (all by default)."""
-    shape = (rows, capacity, cfg.kv_heads, cfg.head_dim)
+    shape = (rows, cfg.kv_heads, capacity, cfg.head_dim)
     count = cfg.layers if layers is None else layers
     return Cache(
         k=tuple(jnp.zeros(shape, dtype) for _ in range(count)),
@@ -236,13 +237,28 @@ def init_cache(cfg: DecoderConfig, rows: int, capacity: int, dtype=jnp.float32, 
     )
 
 
-def append(cache: Array, new: Array, at: Int[Array, " B"]) -> Array:
-    """new [B, Q, ...] written into cache [B, C, ...], in each row from its own position ``at``, as far as C goes."""
-    if cache.shape[0] == 1:  # a slice is written in place on every backend, a scatter is slower on CPUs
-        return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), at[0], axis=1)
+def append(cache: Array, new: Array, at: Int[Array, " B"] | None, axis: int = 1) -> Array:
+    """new [B, Q, ...] written into cache, whose positions are on ``axis``, in each row from its own position ``at``, or
+    from the start for None. In place: a scatter would copy the cache on CPUs, slices would be a kernel a row on GPUs.
+    """
+    new = new.astype(cache.dtype)
     rows = jnp.arange(cache.shape[0])[:, None]
-    positions = at[:, None] + jnp.arange(new.shape[1])
-    return cache.at[rows, positions].set(new.astype(cache.dtype), mode="drop")
+    turned = jnp.moveaxis(new, 1, axis)
+    if at is None or len(cache) == 1:
+        return jax.lax.dynamic_update_slice_in_dim(cache, turned, 0 if at is None else at[0], axis)
+
+    def slices(cache):
+        for row in range(len(cache)):
+            start = [row] + [0] * (cache.ndim - 1)
+            start[axis] = at[row]
+            cache = jax.lax.dynamic_update_slice(cache, turned[row : row + 1], start)
+        return cache
+
+    def scatter(cache):
+        place = (rows, *[slice(None)] * (axis - 1), at[:, None] + jnp.arange(new.shape[1]))
+        return cache.at[place].set(new, mode="drop")
+
+    return jax.lax.platform_dependent(cache, cpu=slices if new.shape[1] == 1 else scatter, default=scatter)
 
 
 def forward(
@@ -254,19 +270,21 @@ def forward(
     layers: tuple[int, int] | None = None,
     cache: Cache | None = None,
     fresh: bool = False,
+    read: int | None = None,
     remat: str = "none",
 ) -> tuple[Float[Array, "B Q d"], Cache | None]:
     """Hidden state ``layers[0]`` -> hidden state ``layers[1]`` (all layers by default), without the final norm.
 
     layout: rotary positions and segments of the Q tokens. With a cache of this slice of layers, the tokens are appended
     to it and attend to what it holds; it must have the capacity, and the next call overwrites padding at the end of
-    the Q. fresh: the cache is empty, so the tokens attend to each other alone. remat: what the backward pass
-    recomputes, without a cache. Returns (hidden, the cache or None)."""
+    the Q. fresh: the cache is empty, so the tokens attend to each other alone. read: positions of the cache that are
+    read, at least those that are used after this call in rows whose result matters; by default all. remat: what the
+    backward pass recomputes, without a cache. Returns (hidden, the cache or None)."""
     first, last = layers or (0, cfg.layers)
     with jax.named_scope(f"decoder_layers_{first}_{last}"):
         if cache is None:
             return _forward_rows(params, cfg, hidden, layout, range(first, last), remat), None
-        return _forward_cached(params, cfg, hidden, layout, range(first, last), cache, fresh)
+        return _forward_cached(params, cfg, hidden, layout, range(first, last), cache, fresh, read)
 
 
 def _forward_rows(
@@ -299,6 +317,7 @@ def _forward_cached(
     layers: range,
     cache: Cache,
     fresh: bool,
+    read: int | None,
 ) -> tuple[Float[Array, "B Q d"], Cache]:
     """The next tokens of each row through these layers: prefill (``fresh``), or continue what the cache holds."""
     if layout.branches is not None:
@@ -309,20 +328,22 @@ def _forward_cached(
     start = cache.length
     count = hidden.shape[1]
     new = layout.segments > 0
-    live = append(cache.live, new, start)
+    at = None if fresh else start
+    live = append(cache.live, new, at)
     if fresh:
         mask = causal(new.astype(jnp.int32))
     else:
-        before = jnp.arange(live.shape[1]) <= start[:, None, None] + jnp.arange(count)[:, None]
-        mask = AttentionMask((live[:, None] & before)[:, None])
+        seen = live[:, :read]
+        before = jnp.arange(seen.shape[1]) <= start[:, None, None] + jnp.arange(count)[:, None]
+        mask = AttentionMask((seen[:, None] & before)[:, None])
     keys, values = list(cache.k), list(cache.v)
     for place, index in enumerate(layers):
         block = layer(params, cfg, index)
         q, k, v = block.heads(hidden, rotary)
-        keys[place] = append(keys[place], k, start)
-        values[place] = append(values[place], v, start)
+        keys[place] = append(keys[place], k, at, axis=2)
+        values[place] = append(values[place], v, at, axis=2)
         if not fresh:
-            k, v = keys[place], values[place]
+            k, v = (jnp.swapaxes(x[place][:, :, :read], 1, 2) for x in (keys, values))
         hidden = block.feed(block.attend(hidden, q, k, v, mask))
     used = jnp.where(new.any(1), count - jnp.argmax(new[:, ::-1], axis=1), 0).astype(jnp.int32)
     return hidden, Cache(tuple(keys), tuple(values), live, start + used)

@@ -116,9 +116,14 @@ class Linear(nnx.Module):
 
 
 def output_major(kernel: Float[Array, "D C"], rows: Float[Array, "R C"], dtype=None) -> Float[Array, "R D"]:
-    """rows @ kernel.T as kernel @ rows.T: for a few rows XLA's CPU matmul is then about twice as fast. The barrier
-    keeps the compiler from transposing it back. dtype: of the result, by default that of the rows."""
-    product = jnp.matmul(kernel.astype(rows.dtype), rows.T, preferred_element_type=dtype or rows.dtype)
+    """rows @ kernel.T as kernel @ rows.T: for a few rows XLA's CPU matmul is then about twice as fast. The barriers
+    keep the compiler from transposing it back, and on GPUs from concatenating the kernels of products that share
+    ``rows``, at every token. dtype: of the result, by default that of the rows."""
+    kind = dtype or rows.dtype
+    if len(rows) == 1 and kind != rows.dtype:  # GPUs have no such product of a vector: they would widen the kernel
+        return (kernel.astype(kind) * rows.astype(kind)).sum(1)[None]
+    kernel, rows = jax.lax.optimization_barrier((kernel, rows))
+    product = jnp.matmul(kernel.astype(rows.dtype), rows.T, preferred_element_type=kind)
     return (product if len(rows) == 1 else jax.lax.optimization_barrier(product)).T
 
 

@@ -17,9 +17,10 @@ from deltallava_jax.data.conversation import IMAGE, TEMPLATES
 from deltallava_jax.data.pipeline import Rows
 from deltallava_jax.data.records import Record
 from deltallava_jax.errors import BadSample
-from deltallava_jax.inference.generate import Answer, Text
+from deltallava_jax.inference.generate import Answer
 from deltallava_jax.inference.model import Chat, Model
 from deltallava_jax.inference.sampling import GREEDY
+from deltallava_jax.inference.text import Text
 from tests.inference.models import TEXTS, model, picture
 
 FIRST, ANSWER, NEXT = "is </s> it <|im_end|> red?", "<s> yes <|eot_id|>{}", "what color is the shape?<pad>"

@@ -13,7 +13,7 @@ from PIL import Image
 import deltallava_jax
 from deltallava_jax.data.conversation import TEMPLATES, end_ids
 from deltallava_jax.errors import BadSample, ConfigError
-from deltallava_jax.inference.generate import Clock, Engine, Text, bucket, prompt_batch
+from deltallava_jax.inference.generate import Clock, Engine, bucket, prompt_batch
 from deltallava_jax.inference.model import Model
 from deltallava_jax.inference.sampling import Sampling
 from tests.inference.models import decoder_alone, model, picture, visual
@@ -156,18 +156,6 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it():
     answer = model().stream(picture(), QUESTION, max_new_tokens=30, stop=[stop, "never generated"])
     pieces = list(answer)
     assert "".join(pieces) == whole[: whole.index(stop)] and answer.finish == "stop"
-
-
-def test_half_characters_and_beginnings_of_stop_texts_are_held_back():
-    tokenizer = model().tokenizer
-    ids = tokenizer.encode("é red, redder")[0]
-    text = Text(tokenizer, end=2, stop=("redd!",))
-    pieces = [text.add(token) for token in ids] + [text.close()]
-    assert "".join(pieces) == "é red, redder" and not any("\ufffd" in piece for piece in pieces)
-    assert text.finish == "length"
-    text = Text(tokenizer, end=2, stop=("redd",))
-    pieces = [text.add(token) for token in ids if text.finish is None]
-    assert "".join(pieces) == "é red, " and text.finish == "stop"
 
 
 def test_a_cancelled_answer_ends_early():

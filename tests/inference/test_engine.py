@@ -158,3 +158,48 @@ def test_the_repetition_penalty_counts_prompt_and_answer():
     (forbidden,) = answers(engine, one, sampling=dataclasses.replace(SHORT, repetition_penalty=1e6))
     assert len(set(forbidden)) == NEW and not set(forbidden) & set(one[0].ids.tolist())
     assert free != forbidden and max(forbidden) < VOCAB
+
+
+@pytest.mark.parametrize("fastv", [False, True])
+def test_a_cache_read_to_its_used_length_gives_the_same_answers(fastv, monkeypatch):
+    """Rows of unequal lengths, one of which ends early: as from the whole cache. The lengths are few, and follow the
+    active rows."""
+    engine = model(fastv).engine
+    prompts, long = [prompt(length, 1, length) for length in (5, 29)], dataclasses.replace(SHORT, max_new_tokens=40)
+    rows = [long, dataclasses.replace(DRAWN, max_new_tokens=4)]
+    batch, shown = prompt_batch(prompts, 32), visual(engine, [picture(1), picture(2)], 4)
+
+    def answer():
+        slots, out, read = engine.prefill(batch, *shown, rows, -1, capacity=192), [], []
+        while np.asarray(slots.active).any():
+            read.append(device.read_lengths(slots, 3, engine._weights))
+            used = np.max([cache.length for cache in slots.caches], axis=1, where=np.asarray(slots.active), initial=0)
+            assert all(used + 3 <= read[-1])
+            slots, new = engine.decode(slots, 3)
+            out.append(new)
+        return out, read
+
+    monkeypatch.setattr(device, "LEAST", 192)
+    expected, whole = answer()
+    assert {max(read) for read in whole} == {192}
+    monkeypatch.setattr(device, "LEAST", 16)
+    monkeypatch.setattr(device, "WORTH", 0.0)
+    mine, read = answer()
+    assert mine == expected and len(mine) > 10
+    assert sorted({one[0] for one in read}) == [16, 32, 48] and read[0][0] == read[-1][0] == 48
+
+
+def test_shorter_reads_are_programs_that_pay():
+    """A length is the capacity, its half, ... : the next half is taken only where it fits and saves a twentieth."""
+    engine = model().engine
+    slots = device.empty(engine.cfg, controls([SHORT] * 2, -1), rows=2, capacity=1000)
+    (cache,) = slots.caches
+    slots = dataclasses.replace(slots, active=np.array([True, False]))
+    at = lambda used: dataclasses.replace(
+        slots, caches=(dataclasses.replace(cache, length=np.array([used, 999], np.int32)),)
+    )
+    lengths = [device.read_lengths(at(used), 16, 0)[0] for used in range(1, 984)]
+    assert all(used + 16 <= length for used, length in enumerate(lengths, 1))
+    assert sorted(set(lengths)) == [64, 128, 256, 512, 1000]
+    whole = sum(x.nbytes for x in cache.k + cache.v)
+    assert [device.read_lengths(at(9), 16, times * whole) for times in (8, 20)] == [(512,), (1000,)]

@@ -62,10 +62,12 @@ def module(function):
 
 def plant(*functions):
     """Adds them to dense attention's kernels, until ``uproot``."""
+    OPERATION.settled.discard("cpu")
     OPERATION.kernels.update({function.__name__: module(function) for function in functions})
 
 
 def uproot():
-    for name in [name for name, modules in OPERATION.kernels.items() if "cpu" in modules]:
+    OPERATION.settled.add("cpu")
+    for name in [name for name, modules in OPERATION.kernels.items() if modules.get("cpu", "").startswith("planted")]:
         del OPERATION.kernels[name]
     registry.use("", {})

@@ -9,7 +9,7 @@ import pytest
 
 from deltallava_jax.config import DecoderConfig
 from deltallava_jax.kernels import devices
-from deltallava_jax.kernels.attention import AttentionMask, attention, causal, cudnn, dispatch, splash
+from deltallava_jax.kernels.attention import AttentionMask, attention, blocks, causal, cudnn, dispatch, splash
 from deltallava_jax.models import decoder
 from deltallava_jax.sequence import text_layout
 
@@ -54,13 +54,17 @@ def in_float64(q, k, v, do, allowed):
 interpreted = functools.partial(splash.attend, interpret=True)
 
 
-@pytest.mark.parametrize("form", ["splash", "xla"])
+@pytest.mark.parametrize("form", ["splash", "xla", "blocks"])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("packed", [True, False])
-def test_equals_float64(form, dtype, tolerance, packed):
+def test_equals_float64(form, dtype, tolerance, packed, monkeypatch):
     arrays = draw(dtype=dtype)
     mask = causal(jnp.asarray(SEGMENTS)) if packed else None
-    attend = interpreted if form == "splash" else attention
+    if form == "blocks":
+        if not packed:
+            pytest.skip("blocks are for packed rows")
+        monkeypatch.setattr(blocks, "BLOCK", 32)  # five, of which some are skipped
+    attend = {"splash": interpreted, "xla": attention, "blocks": blocks.attend}[form]
     found = both(lambda q, k, v: attend(q, k, v, mask))(*arrays)
     allowed = np.ones((2, 150, 150), bool)
     if packed:
@@ -70,17 +74,30 @@ def test_equals_float64(form, dtype, tolerance, packed):
         np.testing.assert_allclose(np.asarray(a, float), b, atol=tolerance * scale, rtol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("form", ["splash", "xla"])
-def test_segments_do_not_attend_to_each_other(form):
+@pytest.mark.parametrize("form", ["splash", "xla", "blocks"])
+def test_segments_do_not_attend_to_each_other(form, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 32)
     q, k, v, do = draw(rows=1, length=256)
     segments = np.array([[1] * 100 + [2] * 90 + [0] * 66])
-    attend = interpreted if form == "splash" else attention
+    attend = {"splash": interpreted, "xla": attention, "blocks": blocks.attend}[form]
     run = both(lambda q, k, v: attend(q, k, v, causal(jnp.asarray(segments))))
     other = (segments == 2)[..., None, None]
     before, after = run(q, k, v, do), run(*(jnp.where(other, -3 * x, x) for x in (q, k, v, do)))
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a[segments != 2], b[segments != 2])
         assert np.abs(a - b)[segments == 2].max() > 0.1
+
+
+def test_blocks_of_rows_with_padding_within(monkeypatch):
+    """As where visual tokens do not exist; the blocks with padding attend to each other's."""
+    monkeypatch.setattr(blocks, "BLOCK", 32)
+    rng = np.random.default_rng(0)
+    arrays = draw(length=200, width=16)
+    segments = np.sort(rng.integers(1, 7, (2, 200)))
+    mask = causal(jnp.asarray(np.where(rng.random((2, 200)) < 0.1, 0, segments)))
+    found, expected = (both(lambda q, k, v, f=f: f(q, k, v, mask))(*arrays) for f in (blocks.attend, attention))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def on(monkeypatch, platform="tpu"):
@@ -190,5 +207,5 @@ def test_rows_and_heads_that_do_not_divide_are_refused(monkeypatch):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="expected xla, splash, cudnn or None"):
+    with pytest.raises(ValueError, match="expected xla, blocks, splash, cudnn, cudnn_segments or None"):
         attention(*draw()[:3], implementation="triton")

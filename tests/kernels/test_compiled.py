@@ -9,8 +9,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deltallava_jax.analysis import targets
+from deltallava_jax.config import DecoderConfig, VisionConfig
 from deltallava_jax.kernels.attention import attention, causal
 from deltallava_jax.kernels.windowed_attention import windowed_attention
+from deltallava_jax.models import decoder, vision
+from deltallava_jax.sequence import text_layout
 
 GRID, HEADS, BATCH = 24, 8, 64
 CALLS = {"h100": "mosaic_gpu", "v5e": "tpu_custom_call", "v5p": "tpu_custom_call"}
@@ -103,3 +106,57 @@ def test_dense_attention_on_four_devices(target, packed, length):
     assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", text)
     scores = ROWS // 2 * 28 // 2 * length**2 * 4
     assert program.memory_analysis().temp_size_in_bytes < scores / (4 if packed else 1)
+
+
+@pytest.mark.parametrize("target", [machine for machine in MACHINES if machine.values[0].kind in DENSE])
+@pytest.mark.parametrize("part, remat", [("decoder", "attention"), ("tower", "none")])
+def test_a_layer_takes_the_kernel_by_default(target, part, remat):
+    """Unmeasured and without a word in the configuration; what the kernel gives is saved where a policy says so."""
+    targets.prepare(target)
+    _, call, count = DENSE[target.kind]
+    axes = dict(axis_shapes=(1, 1, 1), axis_names=("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = jax.make_mesh(**axes, devices=targets.devices(target)[:1])
+    whole = NamedSharding(mesh, P())
+    put = lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16" if x.dtype == "float32" else x.dtype, sharding=whole)
+    cfg = {
+        "decoder": DecoderConfig(width=256, heads=2, kv_heads=2, mlp_width=512, layers=2),
+        "tower": VisionConfig(width=128, heads=2, mlp_width=256, layers=2),
+    }[part]
+    module = {"decoder": decoder, "tower": vision}[part]
+    params = jax.tree.map(put, jax.eval_shape(lambda: module.init_params(cfg, jax.random.key(0))))
+    length = 512 if part == "decoder" else 577
+    hidden = put(jax.ShapeDtypeStruct((2, length, cfg.width), "float32"))
+    segments = put(jax.ShapeDtypeStruct((2, length), "int32"))
+
+    def loss(params, hidden, segments):
+        if part == "tower":
+            return vision.forward(params, cfg, hidden, (0, 2), remat).astype("float32").sum()
+        rows = text_layout(jax.numpy.broadcast_to(jax.numpy.arange(length), segments.shape), segments)
+        return decoder.forward(params, cfg, hidden, rows, remat=remat)[0].astype("float32").sum()
+
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
+        program = jax.jit(jax.grad(loss, (0, 1))).lower(params, hidden, segments).compile()
+    assert len(re.findall(rf'custom_call_target="{call}', program.as_text())) == count
+
+
+@pytest.mark.parametrize("target", [machine for machine in MACHINES if machine.values[0].kind == "h100"])
+@pytest.mark.parametrize("key_heads", [8, 2])
+def test_packed_rows_as_sequences_compile(target, key_heads):
+    """No gradient of the mask, and where heads share no keys, calls without a mask beside those with one."""
+    targets.prepare(target)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=targets.devices(target)[:1])
+    put = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
+    q, k, segments = put(2, 1024, 8, 128), put(2, 1024, key_heads, 128), put(2, 1024, dtype="int32")
+
+    def run(q, k, v, do, segments):
+        out, pull = jax.vjp(lambda *qkv: attention(*qkv, causal(segments), implementation="cudnn_segments"), q, k, v)
+        return out, *pull(do)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(run).lower(q, k, k, q, segments).compile().as_text()
+    calls = [line for line in text.splitlines() if 'custom_call_target="__cudnn$fmha' in line]
+    names = sorted(re.search(r"fmha(\w+)", line)[1] for line in calls)
+    masked = ["ScaleBiasSoftmax", "ScaleBiasSoftmaxBackward"]
+    assert names == masked + (["Softmax", "SoftmaxBackward"] if key_heads == 8 else [])
+    results = [line.split("custom-call(")[0] for line in calls]
+    assert not any("1024,1024]" in result for result in results)

@@ -38,7 +38,7 @@ def test_faulty_candidates_are_left_out_and_named(kind, dtype):
     result = tuning.measure(ATTENTION, call(kind, dtype))
     assert result.left_out.keys() == REASONS.keys()
     assert all(reason.startswith(REASONS[name]) for name, reason in result.left_out.items()), result
-    assert result.seconds.keys() == {"xla", "right", "slow"}
+    assert result.seconds.keys() - {"blocks"} == {"xla", "right", "slow"}
     assert result.choice in ("xla", "right") and result.seconds["slow"] > 3 * result.seconds["xla"]
     lines = tuning.describe(str(call(kind, dtype)), result)
     warnings = [line for line in lines if line.startswith("warning: ")]

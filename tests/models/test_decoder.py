@@ -1,5 +1,6 @@
 """The decoder against a plain numpy one on rows without padding, and against itself: caches, slices, packing."""
 
+import dataclasses
 import functools
 
 import jax
@@ -27,9 +28,9 @@ def part(rows, start, stop):
     return jax.tree.map(lambda leaf: leaf[:, start:stop], rows)
 
 
-@functools.partial(jax.jit, static_argnames="layers")
-def run(hidden, rows, cache=None, layers=None):
-    return decoder.forward(PARAMS, CFG, hidden, rows, layers=layers, cache=cache)
+@functools.partial(jax.jit, static_argnames=("layers", "read"))
+def run(hidden, rows, cache=None, layers=None, read=None):
+    return decoder.forward(PARAMS, CFG, hidden, rows, layers=layers, cache=cache, read=read)
 
 
 def forward(hidden, segments):
@@ -70,16 +71,23 @@ def prompts(inputs):
     return hidden, text_layout(np.arange(ROW) < LENGTHS[:, None])
 
 
-def test_cached_decoding_equals_the_uncached_forward():
-    """Rows of unequal length prefilled together, then four single-token steps, against each row alone."""
+@pytest.mark.parametrize("read", [None, 13])
+def test_cached_decoding_equals_the_uncached_forward(read):
+    """Rows of unequal length prefilled together, then four single-token steps, against each row alone; what lies beyond
+    the read positions is NaN."""
     inputs = [random_hidden(n + 4, seed=n) for n in LENGTHS]
     expected = [alone(x) for x in inputs]
-    hidden, cache = run(*prompts(inputs), decoder.init_cache(CFG, rows=3, capacity=CAPACITY))
+    cache = decoder.init_cache(CFG, rows=3, capacity=CAPACITY)
+    if read:
+        beyond = jnp.arange(CAPACITY)[:, None] >= read
+        poisoned = (tuple(jnp.where(beyond, jnp.nan, x) for x in leaves) for leaves in (cache.k, cache.v))
+        cache = dataclasses.replace(cache, **dict(zip("kv", poisoned, strict=True)))
+    hidden, cache = run(*prompts(inputs), cache, read=read)
     for b, n in enumerate(LENGTHS):
         close(hidden[b, :n], expected[b][:n], err_msg=f"prefill of row {b}")
     for step in range(4):
         token = np.stack([x[n + step] for x, n in zip(inputs, LENGTHS, strict=True)])[:, None]
-        hidden, cache = run(token, text_layout(np.ones((3, 1)), LENGTHS[:, None] + step), cache)
+        hidden, cache = run(token, text_layout(np.ones((3, 1)), LENGTHS[:, None] + step), cache, read=read)
         close(
             hidden[:, 0],
             np.stack([x[n + step] for x, n in zip(expected, LENGTHS, strict=True)]),
@@ -121,6 +129,7 @@ def test_prefill_in_two_pieces_equals_one():
         np.testing.assert_array_equal(one.length, [9, 7, 7])
         np.testing.assert_array_equal(one.live, written)
         for mine, reference in zip(one.k + one.v, once.k + once.v, strict=True):
+            mine, reference = (np.swapaxes(x, 1, 2) for x in (mine, reference))
             close(mine[written], reference[written])
             assert not np.any(mine[:, ROW:])
 

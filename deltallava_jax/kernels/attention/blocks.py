@@ -33,18 +33,19 @@ def attend(q, k, v, mask):
     return rearrange(out, "b n t g r d -> b (n t) (g r) d")[:, :length]
 
 
-def _first_keys(segments):
-    """[n]: for each block of queries the first block of keys that shares a segment with it."""
+def _pairs(segments):
+    """[n * n, 3]: (block of queries, block of keys, whether a query may attend to a key), all pairs."""
     live = segments > 0
     lowest = jnp.where(live, segments, jnp.iinfo(jnp.int32).max).min(1)
     highest = segments.max(1)
     padded = ~live.all(1)
     shared = (lowest[:, None] <= highest) & (lowest <= highest[:, None]) | (padded[:, None] & padded)
-    return jnp.argmax(shared, axis=1)
+    i, j = (x.reshape(-1) for x in jnp.indices(shared.shape))
+    return jnp.stack([i, j, (shared.reshape(-1) & (j <= i)).astype(jnp.int32)], axis=1)
 
 
 def _scores(q, k, segments, i, j):
-    """(scores [g, r, t, t] of a block of queries and one of keys in float32, -inf where a query does not attend)."""
+    """Scores [g, r, t, t] of a block of queries and one of keys in float32, -inf where a query does not attend."""
     scores = jnp.einsum("tgrd,sgd->grts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     places = jnp.arange(BLOCK)
     allowed = (segments[i][:, None] == segments[j]) & (j * BLOCK + places <= (i * BLOCK + places)[:, None])
@@ -58,11 +59,11 @@ def _row(q, k, v, segments):
 
 
 def _forward(q, k, v, segments):
-    first = _first_keys(segments)
+    def add(carry, pair):
+        i, j, shared = pair
 
-    def queries(i):
-        def keys(j, carry):
-            most, total, out = carry
+        def attend(state):
+            most, total, out = state
             scores = _scores(q[i], k[j], segments, i, j)
             new = jnp.maximum(most, scores.max(-1))
             finite = jnp.where(new == -jnp.inf, 0.0, new)  # a query may attend to nothing in this block
@@ -71,39 +72,38 @@ def _forward(q, k, v, segments):
             values = jnp.einsum("grts,sgd->grtd", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
             return new, total * shrink + weights.sum(-1), out * shrink[..., None] + values
 
-        shape = (*q.shape[2:4], BLOCK)
-        start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, q.shape[-1])))
-        most, total, out = jax.lax.fori_loop(first[i], i + 1, keys, start)
-        out = rearrange(out / total[..., None], "g r t d -> t g r d").astype(q.dtype)
-        return out, most + jnp.log(total)
+        state = jax.lax.cond(shared > 0, attend, lambda state: state, jax.tree.map(lambda x: x[i], carry))
+        return jax.tree.map(lambda x, new: x.at[i].set(new), carry, state), None
 
-    out, sums = jax.lax.map(queries, jnp.arange(len(q)))
-    return out, (q, k, v, segments, out, sums)
+    shape = (len(q), *q.shape[2:4], BLOCK)
+    start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, q.shape[-1])))
+    (most, total, out), _ = jax.lax.scan(add, start, _pairs(segments))
+    out = rearrange(out / total[..., None], "n g r t d -> n t g r d").astype(q.dtype)
+    return out, (q, k, v, segments, out, most + jnp.log(total))
 
 
-def _backward(kept, d_out):
-    q, k, v, segments, out, sums = kept
-    first = _first_keys(segments)
-    scale = q.shape[-1] ** -0.5
+def _backward(saved, d_out):
+    q, k, v, segments, out, sums = saved
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    inner = product("ntgrd,ntgrd->ngrt", d_out, out)
 
-    def queries(carry, i):
-        inner = product("tgrd,tgrd->grt", d_out[i], out[i])
+    def add(carry, pair):
+        i, j, shared = pair
 
-        def keys(j, carry):
-            dq, dk, dv = carry
-            weights = jnp.exp(_scores(q[i], k[j], segments, i, j) - sums[i][..., None])
+        def attend(_):
+            with jax.named_scope("rematted"):  # computed in the forward pass too
+                weights = jnp.exp(_scores(q[i], k[j], segments, i, j) - sums[i][..., None])
             d_weights = product("tgrd,sgd->grts", d_out[i], v[j])
-            d_scores = (weights * (d_weights - inner[..., None]) * scale).astype(q.dtype)
-            dq += product("grts,sgd->tgrd", d_scores, k[j])
-            dk = dk.at[j].add(product("grts,tgrd->sgd", d_scores, q[i]))
-            return dq, dk, dv.at[j].add(product("grts,tgrd->sgd", weights.astype(q.dtype), d_out[i]))
+            d_scores = (weights * (d_weights - inner[i][..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
+            dq, dk = product("grts,sgd->tgrd", d_scores, k[j]), product("grts,tgrd->sgd", d_scores, q[i])
+            return dq, dk, product("grts,tgrd->sgd", weights.astype(q.dtype), d_out[i])
 
-        dq, dk, dv = jax.lax.fori_loop(first[i], i + 1, keys, (jnp.zeros(q.shape[1:]), *carry))
-        return (dk, dv), dq.astype(q.dtype)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape[1:]), carry)
+        dq, dk, dv = jax.lax.cond(shared > 0, attend, lambda _: nothing, None)
+        return (carry[0].at[i].add(dq), carry[1].at[j].add(dk), carry[2].at[j].add(dv)), None
 
-    (dk, dv), dq = jax.lax.scan(queries, (jnp.zeros(k.shape), jnp.zeros(v.shape)), jnp.arange(len(q)))
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+    gradients, _ = jax.lax.scan(add, tuple(jnp.zeros(x.shape) for x in (q, k, v)), _pairs(segments))
+    return *(new.astype(x.dtype) for new, x in zip(gradients, (q, k, v), strict=True)), None
 
 
-_row.defvjp(lambda *arguments: _forward(*arguments), _backward)
+_row.defvjp(_forward, _backward)

@@ -37,6 +37,7 @@ def causal(segments: Int[Array, "B S"]) -> AttentionMask:
 SEGMENTS = 5  # of a measured row
 MIN_LENGTH = 256  # of the rows from which on the library's kernels are taken unmeasured
 MEASURED_SCORES = 2**28  # most scores of a measured call: XLA has several such arrays in memory, 1 GiB each in float32
+MIN_PACKED = 512  # of packed rows on a CPU, from which on blocks are faster (benchmarks/measure/packed_attention.py)
 LIBRARY = {"gpu": "cudnn", "tpu": "splash"}  # MaxText's choices on NVIDIA GPUs and TPUs
 
 
@@ -49,8 +50,12 @@ def _is_self_attention(q, k, mask) -> bool:
 
 
 def _default(platform: str, q, k, mask) -> str | None:
-    pays = _is_self_attention(q, k, mask) and q.shape[1] >= MIN_LENGTH
-    return LIBRARY.get(platform) if pays else None
+    if not _is_self_attention(q, k, mask):
+        return None
+    if platform == "cpu":
+        packed = mask is not None and mask.segments is not None
+        return "blocks" if packed and q.shape[1] >= MIN_PACKED else None
+    return LIBRARY.get(platform) if q.shape[1] >= MIN_LENGTH else None
 
 
 def _call(q, k, mask) -> Call:
@@ -86,10 +91,16 @@ OPERATION = Operation(
     name="dense attention",
     setting="attention",
     package=__package__,
-    kernels={"splash": {"tpu": ".splash"}, "cudnn": {"gpu": ".cudnn"}, "cudnn_segments": {"gpu": ".cudnn_segments"}},
+    kernels={
+        "blocks": {"cpu": ".blocks"},
+        "splash": {"tpu": ".splash"},
+        "cudnn": {"gpu": ".cudnn"},
+        "cudnn_segments": {"gpu": ".cudnn_segments"},
+    },
     refusal_of_all=_refusal_of_all,
     is_forced=_is_self_attention,
     default=_default,
+    settled={"cpu"},
     call=_call,
     trial=_trial,
 )
@@ -114,10 +125,10 @@ def attention(
 ) -> Float[Array, "B Q H D"]:
     """Attention with scale D**-0.5, softmax in float32; H may be a multiple of the key heads G. mask: None: all keys.
 
-    implementation: "xla"; "splash" on a TPU, for rows that attend to themselves, whole or by segments; "cudnn" on an
-    NVIDIA GPU, in half precision; None: the choice of registry.py, and XLA, logged once, where that kernel cannot run.
-    The platform is that of the mesh in use, which may be that of another machine. Under a mesh the kernels run on each
-    device's own rows and heads.
+    implementation: "xla"; "blocks" on a CPU, for packed rows; "splash" on a TPU, for rows that attend to themselves,
+    whole or by segments; "cudnn" on an NVIDIA GPU, in half precision; None: the choice of registry.py, and XLA, logged
+    once, where that kernel cannot run. The platform is that of the mesh in use, which may be that of another machine.
+    Under a mesh the kernels run on each device's own rows and heads.
 
     Raises ValueError where a kernel given by name cannot run."""
     name = OPERATION.select(implementation, q, k, mask)
