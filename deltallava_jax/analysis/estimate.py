@@ -296,7 +296,7 @@ def _scope(one: Timed) -> dict[str, str]:
         if (
             name
             and "->" not in name
-            and not re.match(r"(jit|vmap)\(|(while|body|closed_call|checkpoint|rematted_computation)$", name)
+            and not re.match(r"(jit|vmap)\(|(while|body|closed_call|checkpoint|rematted_computation|shard_map)$", name)
         ):
             words.append(name)
     operation = one.cost.opcode if one.cost.opcode in KINDS else words.pop() if len(words) > 1 else one.cost.opcode
