@@ -125,18 +125,19 @@ def operations(found: dict) -> str:
         rows.append([
             f"`{config}`", plan["target"], plan["remat"], f"{plan['flops_per_step'] / 1e15:.2f}",
             f"{counted / 1e15:.2f}" if counted else "", f"{plan['model_flops_per_step'] / 1e15:.2f}",
-            f"{sum(seconds['attention_bytes_per_layer'].values()) / 1e9:.1f}",
+            *(f"{sum(seconds[f'{key}_bytes_per_layer'].values()) / 1e9:.2f}" for key in ("attention", "scores")),
             *(f"{seconds[key]:.2f}" for key in ("products", "memory", "collectives", "estimate")),
         ])  # fmt: skip
     if not rows:
         return ""
-    head = ["Recipe", "Target", "Recomputed", "PFLOP", "by XLA", "needed", "Attention, GB a layer", "Products, s",
-            "Memory, s", "Collectives, s", "Step, s"]  # fmt: skip
+    head = ["Recipe", "Target", "Recomputed", "PFLOP", "by XLA", "needed", "Attention, GB a layer", "of it scores",
+            "Products, s", "Memory, s", "Collectives, s", "Step, s"]  # fmt: skip
     note = (
         "Operations of a step in matrix products, as traced; as XLA's CPU compiler counts them, element-wise work\n"
         "included; without what is recomputed or masked. What attention of a decoder layer moves in all passes on a\n"
-        "device, besides the products with its four matrices. Each instruction takes what its operations or its bytes\n"
-        "need, whichever is more (products, memory); of collectives, what nothing hides. Assumed:"
+        "device, besides the products with its four matrices; of it scores, softmax and values. Each instruction\n"
+        "takes what its operations or its bytes need, whichever is more (products, memory); of collectives, what\n"
+        "nothing hides. Assumed:"
     )
     return "\n".join([table(head, rows), "", note, "", *(f"- {kind}: {text}" for kind, text in assumptions.items())])
 

@@ -31,6 +31,7 @@ PARTS = {
 }
 OTHER = "other"
 PASSES = ("forward", "backward", "recompute")
+SCORES = "scores"  # the scope of scores, softmax and values: attention without norm, rotation and residual
 DEAREST = 10
 
 
@@ -257,6 +258,7 @@ def estimate(program: Program, rates: Rates, devices: int, layers: int) -> dict:
         parts=_table(line.timed, lambda one: dict(part=part(one.cost.source))),
         dearest=_table(line.timed, _scope)[:DEAREST],
         attention_bytes_per_layer=attention_bytes(line.timed, layers),
+        scores_bytes_per_layer=attention_bytes(line.timed, layers, SCORES),
         not_counted=sorted(line.counter.uncounted),
         assumption=rates.assumption,
     )
@@ -272,16 +274,14 @@ def which_pass(source: str) -> str:
     return PASSES[2] if "rematted" in source else PASSES[1] if "transpose(" in source else PASSES[0]
 
 
-def attention_bytes(timed: Iterable[Timed], layers: int) -> dict[str, int]:
+def attention_bytes(timed: Iterable[Timed], layers: int, scope: str = "") -> dict[str, int]:
     """Bytes that a decoder layer's attention moves in each pass, besides the products with its four matrices: those
-    have no dimension that runs over rows or heads alone, which is how HLO writes the others."""
+    have no dimension that runs over rows or heads alone, which is how HLO writes the others. scope: only what is inside
+    of it."""
     moved = dict.fromkeys(PASSES, 0)
     for one in timed:
-        if (
-            part(one.cost.source) == "decoder: attention"
-            and one.bound != "collectives"
-            and not one.cost.products.weights
-        ):
+        inside = part(one.cost.source) == "decoder: attention" and scope in one.cost.source.split("/attention/")[-1]
+        if inside and one.bound != "collectives" and not one.cost.products.weights:
             moved[which_pass(one.cost.source)] += one.cost.count * one.cost.bytes
     return {name: count // max(layers, 1) for name, count in moved.items()}
 
@@ -296,7 +296,7 @@ def _scope(one: Timed) -> dict[str, str]:
         if (
             name
             and "->" not in name
-            and not re.match(r"(jit|vmap)\(|(while|body|closed_call|checkpoint|rematted_computation)$", name)
+            and not re.match(r"(jit|vmap)\(|(while|body|closed_call|checkpoint|rematted_computation|shard_map)$", name)
         ):
             words.append(name)
     operation = one.cost.opcode if one.cost.opcode in KINDS else words.pop() if len(words) > 1 else one.cost.opcode

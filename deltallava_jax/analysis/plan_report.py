@@ -65,12 +65,13 @@ def format_step(step: dict) -> list[str]:
         if step[key]
     )  # fmt: skip
     hidden = f"; collectives take {seconds(step['collectives_and_hidden'])} in all" if step["collectives"] else ""
-    moved = {name: count for name, count in step["attention_bytes_per_layer"].items() if count}
+    moved = lambda key: ", ".join(f"{name} {size(count)}" for name, count in step[key].items() if count) or "nothing"
     lines = [
         f"a step: about {seconds(step['estimate'])} ({waited}{hidden})",
         f"  estimated: {step['assumption']}",
         f"  a device moves {size(step['bytes'])}; attention of a decoder layer without its four matrices: "
-        + (", ".join(f"{name} {size(count)}" for name, count in moved.items()) or "nothing"),
+        + moved("attention_bytes_per_layer"),
+        f"  of it scores, softmax and values: {moved('scores_bytes_per_layer')}",
     ]
     if step["not_counted"]:
         lines.append(f"  operations of these calls are not known, only their bytes: {', '.join(step['not_counted'])}")

@@ -110,7 +110,8 @@ class Layer(nnx.Module):
     ) -> Float[Array, "B Q d"]:
         """The attention half, with its residual: these queries over these keys and values."""
         with jax.named_scope("attention"):
-            y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+            with jax.named_scope("scores"):
+                y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask)
             return x + self.o(rearrange(y, "b t h d -> b t (h d)"))
 
     def feed(self, x: Float[Array, "B Q d"]) -> Float[Array, "B Q d"]:
