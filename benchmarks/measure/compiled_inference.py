@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from pathlib import Path
 
 from deltallava_jax.analysis import costs, hlo, targets
@@ -57,7 +58,10 @@ def programs(cfg, options) -> list[dict]:
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["decoder"]))
     one = inference.prompt(np.zeros(inference.TEXT + 1, np.int32))
     side, length = cfg.vision.image_size, bucket(len(one.ids))
+    began = time.monotonic()
     for rows, budget in inference.pairs(options, systems.budgets(cfg.projector)):
+        if results and time.monotonic() - began > 60 * options.minutes:
+            break
         batch, said = prompt_batch([one] * rows, length), controls([Sampling(max_new_tokens=options.new)] * rows, -1)
         visual = like((rows, budget, cfg.decoder.width), cfg.dtype)
         read = functools.partial(device.prefill, capacity=bucket(length + budget - 1 + options.new))

@@ -248,11 +248,12 @@ def append(cache: Array, new: Array, at: Int[Array, " B"] | None, axis: int = 1)
         return jax.lax.dynamic_update_slice_in_dim(cache, turned, 0 if at is None else at[0], axis)
 
     def slices(cache):
-        for row in range(len(cache)):
+        def write(row, cache):  # in a loop: the compiler would fuse readers with unrolled writes, and copy the cache
             start = [row] + [0] * (cache.ndim - 1)
             start[axis] = at[row]
-            cache = jax.lax.dynamic_update_slice(cache, turned[row : row + 1], start)
-        return cache
+            return jax.lax.dynamic_update_slice(cache, jax.lax.dynamic_slice_in_dim(turned, row, 1), start)
+
+        return jax.lax.fori_loop(0, len(cache), write, cache)
 
     def scatter(cache):
         place = (rows, *[slice(None)] * (axis - 1), at[:, None] + jnp.arange(new.shape[1]))
