@@ -11,8 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
-from unittest import mock
 
 import jax
 import numpy as np
@@ -22,7 +20,7 @@ from deltallava_jax import cli
 from deltallava_jax.analysis import estimate, flops, hlo, probe, targets, units
 from deltallava_jax.analysis.collectives import collectives, summary
 from deltallava_jax.analysis.targets import Target
-from deltallava_jax.config import REMAT_LADDER, Config, MeshConfig
+from deltallava_jax.config import REMAT_LADDER, Config
 from deltallava_jax.data.packing import plan_for
 from deltallava_jax.models import systems
 from deltallava_jax.models.names import flatten
@@ -34,7 +32,6 @@ from deltallava_jax.training.step import TrainState, TrainStep, batch_shapes, de
 STEPS = 1000  # of the run: only constants of the learning rate's schedule depend on it
 TEXTS = {"plain": 40}  # rough tokens of text per image in LLaVA's two stages: captions, and by default
 CONVERSATION = 300
-UNROLLED_WITH = ("0.10", "0.11")  # versions of jax in which ``unrolled`` replaces every scan of a step
 
 
 def format_parameters(shapes: TrainState) -> str:
@@ -77,32 +74,16 @@ def format_memory(shapes: TrainState, program: jax.stages.Compiled) -> str:
     return "memory of a device: " + ", ".join(f"{name} {units.size(count)}" for name, count in rows.items())
 
 
-def measure(cfg: Config, target: Target, text: int = 0, count: bool = True) -> dict:
+def measure(cfg: Config, target: Target, text: int = 0) -> dict:
     """The plan as one JSON object; with remat=auto, of the policy that train.py would choose, and of the others in
-    "ladder". text: tokens of text per image (0: by the template). count: also compile for the compiler's count of
-    operations.
+    "ladder". text: tokens of text per image (0: by the template).
 
     Raises ConfigError if the target's compiler is missing or the configuration does not fit the mesh."""
-    if cfg.model.remat == "auto":
-        plan, cfg = ladder(cfg, target, text)
-    else:
-        plan = one(cfg, target, text)
-    if count and not can_unroll():
-        cli.log(
-            f"XLA's count is left out: it is tested with jax {' and '.join(UNROLLED_WITH)}, this is {jax.__version__}"
-        )
-    elif count:
-        cli.log(f"compiled in {units.seconds(plan['seconds_to_compile'])}; counting operations")
-        batch = plan["batch"]
-        with compiler_output():
-            plan["compiler_flops_per_step"] = compiler_flops(
-                cfg, mesh_of(cfg, target), batch["text_tokens"], batch["images"], batch["budget"]
-            )
-    return plan
+    return ladder(cfg, target, text) if cfg.model.remat == "auto" else one(cfg, target, text)
 
 
-def ladder(cfg: Config, target: Target, text: int = 0) -> tuple[dict, Config]:
-    """(the plan, the configuration) of the policy of recomputation that training.remat chooses; plan["ladder"] has
+def ladder(cfg: Config, target: Target, text: int = 0) -> dict:
+    """The plan of the policy of recomputation that training.remat chooses; plan["ladder"] has
     memory, operations and estimate of them all. One that is far too large by what it saves is not compiled."""
     rows, chosen = [], None
     for policy in REMAT_LADDER:
@@ -116,9 +97,9 @@ def ladder(cfg: Config, target: Target, text: int = 0) -> tuple[dict, Config]:
             row |= dict(total_bytes=used, flops_per_step=plan["flops_per_step"], fits=remat.fits(used, target.capacity))
             row |= dict(estimate=plan["step_seconds"] and plan["step_seconds"]["estimate"])
             if chosen is None and (row["fits"] or last):
-                chosen, kept = plan, other
+                chosen = plan
         rows.append(row | dict(least_bytes=least))
-    return chosen | dict(ladder=rows), kept
+    return chosen | dict(ladder=rows)
 
 
 def mesh_of(cfg: Config, target: Target) -> Mesh:
@@ -138,7 +119,7 @@ def default_text(cfg: Config) -> int:
 
 
 def one(cfg: Config, target: Target, text: int = 0) -> dict:
-    """The plan of a configuration with a fixed policy of recomputation, without the compiler's count."""
+    """The plan of a configuration with a fixed policy of recomputation."""
     cfg.model.require_whole("a plan")
     mesh = mesh_of(cfg, target)
     text = text or default_text(cfg)
@@ -175,7 +156,7 @@ def one(cfg: Config, target: Target, text: int = 0) -> dict:
         skipped_flops_per_step=skipped,
         model_flops_per_step=flops.needed(by_part, cfg, [T + I * (each - 1) for each in budgets]),
         flops_by_part=by_part,
-        compiler_flops_per_step=None,
+        compiler_flops_per_step=step_seconds and mesh.size * sum(row["operations"] for row in step_seconds["parts"]),
         collectives=summary(found) if program else None,
         largest_collective_bytes=max((one.bytes for one in found), default=0),
         step_seconds=step_seconds,
@@ -226,42 +207,6 @@ def memory(step: TrainStep, program: jax.stages.Compiled | None, used: int, targ
         program_bytes=used if program is None else remat.program_bytes(program),
         capacity_bytes=target.capacity,
     )
-
-
-def compiler_flops(cfg: Config, mesh: Mesh, text: int, images: int, budget: int) -> int:
-    """Operations of a step as XLA counts them in its optimized program, element-wise work included.
-
-    It counts a loop's body once, so one and two decoder layers are compiled without loops, for the rows of one device,
-    and their difference stands for the others. By XLA's CPU compiler: that of GPUs gives no count without a GPU, and
-    that of TPUs takes many minutes for a program without loops."""
-    share = mesh.shape["data"] * mesh.shape["fsdp"]
-    counts = []
-    for layers in (1, 2):
-        small = replace(
-            cfg,
-            model=replace(cfg.model, decoder=replace(cfg.model.decoder, layers=layers), fastv=None, tower_images=0),
-            data=replace(cfg.data, rows=cfg.data.rows // share),
-            optimizer=replace(cfg.optimizer, accumulation=1),
-            training=replace(cfg.training, llavolta=()),
-            mesh=MeshConfig(),
-        )
-        one = make_mesh(small, jax.devices("cpu")[:1])
-        with unrolled():
-            lowered = TrainStep(small, one, STEPS).trace(batch_shapes(small, one, text, images), budget).lower()
-        counts.append(lowered.compile().cost_analysis()["flops"])
-    return int(share * (counts[0] + (cfg.model.decoder.layers - 1) * (counts[1] - counts[0])))
-
-
-def can_unroll() -> bool:
-    """Whether ``unrolled`` is tested with this version of jax. Add a new version when its tests pass."""
-    return ".".join(jax.__version__.split(".")[:2]) in UNROLLED_WITH
-
-
-@contextlib.contextmanager
-def unrolled() -> Iterator[None]:
-    """Within it every scan is traced unrolled: jax.lax.scan is replaced, for ``can_unroll`` versions."""
-    with mock.patch.object(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True)):
-        yield
 
 
 @functools.cache

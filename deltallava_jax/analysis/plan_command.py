@@ -84,7 +84,7 @@ def nearest(cfg: Config, target: Target, plan: dict, text: int) -> dict | None:
 
     for change, other, machine in candidates(cfg, target, plan):
         cli.log(f"does not fit; trying {change}")
-        tried = measure(other, machine, text, count=False)
+        tried = measure(other, machine, text)
         if tried["fits"]:
             return dict(change=change, target=str(machine), per_device=tried["per_device"])
     return None

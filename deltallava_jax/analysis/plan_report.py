@@ -30,7 +30,7 @@ def format_plan(plan: dict) -> str:
         cells = ", ".join(f"{name} {operations(count)}" for name, count in passes.items() if count)
         lines.append(f"  {part:<10} {cells}")
     if plan["compiler_flops_per_step"] is not None:
-        lines.append(f"  XLA counts {operations(plan['compiler_flops_per_step'])}, element-wise work included")
+        lines.append(f"  the compiled program has {operations(plan['compiler_flops_per_step'])}")
     if plan["collectives"] is not None:
         lines += ["", "collectives of a step on a device; bytes of the results, loop iterations included"]
         for one in plan["collectives"]:

@@ -382,6 +382,11 @@ def finish(params: Params, cfg: DecoderConfig, hidden: Float[Array, "... d"]) ->
     return bind(Head, cfg, params["head"]).norm(hidden)
 
 
+def output_matrix(params: Params, cfg: DecoderConfig) -> Float[Array, "d vocab"]:
+    """That of the logits, of a decoder in its training form."""
+    return params["embed"]["embedding"].T if cfg.tied_head else params["head"]["out"]["kernel"]
+
+
 def logits(params: Params, cfg: DecoderConfig, normed: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
     """Float32 logits of hidden states that ``finish`` has normed."""
     with jax.named_scope("logits"):
@@ -389,5 +394,5 @@ def logits(params: Params, cfg: DecoderConfig, normed: Float[Array, "... d"]) ->
             matrix = params["embed"]["embedding"] if cfg.tied_head else params["head"]["out"]["kernel"]
             rows = normed.reshape(-1, normed.shape[-1])
             return output_major(matrix, rows, jnp.float32).reshape(*normed.shape[:-1], -1)
-        matrix = params["embed"]["embedding"].T if cfg.tied_head else params["head"]["out"]["kernel"]
+        matrix = output_matrix(params, cfg)
         return jnp.matmul(normed, matrix.astype(normed.dtype), preferred_element_type=jnp.float32)

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from deltallava_jax.arrays import Array
 from deltallava_jax.config import ModelConfig
@@ -161,19 +161,59 @@ def loss_sum(
     pad = lambda x: jnp.pad(x, ((0, 0), (0, count * chunk - S)) + ((0, 0),) * (x.ndim - 2))
     split = lambda x: jnp.swapaxes(pad(x).reshape(B, count, chunk, *x.shape[2:]), 0, 1)
 
-    @jax.checkpoint
+    matrix = decoder.output_matrix(params["decoder"], cfg.decoder)
+
     def body(total, part):
         states, targets, mask = part
-        scores = decoder.logits(params["decoder"], cfg.decoder, by_rows(states))
-        chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-        losses = jax.nn.logsumexp(scores, axis=-1) - chosen
-        return total + jnp.where(mask, losses, 0.0).sum(), None
+        return total + cross_entropy_sum(by_rows(states), matrix, targets, mask), None
 
     with jax.named_scope("loss"):
         parts = (split(hidden), split(rows.targets), split(rows.loss_mask))
         total, _ = jax.lax.scan(body, jnp.float32(0), parts)
     count = rows.loss_mask.sum().astype(jnp.float32)
     return total + penalty * count, count
+
+
+@jax.custom_vjp
+def cross_entropy_sum(
+    states: Float[Array, "B S d"],
+    matrix: Float[Array, "d vocab"],
+    targets: Int[Array, "B S"],
+    mask: Bool[Array, "B S"],
+) -> Float[Array, ""]:
+    """The cross-entropy of the tokens in ``mask``, summed, float32.
+
+    The backward pass computes the logits again, and multiplies their gradient in the dtype of ``states``: by jax's own
+    rule it would be float32 products, at half the rate or less. The matrix' gradient is summed in float32."""
+    return _cross_entropy(states, matrix, targets, mask)[0]
+
+
+def _logits(states, matrix) -> Float[Array, "B S vocab"]:
+    with jax.named_scope("logits"):
+        return jnp.matmul(states, matrix.astype(states.dtype), preferred_element_type=jnp.float32)
+
+
+def _cross_entropy(states, matrix, targets, mask):
+    scores = _logits(states, matrix)
+    sums = jax.nn.logsumexp(scores, axis=-1)
+    chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    return jnp.where(mask, sums - chosen, 0.0).sum(), (states, matrix, targets, mask, sums)
+
+
+def _cross_entropy_gradients(saved, gradient):
+    states, matrix, targets, mask, sums = saved
+    with jax.named_scope("rematted"):
+        scores = _logits(states, matrix)
+    chosen = targets[..., None] == jnp.arange(matrix.shape[1])
+    d_scores = (jnp.exp(scores - sums[..., None]) - chosen) * jnp.where(mask, gradient, 0.0)[..., None]
+    d_scores = d_scores.astype(states.dtype)
+    with jax.named_scope("logits"):
+        d_states = jnp.matmul(d_scores, matrix.astype(states.dtype).T)
+        d_matrix = jnp.einsum("bsd,bsv->dv", states, d_scores, preferred_element_type=jnp.float32)
+    return d_states, d_matrix.astype(matrix.dtype), None, None
+
+
+cross_entropy_sum.defvjp(_cross_entropy, _cross_entropy_gradients)
 
 
 def loss(

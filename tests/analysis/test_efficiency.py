@@ -10,7 +10,6 @@ import pytest
 
 from deltallava_jax import __main__ as command_line
 from deltallava_jax.analysis import efficiency
-from deltallava_jax.analysis.plan import unrolled
 from deltallava_jax.config import DecoderConfig, FastVConfig, ModelConfig, settings_of, system_config
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import decoder, fastv
@@ -21,6 +20,7 @@ DEFAULT = ModelConfig()
 GROUPED = DecoderConfig(vocab_size=96, width=64, layers=5, heads=4, kv_heads=2, mlp_width=160)
 TINY = tiny.get_config().model
 SMALL = dataclasses.replace(TINY, decoder=GROUPED, projector=dataclasses.replace(TINY.projector, out_width=64))
+from tests.xla import unrolled
 
 
 def by_convention(*arguments, **options):

@@ -5,7 +5,6 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from deltallava_jax import __main__ as command_line
@@ -64,7 +63,8 @@ def test_the_plan_has_its_documented_fields(measured):
     # What runs on four devices are the operations that were traced, but for those that every device repeats.
     executed = 4 * sum(row["operations"] for row in step["parts"])
     assert measured["flops_per_step"] <= executed < 1.3 * measured["flops_per_step"]
-    assert measured["model_flops_per_step"] < measured["flops_per_step"] < measured["compiler_flops_per_step"]
+    assert measured["model_flops_per_step"] < measured["flops_per_step"]
+    assert measured["compiler_flops_per_step"] == pytest.approx(measured["flops_per_step"], rel=0.05)
     assert json.loads(json.dumps(measured)) == measured
 
 
@@ -171,7 +171,7 @@ def test_bad_options_are_one_line(more, message):
 def test_the_nearest_setting_that_fits_is_found(monkeypatch):
     cfg, tried = tiny.get_config(), []
 
-    def measure(cfg, target, text, count):
+    def measure(cfg, target, text):
         tried.append((cfg.model.remat, cfg.optimizer.accumulation, target.count))
         return fake(90 if cfg.optimizer.accumulation == 2 else 120)
 
@@ -210,7 +210,7 @@ def test_the_ladder_names_the_least_recomputation_that_leaves_room(monkeypatch, 
 def test_where_the_state_alone_does_not_fit_more_devices_are_tried(monkeypatch):
     tried = []
 
-    def measure(cfg, target, text, count):
+    def measure(cfg, target, text):
         tried.append((str(target), cfg.mesh.fsdp, cfg.data.rows))
         return fake(30 if target.count == 16 else 90, capacity=35)
 
@@ -219,15 +219,3 @@ def test_where_the_state_alone_does_not_fit_more_devices_are_tried(monkeypatch):
     assert tried == [("cpu:4", -1, 8), ("cpu:8", -1, 8), ("cpu:16", -1, 16)]
     assert found["target"] == "cpu:16" and "--config.data.rows=16" in found["change"]
     assert parse_target(found["target"]).count == 16
-
-
-def test_every_scan_is_unrolled_in_a_version_of_jax_that_is_known(monkeypatch):
-    """``unrolled`` replaces jax.lax.scan: with a jax that no longer uses it, this fails first."""
-    assert plan.can_unroll()
-    program = lambda x: jax.lax.scan(lambda total, y: (total @ y, None), jnp.eye(2), x)[0]
-    count = lambda: jax.jit(lambda x: program(x)).lower(jnp.ones((5, 2, 2))).as_text().count("stablehlo.while")
-    assert count() == 1
-    with plan.unrolled():
-        assert count() == 0
-    monkeypatch.setattr(jax, "__version__", "0.99.0")
-    assert not plan.can_unroll()
