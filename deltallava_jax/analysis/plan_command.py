@@ -96,6 +96,7 @@ def candidates(cfg: Config, target: Target, plan: dict) -> Iterator[tuple[str, C
     fixed = plan["per_device"]["total_bytes"] - plan["per_device"]["activation_bytes"]
     if fixed < plan["per_device"]["capacity_bytes"]:  # otherwise smaller activations do not suffice
         change = ""
+        cfg = replace(cfg, model=replace(cfg.model, remat=plan["remat"]))  # of "auto" what was chosen
         if plan["remat"] != "full":
             cfg = replace(cfg, model=replace(cfg.model, remat="full"))
             change = "--config.model.remat=full"

@@ -15,12 +15,12 @@ from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import decoder, fastv
 from deltallava_jax.sequence import text_layout
 from tests import tiny
+from tests.xla import unrolled
 
 DEFAULT = ModelConfig()
 GROUPED = DecoderConfig(vocab_size=96, width=64, layers=5, heads=4, kv_heads=2, mlp_width=160)
 TINY = tiny.get_config().model
 SMALL = dataclasses.replace(TINY, decoder=GROUPED, projector=dataclasses.replace(TINY.projector, out_width=64))
-from tests.xla import unrolled
 
 
 def by_convention(*arguments, **options):

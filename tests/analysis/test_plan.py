@@ -176,7 +176,7 @@ def test_the_nearest_setting_that_fits_is_found(monkeypatch):
         return fake(90 if cfg.optimizer.accumulation == 2 else 120)
 
     monkeypatch.setattr(plan, "measure", measure)
-    found = plan_command.nearest(cfg, FOUR, fake(150), 0)
+    found = plan_command.nearest(cfg, FOUR, fake(150, remat="none"), 0)
     assert tried == [("full", 1, 4), ("full", 2, 4)]
     assert found["change"] == "--config.model.remat=full --config.optimizer.accumulation=2"
     assert found["per_device"]["total_bytes"] == 90
@@ -195,16 +195,16 @@ def test_the_ladder_names_the_least_recomputation_that_leaves_room(monkeypatch, 
     monkeypatch.setattr(plan, "step_and_batch", lambda cfg, target, text: (needs[cfg.model.remat],))
     monkeypatch.setattr(plan.remat, "least_bytes", lambda used: 0.9 * used)
     cfg = dataclasses.replace(tiny.get_config(), model=dataclasses.replace(tiny.get_config().model, remat="auto"))
-    found, chosen = plan.ladder(cfg, dataclasses.replace(FOUR, memory=100))
+    found = plan.ladder(cfg, dataclasses.replace(FOUR, memory=100))
     assert compiled == ["dots", "attention", "full"]  # "none" needs more than there is, whatever the compiler does
-    assert chosen.model.remat == found["remat"] == "attention"
+    assert found["remat"] == "attention"
     assert [(row["remat"], row["total_bytes"], row["fits"]) for row in found["ladder"]] == [
         ("none", None, False), ("dots", 95, False), ("attention", 90, True), ("full", 80, True),
     ]  # fmt: skip
     text = "\n".join(plan_report.format_ladder(found))
     assert "more than 180 bytes" in text and "chosen" in next(line for line in text.splitlines() if "attention" in line)
-    found, chosen = plan.ladder(cfg, dataclasses.replace(FOUR, memory=50))
-    assert chosen.model.remat == "full"  # the last one, though it does not fit
+    found = plan.ladder(cfg, dataclasses.replace(FOUR, memory=50))
+    assert found["remat"] == "full"  # the last one, though it does not fit
 
 
 def test_where_the_state_alone_does_not_fit_more_devices_are_tried(monkeypatch):
@@ -215,7 +215,7 @@ def test_where_the_state_alone_does_not_fit_more_devices_are_tried(monkeypatch):
         return fake(30 if target.count == 16 else 90, capacity=35)
 
     monkeypatch.setattr(plan, "measure", measure)
-    found = plan_command.nearest(tiny.get_config(), FOUR, fake(90, capacity=35), 0)
+    found = plan_command.nearest(tiny.get_config(), FOUR, fake(90, capacity=35, remat="none"), 0)
     assert tried == [("cpu:4", -1, 8), ("cpu:8", -1, 8), ("cpu:16", -1, 16)]
     assert found["target"] == "cpu:16" and "--config.data.rows=16" in found["change"]
     assert parse_target(found["target"]).count == 16
