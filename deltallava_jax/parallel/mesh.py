@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from deltallava_jax import cli
 from deltallava_jax.config import ROW_AXES, Config
 from deltallava_jax.errors import ConfigError
 
@@ -53,6 +54,17 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     if platform == "tpu" and mesh.shape["tensor"] == 1:
         return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
     return {}
+
+
+def compiled(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+    """The program with ``compiler_options``; without them where this version of the compiler no longer has one."""
+    try:
+        return lowered.compile(compiler_options(mesh))
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        cli.log(f"warning: the program is compiled without {', '.join(compiler_options(mesh))}: {error}")
+        return lowered.compile()
 
 
 def tensor_mesh(size: int) -> Mesh:

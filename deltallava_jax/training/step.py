@@ -19,7 +19,7 @@ from deltallava_jax.kernels import registry
 from deltallava_jax.models import llavolta, systems, vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.parallel import rules
-from deltallava_jax.parallel.mesh import ROWS, compiler_options
+from deltallava_jax.parallel.mesh import ROWS, compiled
 from deltallava_jax.sequence import Batch
 from deltallava_jax.training.optimizer import join, make_optimizer, schedule, split
 
@@ -164,7 +164,7 @@ class TrainStep:
         signature = (budget, pooling, *batch.tokens.shape, batch.image_positions.shape[1])
         if signature not in self.compiled:
             lowered = self.trace(batch, budget, pooling).lower()
-            self.compiled[signature] = lowered.compile(compiler_options(self.mesh))
+            self.compiled[signature] = compiled(lowered, self.mesh)
         return self.compiled[signature]
 
     def saved(self, batch: Batch, budget: int) -> list[jax.ShapeDtypeStruct]:

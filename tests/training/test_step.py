@@ -14,6 +14,7 @@ from deltallava_jax.data.pipeline import elements
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import llavolta, vlm
 from deltallava_jax.models.names import flatten
+from deltallava_jax.parallel import mesh as parallel_mesh
 from deltallava_jax.parallel import rules
 from deltallava_jax.parallel.mesh import AXES, make_mesh, put_rows
 from deltallava_jax.training.optimizer import schedule, split
@@ -198,3 +199,10 @@ def test_every_budget_is_the_mean_over_the_budgets():
 
     expected = (loss(cfg, 4) + loss(cfg, 1)) / 2
     assert float(loss(both, 4)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_an_option_that_the_compiler_does_not_have_is_left_out(monkeypatch, capsys):
+    mesh = make_mesh(config(), jax.devices()[:1])
+    monkeypatch.setattr(parallel_mesh, "compiler_options", lambda mesh: {"xla_gpu_of_old": "True"})
+    program = parallel_mesh.compiled(jax.jit(lambda x: 2 * x).lower(1.0), mesh)
+    assert program(3.0) == 6 and "without xla_gpu_of_old: " in capsys.readouterr().err
