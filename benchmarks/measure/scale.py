@@ -35,17 +35,27 @@ RECIPES = (  # (configuration, target)
 )
 ROWS_A_CHIP = 1  # as finetune_7b has them on 16 chips
 SCALING = (("v5e:4x4", 16), ("v5e:8x8", 64), ("v5e:16x16", 256))
-RUNS = (
-    *((config, target, ()) for config, target in RECIPES),
-    *(("finetune_7b", target, (f"--config.data.rows={ROWS_A_CHIP * chips}",)) for target, chips in SCALING[1:]),
+# The recipes' settings before attention and recomputation were chosen by the machine.
+BEFORE = "-before"
+SETTINGS_BEFORE = ("--config.model.remat=full", "--config.model.attention=xla", "--config.model.loss_chunk=512")
+RUNS = (  # (configuration, target, settings, the end of the file's name)
+    *((config, target, (), "") for config, target in RECIPES),
+    *((config, target, SETTINGS_BEFORE, BEFORE) for config, target in RECIPES),
+    *(("finetune_7b", target, (f"--config.data.rows={ROWS_A_CHIP * chips}",), "") for target, chips in SCALING[1:]),
 )
 
 
-def file_of(config: str, target: str) -> Path:
-    return FOLDER / f"{config}-{target.replace(':', '-')}.json"
+def file_of(config: str, target: str, end: str = "") -> Path:
+    return FOLDER / f"{config}-{target.replace(':', '-')}{end}.json"
 
 
-def run(config: str, target: str, more: tuple[str, ...]) -> None:
+def plans(end: str = "") -> dict[tuple[str, str], dict]:
+    """(configuration, target) -> the plan in its file, of those that are there."""
+    files = {(config, target): file_of(config, target, end) for config, target, _, its_end in RUNS if its_end == end}
+    return {key: json.loads(file.read_text())["plan"] for key, file in files.items() if file.exists()}
+
+
+def run(config: str, target: str, more: tuple[str, ...], end: str) -> None:
     """One plan, compiled in a process of its own, into its file."""
     arguments = [
         "-m",
@@ -65,12 +75,12 @@ def run(config: str, target: str, more: tuple[str, ...]) -> None:
         date=datetime.date.today().isoformat(),
         plan=json.loads(done.stdout),
     )
-    file_of(config, target).write_text(json.dumps(result, indent=1) + "\n")
+    file_of(config, target, end).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def page() -> str:
     """docs/scale.md as text."""
-    found = {(c, t): json.loads(file_of(c, t).read_text())["plan"] for c, t, _ in RUNS if file_of(c, t).exists()}
+    found = plans()
     parts = [
         "# What the recipes need",
         "Made by `python -m benchmarks.measure.scale` from the files in benchmarks/results/scale. Nothing here ran on\n"
@@ -79,6 +89,7 @@ def page() -> str:
         "Steps' times are estimates from peaks, not measurements.",
         "## Memory\n\n" + memory(found),
         "## Operations and time\n\n" + timed if (timed := operations(found)) else "",
+        before_and_now(found),
         ladders(found),
         "## Collectives\n\n" + moved(found),
         "## More chips at the same rows a chip\n\n" + scaling(found),
@@ -102,16 +113,19 @@ def memory(found: dict) -> str:
         size, batch = plan["per_device"], plan["batch"]
         rows.append([
             f"`{config}`", plan["target"], f"{batch['rows']} x {batch['row_length']}", str(batch["conversations"]),
+            plan.get("remat", "full (1)"),
             gib(size["parameters_bytes"]), gib(size["optimizer_bytes"]), gib(size["gradient_bytes"]),
             gib(size["activation_bytes"]), gib(size["total_bytes"]), gib(size["capacity_bytes"]),
             "yes" if plan["fits"] else "**no**",
         ])  # fmt: skip
-    head = ["Recipe", "Target", "Rows", "Conversations", "Parameters", "Optimizer", "Gradients", "Activations", "All",
-            "Of", "Fits"]  # fmt: skip
+    head = ["Recipe", "Target", "Rows", "Conversations", "Recomputed", "Parameters", "Optimizer", "Gradients",
+            "Activations", "All", "Of", "Fits"]  # fmt: skip
     note = (
         "GiB a device, everything sharded over the devices (fsdp). Gradients are counted, activations are what else\n"
         "the compiler's temporaries hold. The conversations of a step follow from the assumed length of a text."
     )
+    if any("remat" not in plan for plan in found.values()):
+        note += "\n(1) Made with the settings of before, with XLA's attention; not made again yet."
     return table(head, rows) + "\n\n" + note
 
 
@@ -130,16 +144,41 @@ def operations(found: dict) -> str:
         ])  # fmt: skip
     if not rows:
         return ""
-    head = ["Recipe", "Target", "Recomputed", "PFLOP", "by XLA", "needed", "Attention, GB a layer", "of it scores",
-            "Products, s", "Memory, s", "Collectives, s", "Step, s"]  # fmt: skip
+    head = ["Recipe", "Target", "Recomputed", "PFLOP", "in the program", "needed", "Attention, GB a layer",
+            "of it scores", "Products, s", "Memory, s", "Collectives, s", "Step, s"]  # fmt: skip
     note = (
-        "Operations of a step in matrix products, as traced; as XLA's CPU compiler counts them, element-wise work\n"
-        "included; without what is recomputed or masked. What attention of a decoder layer moves in all passes on a\n"
+        "Operations of a step in matrix products, as traced; as counted in the compiled program; without what is\n"
+        "recomputed or masked. What attention of a decoder layer moves in all passes on a\n"
         "device, besides the products with its four matrices; of it scores, softmax and values. Each instruction\n"
         "takes what its operations or its bytes need, whichever is more (products, memory); of collectives, what\n"
         "nothing hides. Assumed:"
     )
     return "\n".join([table(head, rows), "", note, "", *(f"- {kind}: {text}" for kind, text in assumptions.items())])
+
+
+def before_and_now(found: dict) -> str:
+    rows = []
+    for (config, target), old in plans(BEFORE).items():
+        if (config, target) not in found or not old["step_seconds"]:
+            continue
+        both = old, found[config, target]
+        share = [f"{plan['flops_per_step'] / plan['model_flops_per_step']:.2f}" for plan in both]
+        scores = [f"{sum(plan['step_seconds']['scores_bytes_per_layer'].values()) / 1e9:.2f}" for plan in both]
+        size = [gib(plan["per_device"]["total_bytes"]) for plan in both]
+        times = [plan["step_seconds"]["estimate"] for plan in both]
+        rows.append([
+            f"`{config}`", target, " → ".join(share), " → ".join(scores), " → ".join(size),
+            f"{times[0]:.2f} → {times[1]:.2f}", f"{times[0] / times[1]:.2f}",
+        ])  # fmt: skip
+    if not rows:
+        return ""
+    head = ["Recipe", "Target", "PFLOP over needed", "Scores, GB a layer", "Memory, GiB", "Step, s", "Times faster"]
+    note = (
+        f"With `{' '.join(SETTINGS_BEFORE)}`,\n"
+        "as the recipes were, and as they are: attention by the library's kernel for the device, recomputation by\n"
+        "what fits. The same estimate for both."
+    )
+    return "## Before and now\n\n" + table(head, rows) + "\n\n" + note
 
 
 def ladders(found: dict) -> str:
@@ -195,11 +234,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for config, target, more in () if options.page else RUNS:
+    for config, target, more, end in () if options.page else RUNS:
         if not installed(parse_target(target)):
             print(f"{config} on {target}: left out, its compiler is not installed here", file=sys.stderr)
-        elif not file_of(config, target).exists():
-            run(config, target, more)
+        elif not file_of(config, target, end).exists():
+            run(config, target, more, end)
             PAGE.write_text(page())
     PAGE.write_text(page())
 
