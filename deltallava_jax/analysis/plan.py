@@ -96,7 +96,7 @@ def ladder(cfg: Config, target: Target, text: int = 0) -> dict:
             used = plan["per_device"]["program_bytes"]
             row |= dict(total_bytes=used, flops_per_step=plan["flops_per_step"], fits=remat.fits(used, target.capacity))
             row |= dict(estimate=plan["step_seconds"] and plan["step_seconds"]["estimate"])
-            if chosen is None and (row["fits"] or last):
+            if chosen is None and policy in remat.CHOICES and (row["fits"] or last):
                 chosen = plan
         rows.append(row | dict(least_bytes=least))
     return chosen | dict(ladder=rows)

@@ -94,7 +94,7 @@ def format_ladder(plan: dict) -> list[str]:
         rows.append(
             (row["remat"], *cells, "chosen" if row["remat"] == plan["remat"] else "" if row["fits"] else "too large")
         )
-    return ["recomputation (remat=auto): the least that leaves 8 % of a device free", *table(rows)]
+    return ["recomputation (remat=auto): the least from dots on that leaves 8 % of a device free", *table(rows)]
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:

@@ -1,7 +1,7 @@
 """The choice of what the backward pass recomputes: the least that leaves a share of each device's memory free.
 
 Found by compiling the train step with one policy after the other, from the least recomputation to the least memory
-(REMAT_LADDER). A policy that is far too large by the activations that it saves is not compiled."""
+(CHOICES). A policy that is far too large by the activations that it saves is not compiled."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from deltallava_jax.parallel import hosts
 from deltallava_jax.sequence import Batch
 from deltallava_jax.training.step import TrainStep, device_bytes
 
+# Not "none": it saves no product that "dots" does not, but writes and reads several times as much (docs/scale.md).
+CHOICES = REMAT_LADDER[1:]
 FREE = 0.08  # share of a device's memory that the choice leaves to other programs and fragmentation
 SHARED = 0.8  # of the activations that tracing counts are held at least: the compiler keeps equal ones once
 GIB = 2**30
@@ -34,7 +36,7 @@ def choose(
     make: the train step of a configuration. batch: shapes with shardings. capacity: bytes of a device. Of several
     processes, all must find room. The last policy is taken whether it fits or not."""
     refused = []
-    for policy in REMAT_LADDER[:-1]:
+    for policy in CHOICES[:-1]:
         step = make(with_policy(cfg, policy))
         least = least_bytes(step, batch, budget)
         if not _everywhere(fits(least, capacity)):
@@ -45,7 +47,7 @@ def choose(
             break
         refused.append(f"{policy} needs {used / GIB:.1f} GiB")
     else:
-        policy = REMAT_LADDER[-1]
+        policy = CHOICES[-1]
         step = make(with_policy(cfg, policy))
         used = program_bytes(step.compile(batch, budget))
     line = f"remat={policy}: {used / GIB:.1f} of {capacity / GIB:.1f} GiB a device"
