@@ -194,7 +194,7 @@ def ladders(found: dict) -> str:
     if not rows:
         return ""
     head = ["Recipe", "Target", "Recomputed", "Memory of a device, GiB", "PFLOP", "Step, s"]
-    note = "`model.remat=auto` takes the first from `dots` on that leaves 8 % of the device free. `none` does no product less."
+    note = "`model.remat=auto` takes the first from `dots` on that leaves 8 % of the device free."
     return "## Recomputation\n\n" + table(head, rows) + "\n\n" + note
 
 
