@@ -383,16 +383,17 @@ def finish(params: Params, cfg: DecoderConfig, hidden: Float[Array, "... d"]) ->
 
 
 def output_matrix(params: Params, cfg: DecoderConfig) -> Float[Array, "d vocab"]:
-    """That of the logits, of a decoder in its training form."""
-    return params["embed"]["embedding"].T if cfg.tied_head else params["head"]["out"]["kernel"]
+    """That of the logits, of a decoder in either form."""
+    turned = cfg.tied_head or isinstance(params["layers"], tuple)
+    matrix = params["embed"]["embedding"] if cfg.tied_head else params["head"]["out"]["kernel"]
+    return matrix.T if turned else matrix
 
 
 def logits(params: Params, cfg: DecoderConfig, normed: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
     """Float32 logits of hidden states that ``finish`` has normed."""
+    matrix = output_matrix(params, cfg)
     with jax.named_scope("logits"):
         if isinstance(params["layers"], tuple):
-            matrix = params["embed"]["embedding"] if cfg.tied_head else params["head"]["out"]["kernel"]
             rows = normed.reshape(-1, normed.shape[-1])
-            return output_major(matrix, rows, jnp.float32).reshape(*normed.shape[:-1], -1)
-        matrix = output_matrix(params, cfg)
+            return output_major(matrix.T, rows, jnp.float32).reshape(*normed.shape[:-1], -1)
         return jnp.matmul(normed, matrix.astype(normed.dtype), preferred_element_type=jnp.float32)

@@ -15,6 +15,7 @@ from deltallava_jax.parallel.mesh import make_mesh
 from deltallava_jax.sequence import text_layout
 from deltallava_jax.training.step import TrainStep, batch_shapes
 from tests.tiny import get_config
+from tests.xla import unrolled
 
 GROUPED = DecoderConfig(vocab_size=96, width=64, layers=3, heads=4, kv_heads=2, mlp_width=160, qkv_bias=True)
 ROWS, LENGTH = 2, 24
