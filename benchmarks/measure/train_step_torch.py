@@ -90,7 +90,7 @@ class Ours:
         from deltallava_jax.training.step import TrainStep, init_state
 
         found = read(Path(folder))
-        model = replace(found.cfg, dtype="float32", remat="none")
+        model = replace(found.cfg, dtype="float32", remat="dots")
         self.cfg = c.Config(
             model=model, data=c.DataConfig(**data), optimizer=c.OptimizerConfig(lr=1e-4, frozen=("^vision/",))
         )
@@ -215,10 +215,8 @@ def mixture(width: int, rounds: int) -> dict:
         "ours": lambda: [ours.step(batch, visual) for batch in packed],
     }
     seconds = alternate(calls, rounds)
-    speed = {
-        name: [count / value for value in seconds[name]]
-        for name, count in (("torch", PADDED * BATCHES), ("ours", held))
-    }
+    counts = {"torch": PADDED * BATCHES, "ours": held}
+    speed = {name: [counts[name] / value for value in seconds[name]] for name in counts}
     middle = {name: float(np.median(found)) for name, found in speed.items()}
     return {
         "what": "mixture", "width": width, "visual_tokens": visual,

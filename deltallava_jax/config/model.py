@@ -157,7 +157,7 @@ class ModelConfig:
     decoder: DecoderConfig | None = field(default_factory=DecoderConfig)  # the language model; None: absent
     fastv: FastVConfig | None = None  # drops visual tokens inside the decoder, in inference only; None: off
     dtype: str = "bfloat16"  # compute dtype, bfloat16 or float32; trained parameters are always float32
-    remat: str = "none"  # recomputed in the backward pass: none, all but dots, all but attention, full; auto: by memory
+    remat: str = "dots"  # recomputed in the backward pass: none, all but dots, all but attention, full; auto: by memory
     attention: str = "auto"  # of rows that attend to themselves: auto (measured), xla, blocks, splash or cudnn
     windowed_attention: str = "auto"  # of Delta, TokenPacker and QueCC: auto (measured), xla or pallas
     loss_chunk: int = 512  # row positions whose logits are in memory at a time

@@ -56,13 +56,14 @@ interpreted = functools.partial(splash.attend, interpret=True)
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize(
-    "form, packed", [("splash", True), ("splash", False), ("xla", True), ("xla", False), ("blocks", True)]
+    "form, packed",
+    [("splash", True), ("splash", False), ("xla", True), ("xla", False), ("blocks", True), ("short blocks", True)],
 )
 def test_equals_float64(form, dtype, tolerance, packed, monkeypatch):
     arrays = draw(dtype=dtype)
     mask = causal(jnp.asarray(SEGMENTS)) if packed else None
-    monkeypatch.setattr(blocks, "BLOCK", 32)  # five, of which some are skipped
-    attend = {"splash": interpreted, "xla": attention, "blocks": blocks.attend}[form]
+    monkeypatch.setattr(blocks, "BLOCK", 64 if form == "short blocks" else 16)  # three, or ten, of which some skip keys
+    attend = {"splash": interpreted, "xla": attention}.get(form, blocks.attend)
     found = both(lambda q, k, v: attend(q, k, v, mask))(*arrays)
     allowed = np.ones((2, 150, 150), bool)
     if packed:
@@ -72,18 +73,41 @@ def test_equals_float64(form, dtype, tolerance, packed, monkeypatch):
         np.testing.assert_allclose(np.asarray(a, float), b, atol=tolerance * scale, rtol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("form", ["splash", "xla", "blocks"])
+@pytest.mark.parametrize("form", ["splash", "xla", "blocks", "short blocks"])
 def test_segments_do_not_attend_to_each_other(form, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 32)
+    monkeypatch.setattr(blocks, "BLOCK", 128 if form == "short blocks" else 32)
     q, k, v, do = draw(rows=1, length=256)
     segments = np.array([[1] * 100 + [2] * 90 + [0] * 66])
-    attend = {"splash": interpreted, "xla": attention, "blocks": blocks.attend}[form]
+    attend = {"splash": interpreted, "xla": attention}.get(form, blocks.attend)
     run = both(lambda q, k, v: attend(q, k, v, causal(jnp.asarray(segments))))
     other = (segments == 2)[..., None, None]
     before, after = run(q, k, v, do), run(*(jnp.where(other, -3 * x, x) for x in (q, k, v, do)))
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a[segments != 2], b[segments != 2])
         assert np.abs(a - b)[segments == 2].max() > 0.1
+
+
+def test_blocks_take_no_more_keys_than_they_need():
+    segments = jnp.asarray(np.repeat([1, 2, 3, 4, 0], [40, 8, 12, 80, 20]))  # ten blocks of 16 tokens
+    widths = np.array(blocks._widths(10))
+    assert widths.tolist() == [1, 2, 3, 4, 6, 8, 10]
+    needed = [1, 2, 3, 1, 2, 3, 4, 6, 6, 2]  # block 7 needs five and takes six; the padding begins in block 8
+    assert widths[blocks._choices(segments, 10)].tolist() == needed
+
+
+def test_masks_of_blocks_are_not_made_before_the_layers():
+    """JAX moves what does not depend on a layer out of their loop: there, the masks of all blocks and widths."""
+    length = 8 * blocks.BLOCK
+    mask = causal(jnp.ones((2, length), jnp.int32))
+
+    def loss(kernels, x):
+        layer = lambda x, kernel: (blocks.attend(*(x @ kernel for kernel in kernel), mask), None)
+        return jax.lax.scan(jax.checkpoint(layer), x, kernels)[0].sum()
+
+    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((2, 3, 8, 8), (2, length, 1, 8))]
+    kept = jax.make_jaxpr(jax.grad(loss))(*shapes)
+    largest = max(var.aval.size for eqn in kept.eqns for var in eqn.outvars)
+    assert largest <= 2 * 2 * length * 8  # two layers' input
 
 
 def test_blocks_of_rows_with_padding_within(monkeypatch):

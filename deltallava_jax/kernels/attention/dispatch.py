@@ -37,7 +37,7 @@ def causal(segments: Int[Array, "B S"]) -> AttentionMask:
 SEGMENTS = 5  # of a measured row
 MIN_LENGTH = 256  # of the rows from which on the library's kernels are taken unmeasured
 MEASURED_SCORES = 2**28  # most scores of a measured call: XLA has several such arrays in memory, 1 GiB each in float32
-MIN_PACKED = 512  # of packed rows on a CPU from which on blocks are taken: slower at 300 tokens, faster at 2,304
+MIN_PACKED = 128  # of packed rows on a CPU from which on blocks are taken: below, nothing is gained
 LIBRARY = {"gpu": "cudnn", "tpu": "splash"}  # MaxText's choices on NVIDIA GPUs and TPUs
 
 
