@@ -65,7 +65,7 @@ class Cost:
 
 
 def costs(program: str | Program) -> list[Cost]:
-    """Of every instruction that runs and is not free; every branch of a conditional is taken to run.
+    """Of every instruction that runs and is not free; of a conditional, the branch with most work is taken to run.
 
     program: ``compiled.as_text()``, or parsed."""
     counter = Counter(parse(program) if isinstance(program, str) else program)
@@ -89,8 +89,19 @@ class Counter:
         for each in computation.values():
             yield self.cost(each, name, count)
             times = self.program.trips(each) if each.opcode == "while" else 1
-            for inner in each.called if each.opcode in RUNS_INSIDE else ():
+            for inner in self.runs_inside(each):
                 yield from self.walk(inner, count * times)
+
+    def runs_inside(self, each: Instruction) -> list[str]:
+        """The computations that an instruction runs one by one; of a conditional's, the one with most work."""
+        if each.opcode != "conditional":
+            return each.called if each.opcode in RUNS_INSIDE else []
+
+        def work(name: str) -> tuple[int, int]:
+            costs = list(self.walk(name, 1))
+            return sum(cost.count * cost.operations for cost in costs), sum(cost.count * cost.bytes for cost in costs)
+
+        return [max(each.called, key=work)]
 
     def cost(self, each: Instruction, name: str, count: int) -> Cost:
         """Of one instruction of a computation."""

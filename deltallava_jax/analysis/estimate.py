@@ -230,7 +230,7 @@ class Timeline:
             if each.opcode == "async-start" and self._inner_collectives(each):
                 return 0.0
             times = self._program.trips(each) if each.opcode == "while" else 1
-            return times * sum(self._run(inner, count * times) for inner in each.called)
+            return times * sum(self._run(inner, count * times) for inner in self.counter.runs_inside(each))
         if not cost.operations and not cost.bytes:
             return 0.0
         products, memory = self._rates.seconds(cost.products, cost.bytes)

@@ -17,7 +17,7 @@ import jax.extend.core
 from jax.sharding import PartitionSpec as P
 
 from deltallava_jax.config import Config, DecoderConfig
-from deltallava_jax.kernels.attention import SKIPPING
+from deltallava_jax.kernels.attention import SKIPPING, TRIANGLE
 from deltallava_jax.models import llavolta, systems
 from deltallava_jax.sequence import Batch
 from deltallava_jax.training.step import TrainStep
@@ -56,7 +56,20 @@ def skipped(program) -> int:
 
 def _later(scopes: str, operations: int) -> int:
     """About half of a causal kernel's operations: of its blocks of scores, those on the diagonal are computed whole."""
-    return operations // 2 if SKIPPING in scopes else 0
+    blocks = _blocks(scopes)
+    skipped = operations * (blocks - 1) // (2 * blocks) if blocks else operations // 2
+    return skipped if SKIPPING in scopes else 0
+
+
+def _square(scopes: str, operations: int) -> int:
+    """The operations of the whole square, of which a program may have only the blocks up to the diagonal."""
+    blocks = _blocks(scopes)
+    return operations * 2 * blocks // (blocks + 1) if blocks else operations
+
+
+def _blocks(scopes: str) -> int | None:
+    found = re.search(rf"{TRIANGLE}(\d+)", scopes)
+    return int(found[1]) if found else None
 
 
 def total(flops: Flops, passes: tuple[str, ...] = PASSES) -> int:
@@ -104,7 +117,8 @@ def _products(jaxpr: jax.extend.core.Jaxpr, scopes: str, times: int) -> Iterator
         shapes = [getattr(v.aval, "shape", ()) for v in (*eqn.invars[:2], eqn.outvars[0])] if eqn.outvars else []
         if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            yield inside, times * 2 * math.prod(shapes[2]) * math.prod(shapes[0][i] for i in contracted)
+            operations = times * 2 * math.prod(shapes[2]) * math.prod(shapes[0][i] for i in contracted)
+            yield inside, _square(inside, operations)
         elif name == "conv_general_dilated":
             out_features = shapes[1][eqn.params["dimension_numbers"].rhs_spec[0]]
             yield inside, times * 2 * math.prod(shapes[2]) * math.prod(shapes[1]) // out_features

@@ -85,6 +85,7 @@ class OptimizerConfig:
     muon_momentum: float = 0.95  # muon: decay of its momentum
     muon_iterations: int = 5  # muon: Newton-Schulz steps; fewer are faster and orthogonalise less exactly
     mu_dtype: str = "float32"  # of the first moment; bfloat16 saves two bytes per trained parameter
+    gradient_dtype: str = "float32"  # in which devices add up matrices' gradients; bfloat16 sends half as much
     accumulation: int = 1  # microbatches of a batch, whose gradients are accumulated
     frozen: tuple[str, ...] = ()  # regular expressions of parameter paths that are not trained, and kept in bfloat16
 
@@ -103,7 +104,9 @@ class OptimizerConfig:
             value = getattr(self, name)
             require(0 <= value <= 1, f"optimizer.{name}={value}; expected 0 to 1")
         require_at_least(1, "optimizer", self, "muon_iterations", "accumulation")
-        require(self.mu_dtype in DTYPES, f"optimizer.mu_dtype is {self.mu_dtype!r}; known: {', '.join(DTYPES)}")
+        for name in ("mu_dtype", "gradient_dtype"):
+            value = getattr(self, name)
+            require(value in DTYPES, f"optimizer.{name} is {value!r}; known: {', '.join(DTYPES)}")
         for pattern in self.frozen:
             try:
                 re.compile(pattern)

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from deltallava_jax.arrays import Array
 from deltallava_jax.config import ROW_AXES
 from deltallava_jax.kernels.attention import kernel_outputs_saveable
+from deltallava_jax.products import matmul, plus
 
 Params = dict  # nested dict of jax.Array
 
@@ -109,10 +110,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(bias_init(rngs.params(), (out_width,))) if bias else None
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... D"]:
-        # Rows in one dimension: XLA's CPU compiler then takes far fewer transposed copies in the backward pass.
-        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
-        y = y.reshape(*x.shape[:-1], y.shape[-1])
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = matmul(x, self.kernel[...])
+        return y if self.bias is None else plus(y, self.bias[...])
 
 
 def output_major(kernel: Float[Array, "D C"], rows: Float[Array, "R C"], dtype=None) -> Float[Array, "R D"]:
@@ -132,7 +131,7 @@ class OutputMajor(Linear):
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... D"]:
         y = output_major(self.kernel[...], x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else plus(y, self.bias[...])
 
 
 class LayerNorm(nnx.Module):

@@ -31,6 +31,7 @@ from deltallava_jax.models.layers import (
     quick_gelu,
     sincos_table,
 )
+from deltallava_jax.products import plus
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,9 @@ class Embeddings(nnx.Module):
         )
         x = self.patch(patches)
         if self.cls is not None:
-            cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+            cls = jnp.broadcast_to(self.cls[...], (x.shape[0], 1, x.shape[2])).astype(x.dtype)
             x = jnp.concatenate([cls, x], axis=1)
-        x = x + self.position[...].astype(x.dtype)
+        x = plus(x, self.position[...])
         return x if self.pre_norm is None else self.pre_norm(x)
 
 

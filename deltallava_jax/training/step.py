@@ -20,6 +20,7 @@ from deltallava_jax.models import llavolta, systems, vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.parallel import rules
 from deltallava_jax.parallel.mesh import ROWS, compiled
+from deltallava_jax.products import gradient_dtype
 from deltallava_jax.sequence import Batch
 from deltallava_jax.training.optimizer import join, make_optimizer, schedule, split
 
@@ -111,7 +112,7 @@ def _loss_sum(cfg: Config, trained: Params, frozen: Params, part: Batch, key: Ar
     """(summed loss, supervised tokens) of a microbatch."""
     budgets = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
     params = join(trained, frozen)
-    with registry.forced(cfg.model, ordered=True):
+    with registry.forced(cfg.model, ordered=True), gradient_dtype(cfg.optimizer.gradient_dtype):
         sums = [vlm.loss_sum(params, cfg.model, part, key, budget=each, pooling=pooling) for each in budgets]
     return sum(total for total, _ in sums) / len(sums), sums[0][1]
 

@@ -77,6 +77,7 @@ def test_splash_attention_counts_as_dense_attention(monkeypatch, remat, mesh):
             program = jax.make_jaxpr(lambda *x: jax.value_and_grad(loss, (0, 1))(*x))(params, hidden)
         return flops.traced(program)["decoder"], str(program).count("pallas_call"), flops.skipped(program)
 
+    monkeypatch.setattr(dispatch, "MIN_PACKED", length + 1)
     expected, _, skipped = count()
     assert skipped == 0
     monkeypatch.setattr(kernels.devices, "device", lambda: ("tpu", "a kind"))
@@ -88,6 +89,27 @@ def test_splash_attention_counts_as_dense_attention(monkeypatch, remat, mesh):
     expected["recompute"] += (3 if again or remat == "none" else 1) * product  # XLA's scores and values, run again
     assert skipped == pytest.approx((9 + 2 * again) * product / 2, rel=1e-3)
     assert found == pytest.approx(expected, rel=1e-3)  # a row's sum of output times gradient is a product here
+
+
+@pytest.mark.parametrize("length, blocks", [(128, 1), (256, 2), (480, 3), (800, 5)])
+def test_blocks_count_as_dense_attention(monkeypatch, length, blocks):
+    """Of short rows the program has fewer products, of long ones it chooses among them; counted is the same."""
+
+    def count():
+        q = k = jnp.zeros((2, length, 2, 8))
+        mask = kernels.attention.causal(jnp.ones((2, length), jnp.int32))
+        loss = lambda q, k, v: kernels.attention.attention(q, k, v, mask).sum()
+        program = jax.make_jaxpr(lambda *x: jax.grad(loss, (0, 1, 2))(*x))(q, k, k)
+        return flops.traced(program)["other"], flops.skipped(program)
+
+    found, skipped = count()
+    monkeypatch.setattr(dispatch, "MIN_PACKED", length + 1)
+    expected, _ = count()
+    product = 2 * 2 * 2 * length * length * 8
+    expected["recompute"] += product if blocks > 4 else 0  # the scores
+    assert found == pytest.approx(expected, rel=1e-2)
+    share = 1 / 2 if blocks > 4 else (blocks - 1) / (2 * blocks)
+    assert skipped == pytest.approx(share * sum(found.values()), rel=1e-2)
 
 
 def test_tower_is_its_formula():

@@ -39,7 +39,7 @@ def test_faulty_candidates_are_left_out_and_named(kind, dtype):
     assert result.left_out.keys() == REASONS.keys()
     assert all(reason.startswith(REASONS[name]) for name, reason in result.left_out.items()), result
     assert result.seconds.keys() - {"blocks"} == {"xla", "right", "slow"}
-    assert result.choice in ("xla", "right") and result.seconds["slow"] > 3 * result.seconds["xla"]
+    assert result.choice in ("xla", "right", "blocks") and result.seconds["slow"] > 3 * result.seconds["xla"]
     lines = tuning.describe(str(call(kind, dtype)), result)
     warnings = [line for line in lines if line.startswith("warning: ")]
     assert len(warnings) == 4 == len(lines) - 1 and not any("\n" in line for line in lines)

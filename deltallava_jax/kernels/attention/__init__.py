@@ -5,10 +5,11 @@ in memory, and dispatch.py chooses among them."""
 
 from deltallava_jax.kernels.attention.dispatch import (
     SKIPPING,
+    TRIANGLE,
     AttentionMask,
     attention,
     causal,
     kernel_outputs_saveable,
 )
 
-__all__ = ["SKIPPING", "AttentionMask", "attention", "causal", "kernel_outputs_saveable"]
+__all__ = ["SKIPPING", "TRIANGLE", "AttentionMask", "attention", "causal", "kernel_outputs_saveable"]

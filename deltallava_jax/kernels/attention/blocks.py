@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
+from deltallava_jax.kernels.attention.dispatch import TRIANGLE
+
 BLOCK = 160  # most tokens of a block of queries
 SHORT = 4  # most blocks of a row of which all are in memory at once, fewer bytes than what else a layer keeps
 
@@ -32,7 +34,11 @@ def attend(q, k, v, mask):
     q = rearrange(pad(q), "b (n t) (g r) d -> b n g r t d", t=size, g=k.shape[2])
     k, v = (rearrange(pad(x), "b s g d -> b g s d") for x in (k, v))
     rows = q, k, v, pad(mask.segments)
-    out = jax.vmap(_row)(*rows) if count <= SHORT else jax.lax.map(lambda row: _row(*row), rows)
+    if count > SHORT:
+        out = jax.lax.map(lambda row: _row(*row), rows)
+    else:
+        with jax.named_scope(f"{TRIANGLE}{count}"):
+            out = jax.vmap(_row)(*rows)
     return rearrange(out, "b n g r t d -> b (n t) (g r) d")[:, :length]
 
 

@@ -6,7 +6,6 @@ import math
 import re
 
 import jax
-import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Float
 
@@ -15,6 +14,7 @@ from deltallava_jax.kernels import devices
 from deltallava_jax.kernels.registry import Call, Operation, Trial
 from deltallava_jax.kernels.windowed_attention import reference
 from deltallava_jax.kernels.windowed_attention.vjp import attend
+from deltallava_jax.products import contract, matmul
 
 MEASURED_IMAGES = 64  # most images of a measured call
 
@@ -108,13 +108,13 @@ def local_attention(
     s = k.shape[1] // q.shape[1]
     q = split(q)
     if s * window == 1:
-        return v @ v_kernel
-    keys = jax.eval_shape(lambda: split(k @ k_kernel))
+        return matmul(v, v_kernel)
+    keys = jax.eval_shape(lambda: split(matmul(k, k_kernel)))
     name = OPERATION.select(implementation, q, keys, window, k.shape[-1])
     if s == 1 or name != "xla":
-        heads = split(k @ k_kernel), split(v @ v_kernel)
+        heads = split(matmul(k, k_kernel)), split(matmul(v, v_kernel))
         return merge(windowed_attention(q, *heads, window=window, implementation=name))
     scale = (k.shape[-1] / head_dim) ** 0.5  # windowed_attention divides by the root of its own width
-    q = jnp.einsum("nhwad,cad->nhwac", q, split(k_kernel) * scale)
+    q = contract("nhwad,cad->nhwac", q, split(k_kernel) * scale)
     y = windowed_attention(q, k[..., None, :], v[..., None, :], window=window, implementation="xla")
-    return merge(jnp.einsum("nhwac,cad->nhwad", y, split(v_kernel)))
+    return merge(contract("nhwac,cad->nhwad", y, split(v_kernel)))

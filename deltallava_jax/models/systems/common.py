@@ -14,6 +14,7 @@ from deltallava_jax.kernels.attention import attention
 from deltallava_jax.kernels.windowed_attention import local_attention
 from deltallava_jax.models.layers import Linear, resize_grid, sincos_table, trunc_normal, xavier_uniform
 from deltallava_jax.models.names import Entry, linear
+from deltallava_jax.products import matmul, plus
 
 EPS = 1e-6  # of most projectors' LayerNorms
 
@@ -28,10 +29,10 @@ class PackedAttention(nnx.Module):
 
     def heads(self, q, k, v):
         """Each [..., C] through its third of the packed matrix, split into heads."""
-        kernels = jnp.split(self.inputs.kernel[...].astype(q.dtype), 3, axis=1)
-        biases = jnp.split(self.inputs.bias[...].astype(q.dtype), 3)
+        kernels, biases = (jnp.split(x[...], 3, axis=-1) for x in (self.inputs.kernel, self.inputs.bias))
         split = lambda t: rearrange(t, "... (a d) -> ... a d", d=self.head_dim)
-        return tuple(split(x @ kernel + bias) for x, kernel, bias in zip((q, k, v), kernels, biases, strict=True))
+        made = zip((q, k, v), kernels, biases, strict=True)
+        return tuple(split(plus(matmul(x, kernel), bias)) for x, kernel, bias in made)
 
     def __call__(self, q: Float[Array, "n Q C"], k: Float[Array, "n K C"], v: Float[Array, "n K C"]):
         return self.o(rearrange(attention(*self.heads(q, k, v)), "n q a d -> n q (a d)"))
@@ -41,11 +42,12 @@ class LocalAttention(PackedAttention):
     """The same over grids, each query with the s x s patches of its own cell."""
 
     def __call__(self, q: Float[Array, "n Q Q C"], k: Float[Array, "n g g C"], v: Float[Array, "n g g C"]):
-        kernels = jnp.split(self.inputs.kernel[...].astype(q.dtype), 3, axis=1)
-        q_bias, _, v_bias = jnp.split(self.inputs.bias[...].astype(q.dtype), 3)
+        kernels = jnp.split(self.inputs.kernel[...], 3, axis=1)
+        q_bias, _, v_bias = jnp.split(self.inputs.bias[...], 3)
         # The keys' bias shifts all scores of a query alike, which softmax ignores; the weights sum to one.
-        y = local_attention(q @ kernels[0] + q_bias, k, v, kernels[1], kernels[2], head_dim=self.head_dim)
-        return self.o(y + v_bias)
+        q = plus(matmul(q, kernels[0]), q_bias)
+        y = local_attention(q, k, v, kernels[1], kernels[2], head_dim=self.head_dim)
+        return self.o(plus(y, v_bias))
 
 
 def attention_names(torch: str, path: str) -> list[Entry]:

@@ -40,6 +40,7 @@ from deltallava_jax.models.names import Entry, linear, norm
 from deltallava_jax.models.systems import common
 from deltallava_jax.models.systems.base import LevelsConfig, MultiLevel
 from deltallava_jax.models.vision import VisionFeatures
+from deltallava_jax.products import contract, matmul
 
 BLOCK_EPS = 1e-5
 
@@ -111,7 +112,7 @@ class DeltaProjection(nnx.Module):
         return self.base[...] if self.U is None else self.base[...] + self.U[...] @ self.V[...]
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... E"]:
-        y = x @ self.matrix.astype(x.dtype)
+        y = matmul(x, self.matrix)
         return y if self.norm is None else self.norm(gelu(y))
 
 
@@ -149,7 +150,7 @@ class ConvAttention(nnx.Module):
         self.projection = Linear(width, width, bias=False, kernel_init=torch_default(width), rngs=rngs)
 
     def __call__(self, x: Float[Array, "n g g C"]) -> Float[Array, "n g g C"]:
-        y = grouped_convolution(x, self.kernel[...].astype(x.dtype))
+        y = grouped_convolution(x, self.kernel[...])
         return self.projection(jax.nn.relu(self.norm(y)))
 
 
@@ -161,7 +162,7 @@ def grouped_convolution(x: Float[Array, "n h w C"], kernel: Float[Array, "3 3 i 
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = jnp.stack([padded[:, p : p + h, q : q + w] for p in range(3) for q in range(3)])
     patches = rearrange(shifted, "t n h w (g i) -> n h w g (t i)", i=group)
-    return jnp.einsum("nhwgi,gio->nhwgo", patches, kernel).reshape(n, h, w, width)
+    return contract("nhwgi,gio->nhwgo", patches, kernel).reshape(n, h, w, width)
 
 
 class Block(nnx.Module):

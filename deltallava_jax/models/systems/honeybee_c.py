@@ -18,6 +18,7 @@ from deltallava_jax.models.names import Entry, linear, norm
 from deltallava_jax.models.systems import common
 from deltallava_jax.models.systems.base import OnGrid, ScaleConfig
 from deltallava_jax.models.vision import VisionFeatures
+from deltallava_jax.products import plus
 
 EPS = 1e-5
 DEPTH = 3
@@ -47,8 +48,9 @@ class Bottleneck(nnx.Module):
     def _depthwise(self, x: Float[Array, "n h w C"]) -> Float[Array, "n h w C"]:
         """The convolution as nine shifted products."""
         h, w = x.shape[1:3]
-        kernel, padded = self.kernel[...].astype(x.dtype), jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        return sum(padded[:, p : p + h, q : q + w] * kernel[p, q, 0] for p in range(3) for q in range(3))
+        kernel, padded = self.kernel[...], jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        y = sum(padded[:, p : p + h, q : q + w] * kernel[p, q, 0] for p in range(3) for q in range(3))
+        return y.astype(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class HoneybeeC(OnGrid):
         self.cfg = cfg
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
-        x = features.last + self.position[...].astype(features.last.dtype)
+        x = plus(features.last, self.position[...])
         x = common.as_grid(x, self.cfg.grid)
         pooled = False
         for stage, block, _ in _blocks(self.cfg):

@@ -22,6 +22,7 @@ from deltallava_jax.models.names import Entry, linear, norm
 from deltallava_jax.models.systems import common
 from deltallava_jax.models.systems.base import OnGrid, ScaleConfig
 from deltallava_jax.models.vision import VisionFeatures
+from deltallava_jax.products import plus
 
 EPS = 1e-5
 DEPTH, POINTS = 6, 4
@@ -117,11 +118,11 @@ class HoneybeeD(OnGrid):
         self.cfg = cfg
 
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
-        image = features.last + self.position[...].astype(features.last.dtype)
+        image = plus(features.last, self.position[...])
         image = common.as_grid(image, self.cfg.grid)
         positions = common.pool_grid(image, round(budget**0.5)).reshape(image.shape[0], budget, -1)
         points = jax.lax.stop_gradient(self.points[...])[0]
-        x = jnp.broadcast_to(self.queries[...].astype(image.dtype), positions.shape)
+        x = jnp.broadcast_to(self.queries[...], positions.shape).astype(image.dtype)
         for layer in range(self.cfg.depth or DEPTH):
             x = getattr(self, f"layer{layer}")(x, positions, image, points)
         return self.out(x)

@@ -20,6 +20,7 @@ from deltallava_jax.models.names import Entry, norm
 from deltallava_jax.models.systems import common
 from deltallava_jax.models.systems.base import QueriesConfig, System
 from deltallava_jax.models.vision import VisionFeatures
+from deltallava_jax.products import matmul
 
 TOKENS = (256, 144, 64, 36, 16, 4, 2, 1)
 
@@ -59,7 +60,7 @@ class Mqt(System):
         q = self.q_norm((self.queries[...] + position)[:budget].astype(x.dtype))
         k = self.k_norm(common.resize_table(position, self.grid).astype(x.dtype))
         q, k = (jnp.broadcast_to(t, (x.shape[0], *t.shape)) for t in (q, k))
-        return self.attention(q, k, self.v_norm(x)) @ self.out[...].astype(x.dtype)
+        return matmul(self.attention(q, k, self.v_norm(x)), self.out[...])
 
     @staticmethod
     def budgets(cfg: MqtConfig) -> tuple[int, ...]:

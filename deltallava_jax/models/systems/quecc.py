@@ -18,6 +18,7 @@ from deltallava_jax.models.names import Entry, linear, norm
 from deltallava_jax.models.systems import common
 from deltallava_jax.models.systems.base import LevelsConfig, MultiLevel
 from deltallava_jax.models.vision import VisionFeatures
+from deltallava_jax.products import contract, plus
 
 TEXT_EPS = 1e-5  # torch's default
 
@@ -66,8 +67,7 @@ class Quecc(MultiLevel):
         k, v = (self._embed(name, common.as_grid(features.levels, self.grid)) for name in "kv")
         side = round(budget**0.5)
         cells = rearrange(q, "n (h p) (w q) c -> n h w p q c", h=side, w=side)
-        q = jnp.einsum("nhwpqc,pqc->nhwc", cells, self.kernel[...][:, :, 0].astype(q.dtype))
-        q = q + self.bias[...].astype(q.dtype)
+        q = plus(contract("nhwpqc,pqc->nhwc", cells, self.kernel[...][:, :, 0]), self.bias[...])
         y = self.attention(q, k, v).reshape(q.shape[0], budget, -1)
         return self.down(gelu(self.up(y)))
 

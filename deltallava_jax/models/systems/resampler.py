@@ -18,6 +18,7 @@ from deltallava_jax.models.names import Entry, linear, norm
 from deltallava_jax.models.systems import common
 from deltallava_jax.models.systems.base import QueriesConfig, System
 from deltallava_jax.models.vision import VisionFeatures
+from deltallava_jax.products import matmul
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Resampler(System):
         same = self.grid**2 == position.shape[0]
         k = x + (position if same else common.resize_table(position, self.grid)).astype(x.dtype)
         y = self.attention(jnp.broadcast_to(q, (x.shape[0], *q.shape)), k, x)
-        return y if self.norm is None else self.norm(y) @ self.out[...].astype(y.dtype)
+        return y if self.norm is None else matmul(self.norm(y), self.out[...])
 
     @staticmethod
     def budgets(cfg: ResamplerConfig) -> tuple[int, ...]:
