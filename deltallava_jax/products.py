@@ -6,8 +6,6 @@ same."""
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
@@ -20,9 +18,8 @@ gradient_dtype = jax.make_user_context(default_value="float32")
 
 def contract(spec: str, x: Float[Array, ...], kernel: Float[Array, ...]) -> Float[Array, ...]:
     """jnp.einsum(spec, x, kernel) in the dtype of x. Each index of the kernel is one of x or of the result."""
-    if kernel.dtype.itemsize <= x.dtype.itemsize or gradient_dtype.value == x.dtype:
-        return jnp.einsum(spec, x, kernel.astype(x.dtype))
-    return _contract(spec, x, kernel)
+    plain = kernel.dtype.itemsize <= x.dtype.itemsize or gradient_dtype.value == x.dtype
+    return (_product if plain else _contract)(spec, x, kernel)
 
 
 def matmul(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array, "... D"]:
@@ -36,21 +33,29 @@ def plus(x: Array, parameter: Array) -> Array:
     return (x + parameter).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _contract(spec, x, kernel):
+def _product(spec, x, kernel):
     return jnp.einsum(spec, x, kernel.astype(x.dtype))
 
 
-def _contract_forward(spec, x, kernel):
-    return _contract(spec, x, kernel), (x, kernel)
+_contract = jax.custom_vjp(_product, nondiff_argnums=(0,))
 
 
-def _contract_backward(spec, saved, gradient):
-    x, kernel = saved
-    (of_x, of_kernel), result = spec.split("->")[0].split(","), spec.split("->")[1]
-    d_x = jnp.einsum(f"{result},{of_kernel}->{of_x}", gradient, kernel.astype(x.dtype))
-    product = jnp.einsum(f"{of_x},{result}->{of_kernel}", x, gradient, preferred_element_type=kernel.dtype)
-    return d_x, product
+def _forward(spec, x, kernel):
+    """Keeps what the gradients that are asked for need."""
+    kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
+    return _product(spec, x.value, kernel.value), kept
 
 
-_contract.defvjp(_contract_forward, _contract_backward)
+def _backward(spec, kept, d_y):
+    x, kernel = kept
+    inputs, of_y = spec.split("->")
+    of_x, of_kernel = inputs.split(",")
+    d_x = d_kernel = None
+    if kernel is not None:
+        d_x = _product(f"{of_y},{of_kernel}->{of_x}", d_y, kernel)
+    if x is not None:
+        d_kernel = jnp.einsum(f"{of_x},{of_y}->{of_kernel}", x, d_y, preferred_element_type=jnp.float32)
+    return d_x, d_kernel
+
+
+_contract.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -67,3 +67,13 @@ def test_equal_dtypes_are_a_plain_product():
     x, kernel = draw((64, 12), (12, 20))
     for a, b in ((x, kernel.astype(jnp.bfloat16)), (x.astype(jnp.float32), kernel)):
         assert "custom_vjp" not in str(jax.make_jaxpr(matmul)(a, b))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_that_a_policy_saves_are_not_computed_again(dtype):
+    kernels = jnp.ones((2, 8, 8))
+    x = jnp.ones((4, 8), dtype)
+    body = lambda kernels: jnp.tanh(matmul(jnp.tanh(matmul(x, kernels[0])), kernels[1])).astype(jnp.float32).sum()
+    saving = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    products = str(jax.make_jaxpr(jax.grad(saving))(kernels)).count("dot_general")
+    assert products == 2 + 3  # forward; of both kernels and of what is between them
