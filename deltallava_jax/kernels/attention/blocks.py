@@ -73,11 +73,12 @@ def _backward(saved, d_out):
     scale = q.shape[-1] ** -0.5
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def block(i, start, keys, gradients, q, d_out, inner, weights):
+    def block(i, start, keys, gradients, q, d_out, inner, kept):
         near = _slice(start, keys)
+        weights = kept
         if len(scaled) > SHORT:
             with jax.named_scope("rematted"):  # computed in the forward pass too
-                weights = jnp.exp(_scores(q, near(k), segments, i, start) - weights)
+                weights = jnp.exp(_scores(q, near(k), segments, i, start) - kept)
         d_weights = product("grtd,gsd->grts", d_out, near(v))
         d_scores = (weights * (d_weights - inner)).astype(q.dtype)
         dq = product("grts,gsd->grtd", d_scores, near(k)) * scale
@@ -96,8 +97,8 @@ _row.defvjp(_forward, _backward)
 
 
 def _over_blocks(block, segments, carry, *given):
-    """(carry, what the blocks return, in lists or stacked) of block(i, start, keys, carry, *given[i]) for each block
-    of queries: ``keys`` keys from ``start`` on hold all that it attends to."""
+    """(carry, what the blocks return, in lists or stacked) of block(i, start, keys, carry, *given[i]), one block of
+    queries after the other: ``keys`` keys from ``start`` on hold all that block i attends to."""
     count, size = len(given[0]), len(segments) // len(given[0])
     if count <= SHORT:
         returned = []
