@@ -52,7 +52,8 @@ class Program:
     entry: str
 
     def runs(self) -> dict[str, int]:
-        """How often a run of the program runs each computation; every branch of a conditional is taken to run.
+        """How often a run of the program runs each computation; every branch of a conditional is taken to run (in
+        costs.py, which counts work, one).
 
         Raises ValueError for a loop with an unknown number of iterations."""
         counts = defaultdict(int)

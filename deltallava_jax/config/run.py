@@ -85,7 +85,7 @@ class OptimizerConfig:
     muon_momentum: float = 0.95  # muon: decay of its momentum
     muon_iterations: int = 5  # muon: Newton-Schulz steps; fewer are faster and orthogonalise less exactly
     mu_dtype: str = "float32"  # of the first moment; bfloat16 saves two bytes per trained parameter
-    gradient_dtype: str = "float32"  # in which devices add up matrices' gradients; bfloat16 sends half as much
+    gradient_dtype: str = "float32"  # in which devices add up matrices' gradients if model.dtype is bfloat16
     accumulation: int = 1  # microbatches of a batch, whose gradients are accumulated
     frozen: tuple[str, ...] = ()  # regular expressions of parameter paths that are not trained, and kept in bfloat16
 

@@ -2,8 +2,8 @@
 
 An NNX class defines parameters and forward code. ``init`` makes its parameters as a nested dict of arrays; ``bind``
 attaches such a dict (the whole, or one layer of a stack) to the class for one call inside a traced function.
-Matrices are cast to the activations' dtype where they are used, so parameters can stay float32 while the compute is
-bfloat16; norms and softmax are computed in float32.
+Matrices are cast to the activations' dtype where they are used (products.py), so parameters can stay float32 while the
+compute is bfloat16; norms and softmax are computed in float32.
 """
 
 from __future__ import annotations

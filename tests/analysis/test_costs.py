@@ -182,3 +182,11 @@ def test_weights_sliced_in_a_loop_are_read_once_a_layer(scanned):
     moved = sum(one.count * one.bytes for one in scanned)
     # Each layer's weights are read once, and written and read once more where they are sliced out first; never all.
     assert LAYERS * (weights + 2 * hidden) <= moved <= LAYERS * (3 * weights + 8 * hidden)
+
+
+def test_of_a_choice_among_programs_the_one_with_most_work_counts():
+    branches = [lambda x, n=n: (x[:, :n] @ x[:n]).sum() for n in (8, 32, 16)]
+    run = jax.jit(lambda which, x: jax.lax.switch(which, branches, x))
+    text = run.lower(jnp.int32(0), jnp.ones((64, 64))).compile().as_text()
+    assert "conditional(" in text
+    assert sum(one.count * one.operations for one in costs(text)) == 2 * 64 * 32 * 64

@@ -52,6 +52,7 @@ def in_float64(q, k, v, do, allowed):
 
 
 interpreted = functools.partial(splash.attend, interpret=True)
+in_xla = functools.partial(attention, implementation="xla")
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
@@ -63,7 +64,7 @@ def test_equals_float64(form, dtype, tolerance, packed, monkeypatch):
     arrays = draw(dtype=dtype)
     mask = causal(jnp.asarray(SEGMENTS)) if packed else None
     monkeypatch.setattr(blocks, "BLOCK", 64 if form == "short blocks" else 16)  # three, or ten, of which some skip keys
-    attend = {"splash": interpreted, "xla": attention}.get(form, blocks.attend)
+    attend = {"splash": interpreted, "xla": in_xla}.get(form, blocks.attend)
     found = both(lambda q, k, v: attend(q, k, v, mask))(*arrays)
     allowed = np.ones((2, 150, 150), bool)
     if packed:
@@ -78,7 +79,7 @@ def test_segments_do_not_attend_to_each_other(form, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 128 if form == "short blocks" else 32)
     q, k, v, do = draw(rows=1, length=256)
     segments = np.array([[1] * 100 + [2] * 90 + [0] * 66])
-    attend = {"splash": interpreted, "xla": attention}.get(form, blocks.attend)
+    attend = {"splash": interpreted, "xla": in_xla}.get(form, blocks.attend)
     run = both(lambda q, k, v: attend(q, k, v, causal(jnp.asarray(segments))))
     other = (segments == 2)[..., None, None]
     before, after = run(q, k, v, do), run(*(jnp.where(other, -3 * x, x) for x in (q, k, v, do)))
@@ -110,14 +111,16 @@ def test_masks_of_blocks_are_not_made_before_the_layers():
     assert largest <= 2 * 2 * length * 8  # two layers' input
 
 
-def test_blocks_of_rows_with_padding_within(monkeypatch):
-    """As where visual tokens do not exist; the blocks with padding attend to each other's."""
-    monkeypatch.setattr(blocks, "BLOCK", 32)
+@pytest.mark.parametrize("block", [32, 64])
+def test_blocks_of_rows_with_padding_within(block, monkeypatch):
+    """As where visual tokens do not exist; the blocks with padding attend to each other's. 200 tokens are seven blocks
+    of 29, or four of 50."""
+    monkeypatch.setattr(blocks, "BLOCK", block)
     rng = np.random.default_rng(0)
     arrays = draw(length=200, width=16)
     segments = np.sort(rng.integers(1, 7, (2, 200)))
     mask = causal(jnp.asarray(np.where(rng.random((2, 200)) < 0.1, 0, segments)))
-    found, expected = (both(lambda q, k, v, f=f: f(q, k, v, mask))(*arrays) for f in (blocks.attend, attention))
+    found, expected = (both(lambda q, k, v, f=f: f(q, k, v, mask))(*arrays) for f in (blocks.attend, in_xla))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 

@@ -1,8 +1,10 @@
 """Every other system of the paper against the original code's outputs (tests/testdata), and checks for every system."""
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -119,12 +121,16 @@ def test_a_wrong_budget_is_refused_with_the_allowed_ones(name):
 # The others prune the tower: test_tower_pruning.py.
 @pytest.mark.parametrize("name", [name for name in systems.SYSTEMS if not systems.needs(small(name), 24).pruned])
 def test_fresh_parameters_make_every_budget_and_every_one_gets_a_gradient(name):
+    """Gradients of features in bfloat16, which are themselves not rounded to it."""
     cfg = small(name)
     params = systems.init_params(cfg, jax.random.key(0))
     features, text = golden.features(cfg), golden.inputs("text", (2, SMALL["text_width"]))
 
     def loss(params, budget):
-        return (systems.project(params, cfg, features, text, budget=budget) ** 2).sum()
+        parts = {part: getattr(features, part) for part in ("last", "levels", "keys")}
+        half = {part: None if x is None else jnp.asarray(x, jnp.bfloat16) for part, x in parts.items()}
+        half = dataclasses.replace(features, **half)
+        return (systems.project(params, cfg, half, text, budget=budget).astype(jnp.float32) ** 2).sum()
 
     project = jax.jit(functools.partial(systems.project, cfg=cfg), static_argnames="budget")
     for budget in systems.budgets(cfg):
@@ -134,6 +140,7 @@ def test_fresh_parameters_make_every_budget_and_every_one_gets_a_gradient(name):
     fixed = {"mqt": "position", "resampler": "position", "honeybee_d": "points"}.get(name)
     for path, gradient in gradients.items():
         assert np.any(gradient) == (path != fixed), path
+        assert np.any(gradient != gradient.astype(jnp.bfloat16)) == (path != fixed), path
 
 
 @pytest.mark.parametrize("name", systems.SYSTEMS)

@@ -82,6 +82,20 @@ def test_the_first_moment_in_bfloat16():
     np.testing.assert_allclose(one, losses(config(), jax.devices()[:1], 3)[0], rtol=1e-3)
 
 
+def test_gradients_are_in_the_dtype_of_the_setting():
+    """Traced: of a layer's matrix, float32 products of bfloat16 factors, or bfloat16 ones."""
+
+    def wide_products(dtype):
+        cfg = config(**{"model.dtype": "bfloat16", "optimizer.gradient_dtype": dtype})
+        params, frozen = jax.eval_shape(lambda: split(vlm.init_params(cfg.model, jax.random.key(1)), ()))
+        batch = batch_shapes(cfg, make_mesh(cfg, jax.devices()[:1]), 32, 1)
+        run = lambda p, b: gradients(cfg, p, frozen, b, jax.random.key(0), 4)
+        text = str(jax.make_jaxpr(run)(params, batch))
+        return text.count(f"f32[{cfg.model.decoder.width},{cfg.model.decoder.mlp_width}] = dot_general")
+
+    assert wide_products("float32") == 2 and wide_products("bfloat16") == 0  # gate and up
+
+
 def test_accumulation_gives_the_gradient_of_the_whole_batch():
     cfg = config(**{"model.projector.drop_path": "0.0"})
     rows, plan, _ = run_of(cfg)

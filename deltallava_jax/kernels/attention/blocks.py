@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-from deltallava_jax.kernels.attention.dispatch import TRIANGLE
+from deltallava_jax.kernels.attention.dispatch import SAVED, TRIANGLE
 
 BLOCK = 160  # most tokens of a block of queries
-SHORT = 4  # most blocks of a row of which all are in memory at once, fewer bytes than what else a layer keeps
+SHORT = 4  # most blocks of a row whose weights are kept: fewer bytes than a layer's products
 
 
 def refusal(q, k, mask) -> str | None:
@@ -64,7 +64,7 @@ def _forward(q, k, v, segments):
     q, segments = jax.lax.optimization_barrier((q, segments))  # or JAX makes the masks of all blocks before the layers
     scaled = q * q.shape[-1] ** -0.5
     _, (out, kept) = _over_blocks(block, segments, None, scaled)
-    out, kept = checkpoint_name((jnp.stack(out), kept), "attention")
+    out, kept = checkpoint_name((jnp.stack(out), kept), SAVED)
     return out, (q, k, v, segments, out, kept)
 
 

@@ -1,4 +1,4 @@
-"""The choice of dense attention's implementation (XLA, cuDNN or splash attention), and the attention mask."""
+"""The choice of dense attention's implementation (XLA, blocks, cuDNN or splash attention), and the attention mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deltallava_jax.kernels.registry import Call, Operation, Trial
 
 SAVED = "attention"  # name, for jax.checkpoint, of what a kernel's forward pass gives to its backward pass
 SKIPPING = "causal_kernel"  # named scope of a kernel that computes no scores of later tokens
-TRIANGLE = "causal_blocks_"  # and, with a row's number of them, of products of the blocks up to the diagonal alone
+TRIANGLE = "causal_blocks_"  # named scope, ending in a row's number of blocks, of products up to the diagonal alone
 
 
 @jax.tree_util.register_dataclass

@@ -264,9 +264,8 @@ class Delta(MultiLevel):
             with jax.named_scope("block"):
                 q = self.block(q, key)
         with jax.named_scope("windowed_attention"):
-            kernels = (self.k.matrix.astype(q.dtype), self.v.matrix.astype(q.dtype))
             sizes = dict(head_dim=self.cfg.head_dim, window=self.cfg.window)
-            y = local_attention(q, levels, levels, *kernels, **sizes)
+            y = local_attention(q, levels, levels, self.k.matrix, self.v.matrix, **sizes)
         with jax.named_scope("mlp"):
             y = self.head(y)
             return y + self.down(gelu(self.up(self.norm(y))))

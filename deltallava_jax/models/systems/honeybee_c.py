@@ -39,18 +39,20 @@ class Bottleneck(nnx.Module):
 
     def __call__(self, x: Float[Array, "n h w C"]) -> Float[Array, "n h w E"]:
         y = jax.nn.silu(self.norm1(self.reduce(x)))
-        y = jax.nn.silu(self.norm2(self._depthwise(y)))
+        y = jax.nn.silu(self.norm2(depthwise(y, self.kernel[...])))
         gate = self.excite(jax.nn.silu(self.squeeze(y.mean((1, 2)))))
         y = self.norm3(self.expand(y * jax.nn.sigmoid(gate)[:, None, None]))
         short = x if self.shortcut is None else self.shortcut_norm(self.shortcut(x))
         return jax.nn.silu(y + short)
 
-    def _depthwise(self, x: Float[Array, "n h w C"]) -> Float[Array, "n h w C"]:
-        """The convolution as nine shifted products."""
-        h, w = x.shape[1:3]
-        kernel, padded = self.kernel[...], jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        y = sum(padded[:, p : p + h, q : q + w] * kernel[p, q, 0] for p in range(3) for q in range(3))
-        return y.astype(x.dtype)
+
+@jax.checkpoint
+def depthwise(x: Float[Array, "n h w C"], kernel: Float[Array, "3 3 1 C"]) -> Float[Array, "n h w C"]:
+    """The convolution as nine shifted products, added in the wider dtype, of which none is kept."""
+    h, w = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    y = sum(padded[:, p : p + h, q : q + w] * kernel[p, q, 0] for p in range(3) for q in range(3))
+    return y.astype(x.dtype)
 
 
 @dataclass(frozen=True)

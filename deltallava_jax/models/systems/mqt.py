@@ -57,9 +57,9 @@ class Mqt(System):
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
         x = features.last
         position = jax.lax.stop_gradient(self.position[...])
-        q = self.q_norm((self.queries[...] + position)[:budget].astype(x.dtype))
-        k = self.k_norm(common.resize_table(position, self.grid).astype(x.dtype))
-        q, k = (jnp.broadcast_to(t, (x.shape[0], *t.shape)) for t in (q, k))
+        q = self.q_norm((self.queries[...] + position)[:budget])
+        k = self.k_norm(common.resize_table(position, self.grid))
+        q, k = (jnp.broadcast_to(t, (x.shape[0], *t.shape)).astype(x.dtype) for t in (q, k))
         return matmul(self.attention(q, k, self.v_norm(x)), self.out[...])
 
     @staticmethod

@@ -47,10 +47,10 @@ class Resampler(System):
     def __call__(self, features: VisionFeatures, text, budget: int, key: Array | None) -> Float[Array, "n V d"]:
         position = jax.lax.stop_gradient(self.position[...])
         x = self.kv_norm(features.last if self.kv is None else self.kv(features.last))
-        q = self.q_norm(self.queries[...].astype(x.dtype)) + position.astype(x.dtype)
+        q = self.q_norm(self.queries[...]) + position
         same = self.grid**2 == position.shape[0]
         k = x + (position if same else common.resize_table(position, self.grid)).astype(x.dtype)
-        y = self.attention(jnp.broadcast_to(q, (x.shape[0], *q.shape)), k, x)
+        y = self.attention(jnp.broadcast_to(q, (x.shape[0], *q.shape)).astype(x.dtype), k, x)
         return y if self.norm is None else matmul(self.norm(y), self.out[...])
 
     @staticmethod
