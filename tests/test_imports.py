@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "deltallava_jax"
 # Low to high; a module imports from its own level and those below.
 LEVELS = [
-    ["arrays", "errors", "progress", "config", "sequence", "kernels"],
+    ["arrays", "errors", "progress", "config", "sequence", "products", "kernels"],
     ["cli", "models", "parallel", "data"],
     ["training", "workdir", "convert"],
     ["load", "inference"],

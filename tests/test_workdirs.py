@@ -155,7 +155,7 @@ def test_a_run_that_goes_on_is_compared_with_its_beginning(begun):
     changed = config(optimizer__lr=2e-3, model__dtype="bfloat16", model__remat="full")
     assert begun.begin(changed, list) == [
         "note: model.dtype is 'bfloat16'; the run was started with 'float32'",
-        "note: model.remat is 'full'; the run was started with 'none'",
+        "note: model.remat is 'full'; the run was started with 'dots'",
         "note: optimizer.lr is 0.002; the run was started with 0.001",
     ]
     assert (begun.path / "config.json").read_text() == written
