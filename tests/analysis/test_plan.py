@@ -70,7 +70,7 @@ def test_the_plan_has_its_documented_fields(measured):
 
 def test_the_bound_of_the_search_holds_for_what_was_compiled(measured):
     bounds = best.Bounds(sharded(), FOUR, 20)
-    bound = bounds(best.Setting(1, 4, 1, "none", 1))
+    bound = bounds(best.Setting(1, 4, 1, sharded().model.remat, 1))
     assert 0 < bound.seconds < measured["step_seconds"]["estimate"]
     assert device_bytes(TrainStep(sharded(), make_mesh(sharded(), jax.devices()[:4]), 9).shapes) < bound.bytes
     assert bound.bytes < measured["per_device"]["program_bytes"]
