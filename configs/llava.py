@@ -7,6 +7,8 @@ each (haotian-liu/LLaVA, scripts/v1_5). Without a stage it is finetune, without 
 Expected beside the working directory: data/LLaVA-Pretrain/, data/LLaVA-Tuning/ with the JSON files and images, and
 runs/SYSTEM_start, made by ``convert``; stage 1 goes to runs/SYSTEM_pretrain, where stage 2 begins."""
 
+from dataclasses import replace
+
 from deltallava_jax import config as c
 from deltallava_jax.errors import ConfigError
 
@@ -114,3 +116,11 @@ def base(
         training=c.TrainingConfig(**dict(epochs=1, checkpoint_every=500) | training),
         mesh=c.MeshConfig(data=1, fsdp=-1),  # 7B parameters in float32 with AdamW's moments are 81 GB
     )
+
+
+def adapted(cfg: c.Config, name: str, *, lr: float = 2e-4, **lora) -> c.Config:
+    """The same with adapters on the decoder's layers in place of its full tuning, as LLaVA-1.5 publishes them
+    (haotian-liu/LLaVA, scripts/v1_5/finetune_lora.sh): rank 128, alpha 256, dropout 0.05; the projector trains whole
+    beside them, at stage 2's rate. lora: other settings of ``LoraConfig``."""
+    optimizer = replace(cfg.optimizer, lr=lr, frozen=("^vision/", "^decoder/"), rates={"^projector/": 2e-5})
+    return replace(cfg, name=name, lora=c.LoraConfig(**lora), optimizer=optimizer)

@@ -1,6 +1,7 @@
 """Workdirs: the folder of a run. Only this module knows its files and their names.
 
 config.json        the configuration that the run was started with
+base.json          of adapters: checksums of the frozen parameters in init_from that they belong to
 tokenizer.json     its tokenizer, with tokenizer_config.json
 checkpoints/       training/checkpoints.py
 source/            of a converted model: the files beside the original weights (convert/workdir.py)
@@ -25,10 +26,18 @@ from deltallava_jax.config import Config, ModelConfig, read_json, to_dict, workd
 from deltallava_jax.data import tokens
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import CheckpointError, ConfigError
+from deltallava_jax.models import lora
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.parallel import hosts
-from deltallava_jax.training.checkpoints import Checkpoints, Place, as_saved, has_finished
+from deltallava_jax.training.checkpoints import (
+    Checkpoints,
+    Place,
+    as_saved,
+    fingerprint,
+    has_finished,
+    require_the_same,
+)
 
 # Settings of the model that may change when a run resumes: how it is computed, not what.
 FREE_ON_RESUME = ("dtype", "remat", "attention", "windowed_attention", "loss_chunk", "tower_images")
@@ -117,11 +126,21 @@ class Workdir:
             visited.add(home.path.resolve())
             home = home.init_workdir
 
-    def params(self, place: Place = as_saved) -> Params:
+    def newest(self, model: ModelConfig, place: Place = as_saved) -> Params:
+        """The newest parameters as the checkpoint holds them, of ``model``; adapters merged into their base."""
+        if self.config.lora:
+            return self.params(place, model)
+        checkpoints = self.checkpoints
+        return checkpoints.restore_params(checkpoints.latest(), model, place)
+
+    def params(self, place: Place = as_saved, model: ModelConfig | None = None) -> Params:
         """The newest parameters. Frozen parameters come from the workdir in init_from, so that they keep the original
         precision; if it is missing or has changed, that is logged, and they come from this workdir's checkpoint, in
-        bfloat16. place: as in ``Checkpoints.restore_params``."""
+        bfloat16. Adapters are merged into their base. place: as in ``Checkpoints.restore_params``. model: by default
+        that of config.json. Raises CheckpointError where the base of adapters is missing or has changed."""
         cfg = self.config
+        if cfg.lora:
+            return self._merged(model or cfg.model, place)
         checkpoints = self.checkpoints
         step = checkpoints.latest()
         frozen = {}
@@ -140,9 +159,66 @@ class Workdir:
             else:
                 frozen = flatten(init.params(lambda path, saved: place(path, saved) if path in kept else None))
         trained = checkpoints.restore_params(
-            step, cfg.model, lambda path, saved: None if path in frozen else place(path, saved)
+            step, model or cfg.model, lambda path, saved: None if path in frozen else place(path, saved)
         )
         return unflatten(flatten(trained) | frozen)
+
+    # ------------------------------------------------------------------ adapters
+
+    def parts(self, place: Place = as_saved, model: ModelConfig | None = None) -> tuple[Params, dict[str, jax.Array]]:
+        """(the parameters without adapters, in their original precision, {path: array} of the adapters), float32.
+
+        place: the shardings, and None for what is left out. Raises CheckpointError as ``params`` does."""
+        cfg = self.config
+        model = model or cfg.model
+
+        def precise(path: str, saved: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
+            wanted = place(path, saved)
+            return wanted and jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=wanted.sharding)
+
+        checkpoints = self.checkpoints
+        own = flatten(checkpoints.restore_params(checkpoints.latest(), model, precise, cfg.lora))
+        adapters = {path: own.pop(path) for path in list(own) if lora.is_adapter(path)}
+        if (known := self.base) is not None:
+            init = self.init_workdir
+            if init is None:
+                raise CheckpointError(
+                    f"{self} holds adapters of the model in {cfg.init_from}, which is missing; put it back there, or "
+                    f"beside {self}"
+                )
+            base = flatten(init.params(lambda path, saved: precise(path, saved) if path in known else None))
+            require_the_same(known, fingerprint(base), f"{self}: its adapters belong to {init}")
+            own |= base
+        return unflatten(own), adapters
+
+    def _merged(self, model: ModelConfig, place: Place) -> Params:
+        adapters = self.config.lora
+        wanted: dict[str, jax.ShapeDtypeStruct | None] = {}
+
+        def noted(path: str, saved: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
+            return wanted.setdefault(path, place(path, saved))
+
+        params, own = self.parts(noted, model)
+        if adapters.base != "bfloat16":  # what the adapters were trained with
+            params = lora.quantize(params, adapters.base)
+        return lora.merged(unflatten(flatten(params) | own), adapters, lambda path: wanted[path].dtype)
+
+    @property
+    def base(self) -> dict[str, str] | None:
+        """{path: checksum} of the frozen parameters that are in init_from; None where this workdir holds its own."""
+        return read_json(self.path / "base.json")["checksums"] if (self.path / "base.json").is_file() else None
+
+    def keep_base(self, checksums: dict[str, str]) -> None:
+        """Writes base.json, or compares with it. Every process calls it, one writes. Raises CheckpointError where the
+        base has changed."""
+        known, init = self.base, self.config.init_from
+        if known is not None:
+            require_the_same(known, checksums, f"{self}: its adapters belong to {init}")
+        elif hosts.leads():
+            kept = dict(init_from=init, checksums=checksums)
+            (self.path / "base.json").write_text(json.dumps(kept, indent=2))
+
+    # ------------------------------------------------------------------ the base of frozen parameters
 
     def _has_the_same(self, init: Workdir, kept: dict[str, jax.ShapeDtypeStruct]) -> bool:
         """Whether ``init`` still holds the frozen parameters, judged by the smallest arrays."""
@@ -189,6 +265,8 @@ class Workdir:
             notes = self.validate_resume(cfg)
         elif cfg.init_from:
             _validate_init_from(cfg)
+        elif cfg.lora:
+            raise ConfigError("lora adapts a pretrained model; give its workdir with --config.init_from (see convert)")
         if not resumes and hosts.leads():  # the other processes read what it writes
             source = Workdir(cfg.init_from) if cfg.init_from else None
             tokenizer = source.tokenizer if source else tokens.train(texts(), cfg.model.decoder.vocab_size)
@@ -240,6 +318,8 @@ class Workdir:
         notes = []
         for key, new, old in differences(now, before):
             line = f"{key} is {new!r}; the run was started with {old!r}"
+            if key.split(".")[0] == "lora" and key != "lora.dropout":
+                raise ConfigError(f"{self} holds other adapters: {line}. Use that, or another --workdir")
             if key in PROMPT_SETTINGS:
                 raise ConfigError(f"{self}: {line}. Resume with --config.{key}={old}, or use another --workdir")
             notes.append(f"note: {line}")

@@ -20,9 +20,9 @@ from deltallava_jax import cli
 from deltallava_jax.analysis import estimate, flops, hlo, probe, targets, units
 from deltallava_jax.analysis.collectives import collectives, summary
 from deltallava_jax.analysis.targets import Target
-from deltallava_jax.config import REMAT_LADDER, Config
+from deltallava_jax.config import REMAT_LADDER, Config, OptimizerConfig
 from deltallava_jax.data.packing import plan_for
-from deltallava_jax.models import systems
+from deltallava_jax.models import lora, systems
 from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel.mesh import AXES, compiler_options, make_mesh
 from deltallava_jax.sequence import Batch
@@ -34,14 +34,16 @@ TEXTS = {"plain": 40}  # rough tokens of text per image in LLaVA's two stages: c
 CONVERSATION = 300
 
 
-def format_parameters(shapes: TrainState) -> str:
-    """Parameters, dtype, shape and sharding of every array, trained and frozen, with the sums."""
+def format_parameters(shapes: TrainState, optimizer: OptimizerConfig) -> str:
+    """Parameters, dtype, shape and sharding of every array, trained (with its peak learning rate) and frozen, with the
+    sums."""
     rows = []
     for kind, tree in (("trained", shapes.trained), ("frozen", shapes.frozen)):
         for path, leaf in sorted(flatten(tree).items()):
             shape = "x".join(map(str, leaf.shape))
-            rows.append((path, shape, str(leaf.dtype), str(tuple(leaf.sharding.spec)), kind, f"{leaf.size:,}"))
-    header = ("parameter", "shape", "dtype", "mesh axes", "", "count")
+            rate = f"{optimizer.rate_of(path):g}" if kind == "trained" else ""
+            rows.append((path, shape, str(leaf.dtype), str(tuple(leaf.sharding.spec)), kind, rate, f"{leaf.size:,}"))
+    header = ("parameter", "shape", "dtype", "mesh axes", "", "rate", "count")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -55,7 +57,7 @@ def format_parameter_counts(shapes: TrainState) -> str:
     parts: dict[str, int] = {}
     for kind, tree in (("trained", shapes.trained), ("frozen", shapes.frozen)):
         for path, leaf in sorted(flatten(tree).items()):
-            part = f"{path.split('/')[0]} ({kind})"
+            part = f"{path.split('/')[0]}{' adapters' if lora.is_adapter(path) else ''} ({kind})"
             parts[part] = parts.get(part, 0) + leaf.size
     lines = [f"{part}: {size:,}" for part, size in parts.items()]
     return "\n".join([*lines, f"all: {sum(parts.values()):,} parameters"])
@@ -132,7 +134,7 @@ def one(cfg: Config, target: Target, text: int = 0) -> dict:
     with compiler_output() as output:
         began = time.monotonic()
         lowered = traced.lower()
-        program, used = compile_or_size(lowered, compiler_options(mesh))
+        program, used = compile_or_size(lowered, compiler_options(mesh), device_bytes(step.shapes))
         seconds = time.monotonic() - began
     found, step_seconds = [], None
     if program is not None:
@@ -152,6 +154,7 @@ def one(cfg: Config, target: Target, text: int = 0) -> dict:
         ),
         fits=per_device["total_bytes"] <= per_device["capacity_bytes"],
         per_device=per_device,
+        checkpoint_bytes=checkpoint_bytes(cfg, step.shapes),
         flops_per_step=flops.total(by_part) - skipped,
         skipped_flops_per_step=skipped,
         model_flops_per_step=flops.needed(by_part, cfg, [T + I * (each - 1) for each in budgets]),
@@ -176,15 +179,19 @@ def first_batch(cfg: Config, text: int) -> tuple[int, int, int, int]:
     return budget, first.text, first.images, sum(map(len, first.rows))
 
 
-def compile_or_size(lowered: jax.stages.Lowered, options: dict[str, str]) -> tuple[jax.stages.Compiled | None, int]:
-    """(program, 0), or (None, bytes that it would need) where the TPU compiler refuses a program for its size."""
+def compile_or_size(
+    lowered: jax.stages.Lowered, options: dict[str, str], arguments: int
+) -> tuple[jax.stages.Compiled | None, int]:
+    """(program, 0), or (None, bytes that it would need) where the TPU compiler refuses a program for its size, of which
+    it names all or the temporaries. arguments: bytes of the program's arguments."""
     try:
         return lowered.compile(options), 0
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+        used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not used:
             raise
-        return None, int(float(used.group(1)) * 2 ** (10 * (1 + "KMGT".index(used.group(2)))))
+        size = int(float(used.group(1)) * 2 ** (10 * (1 + "KMGT".index(used.group(2)))))
+        return None, size + (arguments if "temporaries" in used.group() else 0)
 
 
 def memory(step: TrainStep, program: jax.stages.Compiled | None, used: int, target: Target) -> dict[str, int]:
@@ -207,6 +214,12 @@ def memory(step: TrainStep, program: jax.stages.Compiled | None, used: int, targ
         program_bytes=used if program is None else remat.program_bytes(program),
         capacity_bytes=target.capacity,
     )
+
+
+def checkpoint_bytes(cfg: Config, shapes: TrainState) -> int:
+    """Bytes of a checkpoint, uncompressed: of adapters without their base."""
+    kept = (shapes.trained, shapes.optimizer) if cfg.lora else (shapes.trained, shapes.frozen, shapes.optimizer)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
 @functools.cache

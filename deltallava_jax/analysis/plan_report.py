@@ -22,6 +22,7 @@ def format_plan(plan: dict) -> str:
         f"activations {size(memory['activation_bytes'])})",
         f"  total        {size(memory['total_bytes']):>14}  of {size(memory['capacity_bytes'])}: "
         + ("fits" if plan["fits"] else "DOES NOT FIT"),
+        f"a checkpoint: {size(plan['checkpoint_bytes'])}, uncompressed",
         "",
         f"operations of a step: {operations(plan['flops_per_step'])} in matrix products, "
         f"{operations(plan['model_flops_per_step'])} without what is recomputed or masked",

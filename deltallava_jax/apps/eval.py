@@ -86,9 +86,8 @@ def main(options: argparse.Namespace) -> None:
         systems.check_budget(cfg.model.projector, budget)
 
     tokenizer = workdir.tokenizer
-    checkpoints = workdir.checkpoints
-    step = checkpoints.latest()
-    params = checkpoints.restore_params(step, cfg.model)
+    step = workdir.latest
+    params = workdir.newest(cfg.model)
     params["decoder"] = decoder.unstacked(params["decoder"], cfg.model.decoder, cfg.model.dtype, donate=True)
 
     if own := [task for task in tasks if task in TASKS]:

@@ -110,7 +110,7 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     # ---------------------------------------------------------------- model
     step = TrainStep(cfg, mesh, steps)
     if hosts.leads():
-        workdir.parameters.write_text(format_parameters(step.shapes) + "\n")
+        workdir.parameters.write_text(format_parameters(step.shapes, cfg.optimizer) + "\n")
     log(format_parameter_counts(step.shapes))
     log(
         f"{len(plan.records):,} conversations, {len(plan.records) / plan.steps_for(1):.1f} a step, {steps:,} steps, "

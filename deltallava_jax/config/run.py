@@ -6,12 +6,12 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from deltallava_jax.config.checks import require, require_at_least
+from deltallava_jax.config.checks import require, require_at_least, require_pattern
 from deltallava_jax.config.model import DTYPES, ModelConfig
-from deltallava_jax.errors import ConfigError
 
 ASPECTS = ("square", "pad", "squash")
 OPTIMIZERS = ("adamw", "muon")
+LORA_BASES = ("bfloat16", "int8", "nf4")
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,13 @@ class OptimizerConfig:
     gradient_dtype: str = "float32"  # in which devices add up matrices' gradients if model.dtype is bfloat16
     accumulation: int = 1  # microbatches of a batch, whose gradients are accumulated
     frozen: tuple[str, ...] = ()  # regular expressions of parameter paths that are not trained, and kept in bfloat16
+    # (regular expression of parameter paths, a peak learning rate, or "0.1x" for that many times lr), or a dict of them;
+    # the first that matches decides.
+    rates: tuple[tuple[float | str, ...], ...] = ()  # learning rates of parts, in place of lr
 
     def __post_init__(self):
+        if isinstance(self.rates, dict):
+            object.__setattr__(self, "rates", tuple(self.rates.items()))
         require(self.name in OPTIMIZERS, f"optimizer.name is {self.name!r}; known: {', '.join(OPTIMIZERS)}")
         for name in ("lr", "eps", "muon_rate"):
             value = getattr(self, name)
@@ -108,10 +113,51 @@ class OptimizerConfig:
             value = getattr(self, name)
             require(value in DTYPES, f"optimizer.{name} is {value!r}; known: {', '.join(DTYPES)}")
         for pattern in self.frozen:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(f"optimizer.frozen: {pattern!r} is not a regular expression: {error}") from error
+            require_pattern("optimizer.frozen", pattern)
+        for pair in self.rates:
+            pattern, value = pair if len(pair) == 2 else (None, None)
+            require(isinstance(pattern, str), f"optimizer.rates has {pair}; expected {{pattern: rate}}")
+            require_pattern("optimizer.rates", pattern)
+            require(
+                0 < self._rate(value) < math.inf,
+                f"optimizer.rates has {value!r} for {pattern!r}; expected a learning rate above 0, or a multiple of "
+                'optimizer.lr such as "0.1x"; what is not to train goes into optimizer.frozen',
+            )
+
+    def rate_of(self, path: str) -> float:
+        """The peak learning rate of a parameter."""
+        return next((self._rate(value) for pattern, value in self.rates if re.search(pattern, path)), self.lr)
+
+    def _rate(self, value: float | str) -> float:
+        """NaN for a text that is no multiple."""
+        if not isinstance(value, str):
+            return value
+        found = re.fullmatch(r"([\d.]+(?:e-?\d+)?)x", value.strip())
+        return self.lr * float(found[1]) if found and found[1].count(".") <= 1 else math.nan
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on the matrices of the layers of a pretrained model:
+    y = x W + scale * (dropout(x) A) B, with W frozen. The defaults are LLaVA-1.5's."""
+
+    rank: int = 128  # columns of A and rows of B
+    alpha: float = 256.0  # the scale is alpha / rank
+    dropout: float = 0.05  # share of the adapters' input that is dropped in training
+    targets: str = "q,k,v,o,gate,up,down"  # the decoder's matrices, or a regular expression of parameter paths
+    rslora: bool = False  # the scale is alpha / rank**0.5 (Kalajdzievski 2023, arXiv:2312.03732)
+    base: str = "bfloat16"  # how the decoder's frozen matrices are kept: bfloat16, int8 or nf4 (QLoRA)
+
+    def __post_init__(self):
+        require_at_least(1, "lora", self, "rank")
+        require(0 < self.alpha < math.inf, f"lora.alpha={self.alpha}; expected more than 0, and finite")
+        require(0 <= self.dropout < 1, f"lora.dropout={self.dropout}; expected 0 to below 1")
+        require(self.base in LORA_BASES, f"lora.base is {self.base!r}; known: {', '.join(LORA_BASES)}")
+        require_pattern("lora.targets", self.targets)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)
@@ -190,6 +236,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)  # tower, projector and decoder
     data: DataConfig = field(default_factory=DataConfig)  # the training data and its packing
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # how the parameters are updated, and which
+    lora: LoraConfig | None = None  # adapters beside frozen matrices of tower and decoder; None: off
     training: TrainingConfig = field(default_factory=TrainingConfig)  # the run's length and its intervals
     mesh: MeshConfig = field(default_factory=MeshConfig)  # devices along each axis; -1: all remaining devices
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)  # how answers are generated and scored

@@ -262,6 +262,7 @@ def _typed(hint, value, path: str):
             except ConfigError:
                 continue
     elif typing.get_origin(hint) is tuple:
+        value = list(value.items()) if isinstance(value, dict) else value  # pairs in their order
         if isinstance(value, (list, tuple)):
             return tuple(_typed(typing.get_args(hint)[0], item, path) for item in value)
         if typing.get_args(hint)[0] is str and isinstance(value, str):

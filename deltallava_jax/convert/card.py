@@ -6,7 +6,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from deltallava_jax.convert.read import Pretrained, read_json
+from deltallava_jax.convert.pretrained import Pretrained
+from deltallava_jax.convert.read import read_json
 from deltallava_jax.data.conversation import TEMPLATES
 from deltallava_jax.models import systems
 from deltallava_jax.workdir import Workdir
@@ -29,6 +30,8 @@ import deltallava_jax
 
 model = deltallava_jax.load({name})
 print(model.generate("picture.png", "What is this?"))"""
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of its --max-lora-rank
 
 
 def write_card(model: Pretrained, folder: Path, name: str, source: Path | None) -> None:
@@ -54,6 +57,38 @@ def write_card(model: Pretrained, folder: Path, name: str, source: Path | None) 
         config = read_json(source / "config.json")
         config["init_from"] = Path(config.get("init_from", "")).name  # cards are published; local paths should not be
         lines += ["## Training configuration", "", "```json", json.dumps(config, indent=2), "```", ""]
+    (folder / "README.md").write_text("\n".join(lines))
+
+
+def write_adapter_card(model: Pretrained, folder: Path, name: str, base: str | None) -> None:
+    """README.md of an adapter. base: the folder in it that holds the base model; None for LLaVA's, which holds none."""
+    settings = model.lora
+    modules = sorted({path.rsplit("/", 1)[0].replace("/layers/", " ") for path in model.adapters})
+    count = sum(leaf.size for leaf in model.adapters.values())
+    lines = [
+        "---", "library_name: peft", "---", "", f"# {name}", "",
+        "A LoRA adapter, exported by deltallava_jax.", "",
+        "| | |", "|---|---|", f"| rank | {settings.rank} |",
+        f"| scale | {settings.scale:g} (alpha {settings.alpha:g}{', rslora' if settings.rslora else ''}) |",
+        f"| matrices | {', '.join(modules)} |", f"| parameters | {count:,} |", "",
+    ]  # fmt: skip
+    if base is None:
+        lines += ["For the code of LLaVA, with the base model as its --model-base. The projector is in "
+                  "non_lora_trainables.bin.", ""]  # fmt: skip
+    else:
+        code = (folder / base / "modeling_deltallava.py").is_file()
+        trust = ", trust_remote_code=True" if code else ""
+        kind = "AutoModelForImageTextToText" if model.cfg.whole else "AutoModelForCausalLM"
+        kind = kind if model.cfg.decoder else "AutoModel"
+        held = ", with the projector as it was trained beside the adapter" if model.cfg.projector else ""
+        lines += [f"The base model is in {base}/{held}.", "", "```python", "from peft import PeftModel",
+                  f"from transformers import {kind}", "",
+                  f'base = {kind}.from_pretrained("{name}/{base}"{trust})',
+                  f'model = PeftModel.from_pretrained(base, "{name}")', "```", ""]  # fmt: skip
+        allowed = next((rank for rank in VLLM_RANKS if rank >= settings.rank), None)
+        if allowed and model.cfg.decoder and not code:
+            lines += [f"vLLM takes ranks up to 16 unless told: `vllm serve {name}/{base} --enable-lora "
+                      f"--max-lora-rank {allowed} --lora-modules adapter={name}`.", ""]  # fmt: skip
     (folder / "README.md").write_text("\n".join(lines))
 
 

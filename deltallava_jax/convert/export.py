@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from deltallava_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, preset, to_dict
 from deltallava_jax.convert.families import decoder_family, tower_family
 from deltallava_jax.convert.folder import write_json
+from deltallava_jax.convert.pretrained import CheckpointLayout, Pretrained
 from deltallava_jax.convert.processor import (
     with_image_token,
     write_chat_template,
@@ -19,7 +20,7 @@ from deltallava_jax.convert.processor import (
     write_processor,
     write_prompting,
 )
-from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, CheckpointLayout, Pretrained, read_json
+from deltallava_jax.convert.read import KNOWN_TOWERS, PROJECTOR_KEY, read_json
 from deltallava_jax.convert.shards import SHARD_BYTES, write_weights
 from deltallava_jax.errors import ConversionError
 from deltallava_jax.models import systems
@@ -39,9 +40,11 @@ TORCH_MODULES = Path(__file__).parent / "torch_modules"
 
 def write_hf(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """A folder for transformers. A model with the MLP projector becomes a LlavaForConditionalGeneration, a decoder or a
-    tower alone the model of its family; other projectors come with their PyTorch code (trust_remote_code).
+    tower alone the model of its family; other projectors come with their PyTorch code (trust_remote_code). Adapters are
+    merged.
 
     Raises ConversionError for other subsets of the parts, for FastV, or for a projector without PyTorch code."""
+    model = model.merged()
     cfg = model.cfg
     _refuse_fastv(cfg, "hf")
     if cfg.whole:
@@ -108,10 +111,13 @@ def _refuse_fastv(cfg: ModelConfig, to: str) -> None:
         )
 
 
-def write_llava(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def write_llava(model: Pretrained, folder: Path, shard_bytes: int | None = SHARD_BYTES) -> None:
     """A folder in the original LLaVA layout: names, shapes and config.json as haotian-liu/LLaVA's code reads them.
+    Adapters are merged.
 
-    Raises ConversionError for a model that lacks one of its parts, or for FastV."""
+    shard_bytes: None for all but the weights, as beside an adapter. Raises ConversionError for a model that lacks one
+    of its parts, or for FastV."""
+    model = model.merged()
     cfg = model.cfg
     _refuse_fastv(cfg, "llava")
     if not (cfg.projector and cfg.decoder and cfg.vision):
@@ -120,7 +126,7 @@ def write_llava(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES)
         _write(model, folder, model.layout, model.hf, shard_bytes)
         name = model.hf["mm_vision_tower"]
         known = name.split("/")[-1] in KNOWN_TOWERS or Path(name).is_absolute()
-        if model.layout.vision is not None and not known:
+        if model.layout.vision is not None and not known and shard_bytes:
             (folder / name).mkdir(parents=True)
             write_json(folder / name / "config.json", tower_family(cfg.vision).to_hf(cfg.vision))
         write_prompting(model, folder)
@@ -152,7 +158,7 @@ def write_llava(model: Pretrained, folder: Path, shard_bytes: int = SHARD_BYTES)
     _write(model, folder, LLAVA, config, shard_bytes)
     write_chat_template(model, folder)
     write_prompting(model, folder)
-    if published is None:
+    if published is None and shard_bytes:
         (folder / tower).mkdir()
         write_json(folder / tower / "config.json", vision.to_hf(cfg.vision))
 
@@ -246,8 +252,8 @@ def _with_image_row(params: Params, cfg: DecoderConfig, token: int) -> tuple[Par
     return unflatten(flat), dataclasses.replace(cfg, vocab_size=size)
 
 
-def _write(model: Pretrained, folder: Path, layout: CheckpointLayout, config: dict, shard_bytes: int) -> None:
-    """Kept files, config.json and the weights, in shards of at most ``shard_bytes``."""
+def _write(model: Pretrained, folder: Path, layout: CheckpointLayout, config: dict, shard_bytes: int | None) -> None:
+    """Kept files, config.json and, unless ``shard_bytes`` is None, the weights, in shards of at most as many."""
     if model.cfg.decoder and not model.cfg.decoder.tied_head:  # a source may claim a tied head and hold another matrix
         config = _untied(config)
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)}
@@ -258,4 +264,5 @@ def _write(model: Pretrained, folder: Path, layout: CheckpointLayout, config: di
         shutil.copy(file, folder / file.name)
     if not (folder / "config.json").is_file() or read_json(folder / "config.json") != config:
         write_json(folder / "config.json", config)
-    write_weights(model, folder, layout, shard_bytes)
+    if shard_bytes:
+        write_weights(model, folder, layout, shard_bytes)

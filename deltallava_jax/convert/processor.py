@@ -6,7 +6,8 @@ from pathlib import Path
 
 from deltallava_jax.convert import chat_template
 from deltallava_jax.convert.folder import write_json
-from deltallava_jax.convert.read import Pretrained, read_json
+from deltallava_jax.convert.pretrained import Pretrained
+from deltallava_jax.convert.read import read_json
 from deltallava_jax.data import tokens
 from deltallava_jax.data.conversation import IMAGE as IMAGE_TOKEN
 from deltallava_jax.data.conversation import TEMPLATES, end_id

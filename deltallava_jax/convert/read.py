@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
@@ -21,19 +20,18 @@ from deltallava_jax.config import (
     drop_foreign,
     from_dict,
     preset,
-    renamed,
     settings_of,
     system_config,
 )
 from deltallava_jax.convert.arrays import load_array, unstacked_arrays
 from deltallava_jax.convert.chat_template import FALLBACK, template_of
-from deltallava_jax.convert.families import DECODERS, PAIRS, TOWERS, decoder_family, refuse, tower_family
-from deltallava_jax.convert.tensors import Tensor, equal, find
+from deltallava_jax.convert.families import DECODERS, PAIRS, TOWERS, refuse
+from deltallava_jax.convert.pretrained import CheckpointLayout, Pretrained, shapes_of
+from deltallava_jax.convert.tensors import ADAPTER_FILES, Tensor, equal, find
 from deltallava_jax.errors import ConfigError, ConversionError
 from deltallava_jax.models import systems, vlm
 from deltallava_jax.models.layers import Params
-from deltallava_jax.models.names import Entry, flatten, linear, prefixed, require_match, unflatten
-from deltallava_jax.models.vision import check_needs
+from deltallava_jax.models.names import require_match, unflatten
 from deltallava_jax.progress import progress_bar
 
 # Towers that the original layout's config.json names, and the presets of their sizes.
@@ -43,89 +41,9 @@ KNOWN_TOWERS = {
     "clip-vit-base-patch32": "clip_b_32_224",
     "siglip-so400m-patch14-384": "siglip_so400m_14_384",
 }
+Shard = Callable[[str, tuple[int, ...]], Sharding]
 PARTS = ("vision", "projector", "decoder", "head")
 PROJECTOR_KEY = "deltallava_projector"  # the whole ProjectorConfig, in the config.json of our exports
-
-
-@dataclass(frozen=True)
-class CheckpointLayout:
-    """The prefix of each part's tensors in a checkpoint, None for a part that the checkpoint lacks.
-
-    hf_projector: the MLP's layers are linear_1 and linear_2, as in Hugging Face models, not 0 and 2."""
-
-    vision: str | None = None
-    projector: str | None = None
-    decoder: str | None = None
-    head: str | None = None
-    hf_projector: bool = False
-
-    def name_table(self, cfg: ModelConfig) -> list[Entry]:
-        """The name table of the whole checkpoint."""
-        table = []
-        if cfg.vision:
-            table += prefixed(tower_family(cfg.vision).name_table(cfg.vision), self.vision, "vision/")
-        if cfg.projector:
-            if systems.system(cfg.projector).is_llava and self.hf_projector:
-                names = linear("linear_1", "up") + linear("linear_2", "down")
-            else:
-                names = systems.name_table(cfg.projector)
-            table += prefixed(names, self.projector, "projector/")
-        if cfg.decoder:
-            family = decoder_family(cfg.decoder)
-            table += prefixed(family.name_table(cfg.decoder), self.decoder, "decoder/")
-            table += prefixed(family.head_name_table(cfg.decoder), self.head, "decoder/")
-        return table
-
-
-@dataclass
-class Pretrained:
-    """A model from a checkpoint: ``cfg`` and ``params`` hold the parts that it has.
-
-    layout, hf (config.json), origin and origin_aspect (config.json in our terms): as the checkpoint was written. kept:
-    the files beside the weights. extra: tensors that the model does not use, such as SigLIP's pooling head, kept for
-    exports in the same layout. template, aspect: of the training data, as in DataConfig."""
-
-    cfg: ModelConfig
-    params: Params
-    layout: CheckpointLayout | None = None
-    origin: ModelConfig | None = None
-    hf: dict = field(default_factory=dict)
-    kept: list[Path] = field(default_factory=list)
-    extra: dict[str, Tensor] = field(default_factory=dict)
-    template: str = FALLBACK
-    aspect: str = "square"
-    origin_aspect: str = "square"
-
-    @property
-    def size(self) -> int:
-        """Number of parameters."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
-
-    def with_projector(self, settings: dict) -> Pretrained:
-        """The same weights with other settings of the projector, such as scale_factor. Raises ConfigError."""
-        if self.cfg.projector is None:
-            raise ConfigError(f"the model has no projector, so {', '.join(settings)} cannot be set")
-        projector = renamed(self.cfg.projector, settings)
-        validate_projector(projector, self.params["projector"])
-        cfg = dataclasses.replace(self.cfg, projector=projector)
-        validate_tower(cfg)
-        return dataclasses.replace(self, cfg=cfg)
-
-
-def validate_projector(cfg: ProjectorConfig, params: Params) -> None:
-    """Raises WeightMismatch with both sides if the parameters' names or shapes are not those of the config."""
-    ours = _shapes({"projector": jax.eval_shape(lambda: systems.init_params(cfg, jax.random.key(0)))})
-    require_match([Entry(path, path) for path in ours], _shapes({"projector": params}), ours)
-
-
-def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in flatten(params).items()}
-
-
-def validate_tower(cfg: ModelConfig) -> None:
-    """Raises ConfigError if the tower lacks what the projector reads: a layer, the CLS token's attention."""
-    if cfg.vision and cfg.projector:
-        check_needs(cfg.vision, systems.needs(cfg.projector, cfg.vision.layers))
 
 
 def read(
@@ -133,7 +51,7 @@ def read(
     *,
     vision: Path | None = None,
     dtype: str | None = None,
-    shard: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+    shard: Shard | None = None,
     unstacked: bool = False,
     progress: bool = True,
 ) -> Pretrained:
@@ -161,7 +79,7 @@ def read(
     cfg = _with_own_head(cfg, layout, tensors)
     tower = None
     if "mm_vision_tower" in hf and layout.vision is None and cfg.vision:
-        tower = read(_tower_folder(path, hf["mm_vision_tower"], vision), dtype=dtype, shard=shard, progress=progress)
+        tower = read(tower_folder(path, hf["mm_vision_tower"], vision), dtype=dtype, shard=shard, progress=progress)
     own = cfg if tower is None else dataclasses.replace(cfg, vision=None)
     params, extra = _load(own, layout, tensors, dtype, shard, progress, unstacked)
     if tower is not None:
@@ -198,7 +116,8 @@ def read_json(path: Path) -> dict:
 
 def _is_kept(file: Path) -> bool:
     """Whether a file beside the weights belongs to the model: config, tokenizer, processor, template, but not code."""
-    return file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and ".index." not in file.name
+    known = file.suffix in (".json", ".txt", ".model", ".jinja") and file.name not in ADAPTER_FILES
+    return file.is_file() and known and ".index." not in file.name
 
 
 # ------------------------------------------------------------------ layout and config
@@ -299,7 +218,7 @@ def _aspect(path: Path, hf: dict, cfg: VisionConfig | None, vision: Path | None)
         raise ConversionError(f"option image_aspect_ratio={aspect!r} is not supported; known: {', '.join(ASPECTS)}")
     if aspect is not None or cfg is None:
         return aspect or "square"
-    folder = _tower_folder(path, hf["mm_vision_tower"], vision) if "mm_vision_tower" in hf else path
+    folder = tower_folder(path, hf["mm_vision_tower"], vision) if "mm_vision_tower" in hf else path
     pixels = _preprocessor(folder or path)
     if pixels.get("do_pad"):
         return "pad"
@@ -308,7 +227,7 @@ def _aspect(path: Path, hf: dict, cfg: VisionConfig | None, vision: Path | None)
     return "squash" if squashed else "square"
 
 
-def _tower_folder(path: Path, name: str, vision: Path | None) -> Path | None:
+def tower_folder(path: Path, name: str, vision: Path | None) -> Path | None:
     """The folder of the tower that the original layout names in mm_vision_tower; ``vision`` if that is given."""
     if not isinstance(name, str):
         raise ConversionError(f"{path}: mm_vision_tower={name!r} in config.json; expected the tower's name")
@@ -318,7 +237,7 @@ def _tower_folder(path: Path, name: str, vision: Path | None) -> Path | None:
 
 def _named_tower(path: Path, name: str, layout: CheckpointLayout, vision: Path | None) -> VisionConfig:
     """The config of that tower, from its folder or from a preset."""
-    folder = _tower_folder(path, name, vision)
+    folder = tower_folder(path, name, vision)
     if folder is not None:
         hf = read_json(folder / "config.json")
         kind = PAIRS.get(hf.get("model_type"), hf.get("model_type"))
@@ -369,7 +288,7 @@ def _with_own_head(cfg: ModelConfig, layout: CheckpointLayout, tensors: dict[str
 def _load(cfg, layout, tensors, dtype, shard, progress, unstacked=False) -> tuple[Params, dict[str, Tensor]]:
     """(parameters, tensors that the model does not use)."""
     table = dataclasses.replace(layout, **{part: "" for part in PARTS if getattr(layout, part) is None}).name_table(cfg)
-    shapes = _shapes(jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0))))
+    shapes = shapes_of(jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0))))
     used = {name for entry in table for name in entry.torch_names(shapes[entry.path])}
     extra = {name: tensor for name, tensor in tensors.items() if is_extra(name) and name not in used}
     if cfg.decoder and cfg.decoder.tied_head:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from deltallava_jax.convert.folder import write_json
-from deltallava_jax.convert.read import CheckpointLayout, Pretrained
+from deltallava_jax.convert.pretrained import CheckpointLayout, Pretrained
 from deltallava_jax.convert.tensors import DTYPES, Tensor
 from deltallava_jax.models.names import TRANSFORMS, Entry, flatten
 from deltallava_jax.progress import progress_bar
@@ -36,13 +38,8 @@ class _Out:
 def write_weights(model: Pretrained, folder: Path, layout: CheckpointLayout, shard_bytes: int = SHARD_BYTES) -> None:
     """The tensors by their names in ``layout``, in model.safetensors or in shards of at most ``shard_bytes``."""
     flat = flatten(model.params)
-    outs = []
     table = layout.name_table(model.cfg if layout.vision is not None else dataclasses.replace(model.cfg, vision=None))
-    for entry in table:
-        leaf = flat[entry.path]
-        for layer, name in enumerate(entry.torch_names(leaf.shape)):
-            shape = entry.torch_shape(leaf.shape)
-            outs.append(_Out(name, shape, np.dtype(leaf.dtype), entry, layer if entry.stacked else None))
+    outs = _outs(table, flat)
     if layout == model.layout:
         outs += [_Out(name, tensor.shape, tensor.dtype) for name, tensor in model.extra.items()]
     shards: list[list[_Out]] = [[]]
@@ -56,11 +53,34 @@ def write_weights(model: Pretrained, folder: Path, layout: CheckpointLayout, sha
         where = {out.name: name for name, shard in zip(names, shards, strict=True) for out in shard}
         total = {"total_size": sum(out.bytes for out in outs)}
         write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": where})
-    on_host: dict[str, np.ndarray] = {}  # the parameter that is being written
+    value = _reader(flat)
+    bar = progress_bar(what="writing", total=sum(o.bytes for o in outs), unit="B")
+    for name, shard in zip(names, shards, strict=True):
+        _write_safetensors(folder / name, shard, lambda o: value(o) if o.entry else model.extra[o.name].read(), bar)
+    bar.close()
+
+
+def write_stacks(path: Path, table: list[Entry], flat: Mapping[str, jax.Array]) -> None:
+    """The arrays of a table, by its names, in one safetensors file."""
+    with progress_bar(unit="B", shown=False) as bar:
+        _write_safetensors(path, _outs(table, flat), _reader(flat), bar)
+
+
+def _outs(table: list[Entry], flat: Mapping[str, jax.Array]) -> list[_Out]:
+    outs = []
+    for entry in table:
+        leaf = flat[entry.path]
+        for layer, name in enumerate(entry.torch_names(leaf.shape)):
+            shape = entry.torch_shape(leaf.shape)
+            outs.append(_Out(name, shape, np.dtype(leaf.dtype), entry, layer if entry.stacked else None))
+    return outs
+
+
+def _reader(flat: Mapping[str, jax.Array]) -> Callable[[_Out], np.ndarray]:
+    """The function from a tensor to its values; one parameter at a time is on the host."""
+    on_host: dict[str, np.ndarray] = {}
 
     def value(out: _Out) -> np.ndarray:
-        if out.entry is None:
-            return model.extra[out.name].read()
         if out.entry.path not in on_host:
             on_host.clear()
             on_host[out.entry.path] = np.asarray(flat[out.entry.path])
@@ -68,10 +88,7 @@ def write_weights(model: Pretrained, folder: Path, layout: CheckpointLayout, sha
         part = whole if out.layer is None else whole[out.layer]
         return TRANSFORMS[out.entry.kind][1](part)
 
-    bar = progress_bar(what="writing", total=sum(o.bytes for o in outs), unit="B")
-    for name, shard in zip(names, shards, strict=True):
-        _write_safetensors(folder / name, shard, value, bar)
-    bar.close()
+    return value
 
 
 def _write_safetensors(path: Path, outs: list[_Out], value, bar) -> None:

@@ -13,7 +13,10 @@ import numpy as np
 from deltallava_jax.errors import ConversionError
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
+ADAPTER_CONFIG, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILES = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, NON_LORA)
+WHOLE = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,26 @@ def find(path: Path) -> dict[str, Tensor]:
     ZeRO-3, a LoRA adapter."""
     if not path.exists():
         raise ConversionError(f"{path} does not exist")
-    tensors: dict[str, Tensor] = {}
-    for file in _files(path):
-        tensors.update((tensor.name, tensor) for tensor in _tensors(file))
+    tensors = _found(_files(path))
+    if any(".lora_A." in name for name in tensors):
+        raise _adapter(path)
+    return tensors
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds a LoRA adapter in the form of peft or LLaVA, and no whole weights beside it."""
+    whole = any((path / f"{name}{end}").is_file() for name in WHOLE for end in ("", ".index.json"))
+    weights = any((path / name).is_file() for name in ADAPTER_WEIGHTS)
+    return (path / ADAPTER_CONFIG).is_file() and weights and not whole
+
+
+def find_adapter(path: Path) -> dict[str, Tensor]:
+    """Every tensor of an adapter's folder, without those of non_lora_trainables.bin. Raises as ``find`` does."""
+    return _found([next(path / name for name in ADAPTER_WEIGHTS if (path / name).is_file())])
+
+
+def _found(files: list[Path]) -> dict[str, Tensor]:
+    tensors = {tensor.name: tensor for file in files for tensor in _tensors(file)}
     empty = next((tensor for tensor in tensors.values() if 0 in tensor.shape), None)
     if empty is not None:
         name = f"{empty.file}: {empty.name}"
@@ -80,8 +100,6 @@ def find(path: Path) -> dict[str, Tensor]:
             "gather them with DeepSpeed's zero_to_fp32.py in the run's folder, or train again with "
             "stage3_gather_16bit_weights_on_model_save"
         )
-    if any(".lora_A." in name for name in tensors):
-        raise _adapter(path)
     return tensors
 
 
@@ -95,21 +113,24 @@ def equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _adapter(path: Path) -> ConversionError:
-    config = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    folder = path if path.is_dir() else path.parent
     try:
-        base = json.loads(config.read_text())["base_model_name_or_path"]
+        base = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         base = None
+    what = f"{path} is a LoRA adapter of {base or 'an unnamed base model'}, not a whole model"
+    if is_adapter(folder):
+        return ConversionError(f"{what}: convert {folder} with --base and that model's folder")
+    lacks = ADAPTER_CONFIG if not (folder / ADAPTER_CONFIG).is_file() else " or ".join(ADAPTER_WEIGHTS)
     return ConversionError(
-        f"{path} is a LoRA adapter of {base or 'an unnamed base model'}, not a whole model: merge it into its base "
-        "model with peft's merge_and_unload() or LLaVA's scripts/merge_lora_weights.py, and convert the merged folder"
+        f"{what}, and it lacks {lacks}: convert its whole folder with --base and that model's folder"
     )
 
 
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in WHOLE:
         index = path / f"{name}.index.json"
         if index.is_file():
             try:

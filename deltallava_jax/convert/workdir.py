@@ -14,48 +14,65 @@ import jax
 
 from deltallava_jax import cli
 from deltallava_jax.config import Config, DataConfig, ModelConfig, ProjectorConfig, dtype_name, from_dict, to_dict
-from deltallava_jax.convert.read import (
-    CheckpointLayout,
-    Pretrained,
-    read,
-    read_json,
-    read_projector,
-    validate_projector,
-    validate_tower,
-)
+from deltallava_jax.convert.adapters import base_of, with_adapter
+from deltallava_jax.convert.pretrained import CheckpointLayout, Pretrained, fitted, joined
+from deltallava_jax.convert.read import Shard, read, read_json, read_projector
 from deltallava_jax.convert.shards import write_extra
-from deltallava_jax.convert.tensors import find
+from deltallava_jax.convert.tensors import find, is_adapter
 from deltallava_jax.data import tokens
 from deltallava_jax.errors import ConversionError
 from deltallava_jax.models import systems
+from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.workdir import Workdir
 
 
-def open_model(path: Path, *, dtype: str | None = None, vision: Path | None = None) -> Pretrained:
-    """The model of a workdir, or of any checkpoint that ``read`` supports."""
+def has_adapters(path: Path) -> bool:
+    """Whether a folder is a LoRA adapter's, or a workdir with adapters."""
+    return is_adapter(path) or (Workdir(path).exists and Workdir(path).config.lora is not None)
+
+
+def open_model(
+    path: Path,
+    *,
+    dtype: str | None = None,
+    vision: Path | None = None,
+    base: Path | None = None,
+    merge: bool = False,
+    shard: Shard | None = None,
+) -> Pretrained:
+    """The model of a workdir, of a LoRA adapter's folder, or of any checkpoint that ``read`` supports.
+
+    base: the base model's folder, for an adapter; by default the one that it names. merge: adapters, if there are any,
+    into the matrices; in float32, before they get ``dtype``. shard: as in ``read``, for what is no workdir."""
     dtype = dtype_name(dtype)
-    if not Workdir(path).exists:
-        return read(path, dtype=dtype, vision=vision)
-    if vision is not None:
+    if is_adapter(path):
+        found = base_of(path, base)
+        model = with_adapter(path, found, open_model(found, shard=shard), vision=vision, merge=merge)
+    elif base is not None:
+        raise ConversionError(f"--base is for a LoRA adapter; {path} holds no adapter_config.json and adapter_model")
+    elif not Workdir(path).exists:
+        return read(path, dtype=dtype, vision=vision, shard=shard)
+    elif vision is not None:
         raise ConversionError(f"--vision is for checkpoints that name a tower they lack; {path} is a workdir")
-    model = read_workdir(path)
-    if dtype is None:
-        return model
-    return dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf.astype(dtype), model.params))
+    else:
+        model = read_workdir(path)
+    model = model.merged() if merge else model
+    return model.cast(dtype) if dtype else model
 
 
 def read_workdir(path: Path) -> Pretrained:
-    """The newest model of a workdir, and the layout of the weights that it was initialized with. Raises
+    """The newest model of a workdir, adapters apart, and the layout of the weights that it was initialized with. Raises
     CheckpointError, ConfigError or ConversionError for files that are missing or broken."""
     home = Workdir(path)
     cfg = home.config
-    params = home.params()
+    params, adapters = home.parts() if cfg.lora else (home.params(), {})
     source = home.source
     layout = origin = None
     hf = {}
     extra = {}
     origin_aspect = "square"
+    base_name = cfg.init_from
     kept = [path / name for name in ("tokenizer.json", "tokenizer_config.json") if (path / name).is_file()]
     if source is None and home.missing_init:
         cli.log(
@@ -68,15 +85,18 @@ def read_workdir(path: Path) -> Pretrained:
         origin_aspect = about.get("aspect", "square")
         kept = sorted(file for file in source.iterdir() if file.name not in ("origin.json", "extra.safetensors"))
         hf = read_json(source / "config.json") if (source / "config.json").is_file() else {}
+        base_name = base_name or about.get("base", "")
         extra = find(source / "extra.safetensors") if (source / "extra.safetensors").is_file() else {}
     return Pretrained(
-        cfg.model, params, layout, origin, hf, kept, extra, cfg.data.template, cfg.data.aspect, origin_aspect
-    )
+        cfg.model, params, layout, origin, hf, kept, extra, cfg.data.template, cfg.data.aspect, origin_aspect,
+        cfg.lora, adapters, base_name if cfg.lora else "",
+    )  # fmt: skip
 
 
 def write_workdir(model: Pretrained, folder: Path, name: str) -> None:
-    """A workdir with the model as step 0, to evaluate, export or train (--config.init_from)."""
-    config = Config(name=name, model=model.cfg, data=DataConfig(template=model.template, aspect=model.aspect))
+    """A workdir with the model, and its adapters, as step 0, to evaluate, export or train (--config.init_from)."""
+    data = DataConfig(template=model.template, aspect=model.aspect)
+    config = Config(name=name, model=model.cfg, data=data, lora=model.lora)
     tokenizer = next((file for file in model.kept if file.name in tokens.FILES), None) if model.cfg.decoder else None
     Workdir(folder).write(config, tokens.load(tokenizer.parent) if tokenizer else None)
     source = folder / "source"
@@ -90,11 +110,13 @@ def write_workdir(model: Pretrained, folder: Path, name: str) -> None:
         "model": to_dict(model.origin or model.cfg),
         "aspect": model.origin_aspect if model.origin else model.aspect,
     }
+    if model.base_name:
+        about["base"] = model.base_name
     (source / "origin.json").write_text(json.dumps(about, indent=2))
     if model.extra:
         write_extra(source / "extra.safetensors", model.extra)
     checkpoints = Checkpoints(folder, create=True)
-    checkpoints.save_params(model.params)
+    checkpoints.save_params(unflatten(flatten(model.params) | model.adapters))
     checkpoints.close()
 
 
@@ -115,32 +137,19 @@ def compose(
         trained = open_model(path, dtype=dtype) if Workdir(path).exists else read_projector(path, dtype)
         if trained.cfg.projector is None:
             raise ConversionError(f"--projector {projector} holds no projector; known systems: {known}")
-    tower = open_model(vision, dtype=dtype)
-    text = open_model(decoder, dtype=dtype)
+    tower = open_model(vision, dtype=dtype, merge=True)
+    text = open_model(decoder, dtype=dtype, merge=True)
     for part, model, path in (("vision", tower, vision), ("decoder", text, decoder)):
         if getattr(model.cfg, part) is None:
             raise ConversionError(f"--{part} {path} holds no {'tower' if part == 'vision' else part}")
     v = tower.cfg.vision
     d = text.cfg.decoder
-    fitted = dict(grid=v.grid, in_width=v.width, out_width=d.width)
     if trained is None:
-        projector_cfg = from_dict(ProjectorConfig, {"name": projector} | fitted | settings, "projector.")
-        weights = systems.init_params(projector_cfg, jax.random.key(seed))
+        fit = dict(grid=v.grid, in_width=v.width, out_width=d.width)
+        cfg = from_dict(ProjectorConfig, {"name": projector} | fit | settings, "projector.")
+        weights = systems.init_params(cfg, jax.random.key(seed))
         weights = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), weights)
     else:
-        own = trained.cfg.projector
-        for key, value in fitted.items():
-            if key != "grid" and getattr(own, key) != value:
-                raise ConversionError(
-                    f"--projector {projector} has {key}={getattr(own, key)}, but the model needs {value}"
-                )
-        values = to_dict(own) | {"grid": v.grid} | settings
-        projector_cfg = from_dict(ProjectorConfig, values, "projector.")
+        cfg = fitted(trained.cfg.projector, v, d, settings, f"--projector {projector}")
         weights = trained.params["projector"]
-        validate_projector(projector_cfg, weights)
-    params = {"vision": tower.params["vision"], "projector": weights, "decoder": text.params["decoder"]}
-    cfg = ModelConfig(v, projector_cfg, d, dtype=text.cfg.dtype)
-    validate_tower(cfg)
-    kept = [file for file in text.kept if file.name not in ("config.json", "preprocessor_config.json")]
-    kept += [file for file in tower.kept if file.name == "preprocessor_config.json"]
-    return Pretrained(cfg, params, None, None, text.hf, kept, aspect=tower.aspect)
+    return joined(tower, text, cfg, weights)

@@ -50,6 +50,7 @@ def bind(cls: type, config, params: Params) -> nnx.Module:
 
 
 _policies = jax.checkpoint_policies
+ADAPTED = "adapted"  # the name of products with an adapter, of which "dots" saves the sum alone
 # model.remat -> a layer's body whose backward pass recomputes so much. A forward pass alone recomputes nothing, so
 # "auto" stands for itself there; training replaces it (training/remat.py).
 REMAT: dict[str, Callable] = {
@@ -57,7 +58,10 @@ REMAT: dict[str, Callable] = {
     "none": lambda body: body,
     "dots": functools.partial(
         jax.checkpoint,
-        policy=_policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, kernel_outputs_saveable),
+        policy=_policies.save_from_both_policies(
+            _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, kernel_outputs_saveable),
+            _policies.save_only_these_names(ADAPTED),
+        ),
     ),
     "attention": functools.partial(jax.checkpoint, policy=kernel_outputs_saveable),
     "full": jax.checkpoint,
@@ -110,7 +114,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(bias_init(rngs.params(), (out_width,))) if bias else None
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... D"]:
-        y = matmul(x, self.kernel[...])
+        kernel = self.kernel.get_value()  # an array; or a matrix of models/lora.py, which knows its product
+        y = matmul(x, kernel) if isinstance(kernel, jax.Array) else kernel.product(x)
         return y if self.bias is None else plus(y, self.bias[...])
 
 

@@ -15,11 +15,15 @@ from deltallava_jax.errors import ConfigError
 RULES: tuple[tuple[str, P], ...] = (
     (r"decoder/embed/embedding$", P("tensor", "fsdp")),
     (r"decoder/head/out/kernel$", P("fsdp", "tensor")),
-    (r"(vision|decoder)/layers/(q|k|v|gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"(vision|decoder)/layers/(q|k|v|gate|up)/kernel(/|$)", P(None, "fsdp", "tensor")),
     (r"(vision|decoder)/layers/(q|k|v|gate|up)/bias$", P(None, "tensor")),
-    (r"(vision|decoder)/layers/(o|down)/kernel$", P(None, "tensor", "fsdp")),
+    (r"(vision|decoder)/layers/(o|down)/kernel(/|$)", P(None, "tensor", "fsdp")),
+    (r"(vision|decoder)/layers/(q|k|v|gate|up)/lora_a$", P(None, "fsdp", None)),
+    (r"(vision|decoder)/layers/(q|k|v|gate|up)/lora_b$", P(None, None, ("tensor", "fsdp"))),
+    (r"(vision|decoder)/layers/(o|down)/lora_a$", P(None, ("tensor", "fsdp"), None)),
+    (r"(vision|decoder)/layers/(o|down)/lora_b$", P(None, None, "fsdp")),
 )
-OPTIONAL = (r"decoder/head/out/kernel$",)  # a tied head has no matrix
+OPTIONAL = r"head/out/kernel|lora_"  # rules of what not every model has: a tied head has no matrix
 FALLBACK_SIZE = 2**16  # smaller arrays stay whole on every device
 
 
@@ -29,9 +33,13 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     Raises ConfigError where a rule names a dimension that the mesh axis does not divide."""
     for pattern, spec in RULES:
         if re.search(pattern, path):
-            for size, axis in zip(shape, spec, strict=True):
-                if axis and size % mesh.shape[axis]:
-                    raise ConfigError(f"{path} {shape}: {size} is not divisible by mesh {axis}={mesh.shape[axis]}")
+            for size, axes in zip(shape, spec, strict=True):
+                axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+                if path.endswith("kernel/scale"):  # of blocks of a quantised matrix: small, and few in a narrow one
+                    return P()
+                if size % math.prod(mesh.shape[axis] for axis in axes):
+                    named = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+                    raise ConfigError(f"{path} {shape}: {size} is not divisible by mesh {named}")
             return spec
     fsdp = mesh.shape["fsdp"]
     divisible = [i for i, size in enumerate(shape) if size % fsdp == 0]
@@ -47,7 +55,7 @@ def shardings(tree, mesh: Mesh):
     Raises ConfigError for a rule that matches nothing, or as ``spec_for``."""
     paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     for pattern, _ in RULES:
-        if pattern not in OPTIONAL and not any(re.search(pattern, path) for path in paths):
+        if not re.search(OPTIONAL, pattern) and not any(re.search(pattern, path) for path in paths):
             raise ConfigError(f"the sharding rule {pattern!r} matches no parameter, e.g. {paths[0]}")
 
     def sharding(path, leaf) -> NamedSharding:

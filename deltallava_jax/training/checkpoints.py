@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from deltallava_jax.config import ModelConfig
+from deltallava_jax.config import LoraConfig, ModelConfig
 from deltallava_jax.errors import CheckpointError, SaveFailed
-from deltallava_jax.models import vlm
+from deltallava_jax.models import lora, vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.training.optimizer import join
@@ -62,6 +64,7 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, record: dict, accuracy: float | None = None) -> None:
         """Starts saving and returns before the files are written. ``record`` is JSON, e.g. the fault counts.
+        ``state.frozen`` is empty where the base of adapters is kept by reference.
 
         accuracy: of an evaluation at this step. Raises SaveFailed if this save or the one before fails."""
         items = ocp.args.Composite(
@@ -119,13 +122,20 @@ class Checkpoints:
                 f"--config.init_from={self.path.parent}"
             )
 
-    def restore_params(self, step: int, cfg: ModelConfig, place: Place | None = None) -> Params:
+    def restore_params(
+        self, step: int, cfg: ModelConfig, place: Place | None = None, adapters: LoraConfig | None = None
+    ) -> Params:
         """The parameters of a step alone; by default in the saved dtypes, whole on this process's first device.
 
-        place(path, saved): the shape, dtype and sharding to restore one in, None to leave it out. Raises
-        CheckpointError as ``restore`` does."""
+        place(path, saved): the shape, dtype and sharding to restore one in, None to leave it out. adapters: those of
+        the checkpoint, which may then lack the frozen parameters. Raises CheckpointError as ``restore`` does."""
         saved = self._saved_params(step)
-        expected = jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0)))
+        expected = flatten(jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0))))
+        if adapters:
+            held = flatten(join(saved["trained"], saved["frozen"]))
+            shapes = lora.shapes(adapters, {path: leaf.shape for path, leaf in expected.items()})
+            expected = {path: leaf for path, leaf in expected.items() if path in held}
+            expected |= {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()}
         self._compare(step, join(saved["trained"], saved["frozen"]), expected)
         wanted = {}
         for part, tree in saved.items():
@@ -230,6 +240,37 @@ def _array_shapes(tree) -> list[tuple[int, ...]]:
 def as_saved(path: str, saved: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """A parameter as it was saved, whole on this process's first device."""
     return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0]))
+
+
+def fingerprint(params: dict[str, jax.Array]) -> dict[str, str]:
+    """A checksum of each array by path, of its values in bfloat16, in which frozen parameters are kept: the same on
+    every mesh and device. It is made to notice another model, not an attack."""
+
+    @jax.jit
+    def sums(leaves):
+        return jnp.stack([_checksum(leaf) for leaf in leaves])
+
+    found = np.asarray(sums(list(params.values()))) if params else []
+    return {path: f"{value:08x}" for path, value in zip(params, found, strict=True)}
+
+
+def require_the_same(known: dict[str, str], found: dict[str, str], whose: str) -> None:
+    """Raises CheckpointError, naming the first parameter whose checksum differs."""
+    differing = [path for path in found if known.get(path) != found[path]]
+    if differing:
+        more = f"and {len(differing) - 1} more have" if differing[1:] else "has"
+        raise CheckpointError(
+            f"{whose} as it was when they were trained, but {differing[0]} {more} changed there since; put it back"
+        )
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    """Bits times odd numbers that depend on their place, added as integers, so in any order."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return (bits * (place * jnp.uint32(2654435761) | jnp.uint32(1))).sum(dtype=jnp.uint32)
 
 
 def _gigabytes(leaves: list) -> int:

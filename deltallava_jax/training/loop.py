@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import signal
@@ -10,7 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 from deltallava_jax.config import Config
 from deltallava_jax.data.packing import Plan
@@ -19,14 +22,14 @@ from deltallava_jax.errors import NonFiniteLoss
 from deltallava_jax.models import llavolta
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten
-from deltallava_jax.parallel import hosts
+from deltallava_jax.parallel import hosts, rules
 from deltallava_jax.parallel.mesh import held_rows, put_rows
 from deltallava_jax.sequence import Batch
 from deltallava_jax.training import faults
-from deltallava_jax.training.checkpoints import Checkpoints
+from deltallava_jax.training.checkpoints import Checkpoints, fingerprint
 from deltallava_jax.training.metrics import Metrics
 from deltallava_jax.training.profile import Trace
-from deltallava_jax.training.step import TrainStep, init_state
+from deltallava_jax.training.step import TrainState, TrainStep, base_shapes, init_frozen, init_state, whole_params
 from deltallava_jax.workdir import Workdir
 
 CTRL_C = "Ctrl-C"
@@ -57,10 +60,13 @@ def train(
     checkpoints = Checkpoints(workdir, settings.keep_checkpoints, settings.keep_best, create=True, clean=True)
     latest = checkpoints.latest()
     if latest is None:
-        state = init_state(cfg, step.mesh, steps, _initial_params(cfg, step))
+        state = init_state(cfg, step.mesh, steps, _initial_params(cfg, step, workdir))
         record = {"epoch": 0, "records": 0, "faults": 0}
     else:
-        state, record = checkpoints.restore(latest, step.shapes)
+        state, record = checkpoints.restore(latest, _saved_part(cfg, step.shapes))
+        if cfg.lora:
+            frozen = init_frozen(cfg, step.mesh, _initial_params(cfg, step, workdir))
+            state = dataclasses.replace(state, frozen=frozen)
     start = int(state.step)
     count = functools.partial(faults.count_step, cfg.data.max_bad_fraction, workdir, record, plan)
     budgets = () if settings.every_budget else plan.budgets
@@ -89,11 +95,11 @@ def train(
                 accuracy = None
                 if evaluate and settings.eval_every and _due(number, settings.eval_every, steps) and not stopping:
                     metrics.flush()
-                    accuracy = evaluate(hosts.whole(state.params), metrics, number)
+                    accuracy = evaluate(hosts.whole(whole_params(cfg, state)), metrics, number)
                     metrics.restart_clock()
                 if stopping or _due(number, settings.checkpoint_every, steps):
                     metrics.flush()  # a step that is not finite is never saved
-                    checkpoints.save(number, state, record, accuracy)
+                    checkpoints.save(number, _saved_part(cfg, state), record, accuracy)
                 if stopping:
                     metrics.log(f"{stopping}: saving step {number}; the same command resumes from it")
                     if stopping == CTRL_C:
@@ -119,13 +125,28 @@ def _due(number: int, interval: int, steps: int) -> bool:
     return number == steps or (interval > 0 and number % interval == 0)
 
 
-def _initial_params(cfg: Config, step: TrainStep) -> Params | None:
-    """The newest parameters of ``init_from``, in the dtypes and shardings of the train state; None without one."""
+def _saved_part(cfg: Config, state: TrainState) -> TrainState:
+    """What a checkpoint holds: of adapters' base only the trained parts, as the rest is in ``init_from``."""
+    return dataclasses.replace(state, frozen={}) if cfg.lora else state
+
+
+def _initial_params(cfg: Config, step: TrainStep, workdir: Path) -> Params | None:
+    """The newest parameters of ``init_from``, in the dtypes and shardings that the train state begins with; None
+    without one. The base of adapters is compared with what the run began with."""
     if not cfg.init_from:
         return None
-    source = Workdir(cfg.init_from).checkpoints
-    shapes = flatten(step.shapes.params)
-    return source.restore_params(source.latest(), cfg.model, lambda path, _: shapes[path])
+    source = Workdir(cfg.init_from)
+    shapes = base_shapes(cfg, step.mesh)
+    placed = lambda path, leaf: NamedSharding(step.mesh, rules.spec_for(path, leaf.shape, step.mesh))
+
+    def place(path: str, saved: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:  # adapters in the source are merged
+        return shapes.get(path) or jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=placed(path, saved))
+
+    params = source.newest(cfg.model, place)
+    if cfg.lora:
+        frozen = {path: leaf for path, leaf in flatten(params).items() if leaf.dtype == jnp.bfloat16}
+        Workdir(workdir).keep_base(fingerprint(frozen))
+    return params
 
 
 @contextlib.contextmanager

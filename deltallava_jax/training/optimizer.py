@@ -1,9 +1,11 @@
-"""AdamW or Muon with warmup and cosine decay, and the split of the parameters into trained and frozen."""
+"""AdamW or Muon with warmup and cosine decay, learning rates of parts, and the split of the parameters into trained and
+frozen."""
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from deltallava_jax.config import OptimizerConfig
 from deltallava_jax.errors import ConfigError
+from deltallava_jax.models import lora
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten, unflatten
 
@@ -31,16 +34,23 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW or Muon with weight decay on matrices alone, at the scheduled rate."""
+    """Clipping by the global norm, then AdamW or Muon with weight decay on matrices alone, at the scheduled rate; the
+    updates of parameters with a rate of their own, weight decay included, are scaled to it."""
     rate = schedule(cfg, steps)
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
     adamw = optax.adamw(
         rate, cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype, weight_decay=cfg.weight_decay, mask=_decayed
     )  # fmt: skip
-    if cfg.name == "adamw":
-        return optax.chain(clip, adamw)
-    muon = _muon(cfg, lambda step: cfg.muon_rate * rate(step))
-    return optax.chain(clip, optax.partition({"muon": muon, "adamw": adamw}, kinds))
+    update = adamw
+    if cfg.name == "muon":
+        muon = _muon(cfg, lambda step: cfg.muon_rate * rate(step))
+        update = optax.partition({"muon": muon, "adamw": adamw}, kinds)
+    own = [optax.stateless(lambda updates, _: _scaled(updates, cfg))] if cfg.rates else []
+    return optax.chain(clip, update, *own)
+
+
+def _scaled(updates: Params, cfg: OptimizerConfig) -> Params:
+    return unflatten({path: cfg.rate_of(path) / cfg.lr * leaf for path, leaf in flatten(updates).items()})
 
 
 def _muon(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -80,23 +90,36 @@ def kinds(params: Params) -> Params:
 
 def _decayed(params: Params) -> Params:
     """Whether weight decay applies to each parameter: only to matrices."""
-    return unflatten({path: path.rsplit("/", 1)[-1] in ("kernel", "base", "U", "V") for path in flatten(params)})
+    matrices = ("kernel", "base", "U", "V", lora.A, lora.B)
+    return unflatten({path: path.rsplit("/", 1)[-1] in matrices for path in flatten(params)})
 
 
-def split(params: Params, frozen: tuple[str, ...]) -> tuple[Params, Params]:
-    """(trained, frozen) by regular expressions over paths; frozen parameters are cast to bfloat16.
+def split(params: Params, cfg: OptimizerConfig) -> tuple[Params, Params]:
+    """(trained, frozen) by regular expressions over paths; frozen parameters are cast to bfloat16. Adapters are always
+    trained, the matrices that they adapt never.
 
-    Raises ConfigError for a pattern that matches nothing, or if nothing is left to train."""
+    Raises ConfigError for a pattern that matches nothing (of ``rates``: nothing that is trained), or if nothing is left
+    to train."""
     flat = flatten(params)
-    for pattern in frozen:
-        if not any(re.search(pattern, path) for path in flat):
-            close = difflib.get_close_matches(pattern, flat, n=1, cutoff=0.0)
-            raise ConfigError(f"optimizer.frozen pattern {pattern!r} matches no parameter, e.g. {close[0]!r}")
-    is_frozen = {path: any(re.search(pattern, path) for pattern in frozen) for path in flat}
+    adapted = {f"{path.removesuffix(lora.A)}kernel" for path in flat if path.endswith(f"/{lora.A}")}
+    _require_matches("frozen", cfg.frozen, [path for path in flat if not lora.is_adapter(path)])
+    is_frozen = {
+        path: path in adapted or (not lora.is_adapter(path) and any(re.search(one, path) for one in cfg.frozen))
+        for path in flat
+    }
     if all(is_frozen.values()):
-        raise ConfigError(f"optimizer.frozen={frozen} leaves no parameter to train")
+        raise ConfigError(f"optimizer.frozen={cfg.frozen} leaves no parameter to train")
+    _require_matches("rates", [pattern for pattern, _ in cfg.rates], [path for path in flat if not is_frozen[path]])
     trained = unflatten({path: leaf for path, leaf in flat.items() if not is_frozen[path]})
     return trained, unflatten({path: leaf.astype(jnp.bfloat16) for path, leaf in flat.items() if is_frozen[path]})
+
+
+def _require_matches(setting: str, patterns: Iterable[str], paths: list[str]) -> None:
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in paths):
+            close = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.0)
+            kind = "trained parameter" if setting == "rates" else "parameter"
+            raise ConfigError(f"optimizer.{setting} pattern {pattern!r} matches no {kind}, e.g. {close[0]!r}")
 
 
 def join(trained: Params, frozen: Params) -> Params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 
 import jax
@@ -16,8 +17,9 @@ from jaxtyping import Array
 
 from deltallava_jax.config import Config
 from deltallava_jax.kernels import registry
-from deltallava_jax.models import llavolta, systems, vlm
+from deltallava_jax.models import llavolta, lora, systems, vlm
 from deltallava_jax.models.layers import Params
+from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel import rules
 from deltallava_jax.parallel.mesh import ROWS, compiled
 from deltallava_jax.products import gradient_dtype
@@ -28,7 +30,7 @@ from deltallava_jax.training.optimizer import join, make_optimizer, schedule, sp
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """step: updates done. trained: float32. frozen: bfloat16, without optimizer state."""
+    """step: updates done. trained: float32. frozen: bfloat16 or quantised, without optimizer state."""
 
     step: Array
     trained: Params
@@ -37,7 +39,26 @@ class TrainState:
 
     @property
     def params(self) -> Params:
+        """All parameters as they are kept: adapters beside their matrices, matrices quantised."""
         return join(self.trained, self.frozen)
+
+
+def whole_params(cfg: Config, state: TrainState) -> Params:
+    """The model's parameters as inference takes them: adapters merged, the layers' matrices in the compute dtype."""
+    if not cfg.lora:
+        return state.params
+    return lora.merged(state.params, cfg.lora, lambda path: cfg.model.dtype if re.search(lora.MATRICES, path) else None)
+
+
+def base_shapes(cfg: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape, dtype, sharding} of the parameters that a run starts from: before adapters are added and frozen
+    matrices quantised."""
+    shapes = jax.eval_shape(lambda: join(*_parts(cfg, vlm.init_params(cfg.model, jax.random.key(0)))))
+    place = lambda path, leaf: NamedSharding(mesh, rules.spec_for(path, leaf.shape, mesh))
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(path, leaf))
+        for path, leaf in flatten(shapes).items() if not lora.is_adapter(path)
+    }  # fmt: skip
 
 
 def state_shapes(cfg: Config, mesh: Mesh, steps: int) -> TrainState:
@@ -53,8 +74,8 @@ def state_shapes(cfg: Config, mesh: Mesh, steps: int) -> TrainState:
 def init_state(cfg: Config, mesh: Mesh, steps: int, params: Params | None = None) -> TrainState:
     """A train state at step 0, created with its shardings.
 
-    params: initial parameters in the dtypes and shardings of ``state_shapes``; by default fresh from the config's
-    seed."""
+    params: initial parameters in the dtypes and shardings of ``base_shapes``, which are donated; by default fresh from
+    the config's seed."""
     placed = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(cfg, mesh, steps))
     if params is None:
         return jax.jit(lambda: _fresh_state(cfg, steps), out_shardings=placed)()
@@ -66,10 +87,28 @@ def _fresh_state(cfg: Config, steps: int) -> TrainState:
     return _state(cfg, steps, vlm.init_params(cfg.model, jax.random.key(cfg.seed)))
 
 
+def init_frozen(cfg: Config, mesh: Mesh, params: Params) -> Params:
+    """The frozen part of ``init_state``, to which the trained parts of a checkpoint belong."""
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(cfg, mesh, 1).frozen)
+    return jax.jit(lambda params: _kept(cfg, _parts(cfg, params)[1]), out_shardings=placed, donate_argnums=0)(params)
+
+
 def _state(cfg: Config, steps: int, params: Params) -> TrainState:
-    trained, frozen = split(params, cfg.optimizer.frozen)
+    trained, frozen = _parts(cfg, params)
+    frozen = _kept(cfg, frozen)
     optimizer = make_optimizer(cfg.optimizer, steps).init(trained)
     return TrainState(jnp.int32(0), trained, frozen, optimizer)
+
+
+def _kept(cfg: Config, frozen: Params) -> Params:
+    return lora.quantize(frozen, cfg.lora.base) if cfg.lora else frozen
+
+
+def _parts(cfg: Config, params: Params) -> tuple[Params, Params]:
+    """(trained, frozen) of a model's parameters, adapters included."""
+    if cfg.lora:
+        params = lora.added(params, cfg.lora, jax.random.key(cfg.seed))
+    return split(params, cfg.optimizer)
 
 
 def gradients(
@@ -112,6 +151,8 @@ def _loss_sum(cfg: Config, trained: Params, frozen: Params, part: Batch, key: Ar
     """(summed loss, supervised tokens) of a microbatch."""
     budgets = systems.budgets(cfg.model.projector) if cfg.training.every_budget else (budget,)
     params = join(trained, frozen)
+    if cfg.lora:
+        params = lora.assembled(params, cfg.lora, jax.random.fold_in(key, 1))
     with registry.forced(cfg.model, ordered=True), gradient_dtype(cfg.optimizer.gradient_dtype):
         sums = [vlm.loss_sum(params, cfg.model, part, key, budget=each, pooling=pooling) for each in budgets]
     return sum(total for total, _ in sums) / len(sums), sums[0][1]

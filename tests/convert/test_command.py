@@ -92,7 +92,8 @@ def test_the_help_of_convert_shows_examples(command):
     assert done.returncode == 0 and done.stderr == ""
     assert "python -m deltallava_jax convert llava-1.5-7b-hf runs/llava" in done.stdout
     assert "--projector delta --scale-factor 2 runs/start" in done.stdout
-    for option in ("--to {orbax,hf,llava}", "--dtype", "--vision", "--decoder", "--projector", "--set KEY=VALUE"):
+    options = "--to {orbax,hf,llava,peft}", "--base", "--merge", "--dtype", "--vision", "--decoder", "--projector"
+    for option in (*options, "--set KEY=VALUE"):
         assert option in done.stdout
 
 

@@ -222,8 +222,8 @@ def test_a_tower_kept_frozen_is_exported_as_it_was(composed, tmp_path):
             (folder / "config.json").write_text(json.dumps(to_dict(cfg)))
     write_workdir(model, start, "start")
     trained = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32) + 0.125, model.params)
-    trained, _ = split(trained, ("vision/",))
-    _, frozen = split(model.params, ("vision/",))
+    trained, _ = split(trained, OptimizerConfig(frozen=("vision/",)))
+    _, frozen = split(model.params, OptimizerConfig(frozen=("vision/",)))
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
     for folder in (stage1, work):
         saver = Checkpoints(folder, create=True)

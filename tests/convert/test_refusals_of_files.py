@@ -232,14 +232,14 @@ def adapter(folder: Path, weights: str, config: bool) -> Path:
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"])
 def test_a_lora_adapter_is_named_as_one(tmp_path, target, weights):
     source = adapter(tmp_path / "lora", weights, config=True)
-    words = "LoRA adapter of lmsys/vicuna-7b-v1.5", "merge", "merge_and_unload"
+    words = "LoRA adapter of", "lmsys/vicuna-7b-v1.5", "--base"
     assert_has(refused(target, source), source, *words)
     assert_has(refused(target, "--vision", clip(tmp_path / "clip"), "--decoder", source, "--projector", "mlp"), *words)
 
 
 def test_a_lora_adapter_without_its_config(tmp_path, target):
     source = adapter(tmp_path / "lora", "adapter_model.safetensors", config=False)
-    assert_has(refused(target, source), source, "LoRA adapter of an unnamed base model")
+    assert_has(refused(target, source), source, "LoRA adapter of an unnamed base model", "lacks adapter_config.json")
     assert_has(refused(target, source / "adapter_model.safetensors"), "LoRA adapter")
 
 
@@ -247,3 +247,4 @@ def test_merged_weights_beside_an_adapter_are_read(tmp_path):
     source = llama(tmp_path / "llama")
     (source / "adapter_config.json").write_text(json.dumps(ADAPTER))
     convert(source, tmp_path / "made")
+    assert not list((tmp_path / "made").rglob("adapter_config.json"))  # transformers would look for the adapter

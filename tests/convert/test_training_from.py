@@ -13,7 +13,7 @@ import pytest
 import train
 from deltallava_jax.analysis import plan as analysis
 from deltallava_jax.convert.read import Pretrained
-from deltallava_jax.convert.workdir import compose, read_workdir, write_workdir
+from deltallava_jax.convert.workdir import compose, open_model, read_workdir, write_workdir
 from deltallava_jax.data import sources, tokens
 from deltallava_jax.errors import CheckpointError, ConfigError
 from deltallava_jax.models import vlm
@@ -22,8 +22,9 @@ from deltallava_jax.parallel import mesh
 from deltallava_jax.training import loop
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.training.step import TrainStep
+from deltallava_jax.workdir import Workdir
 from tests import tiny
-from tests.convert.broken import assert_same_params, edit, llava_hf
+from tests.convert.broken import assert_same_params, convert, edit, llava_hf
 
 # Four tokens an image and one layer of each kind: what a test of a training run can wait for.
 SMALL = {
@@ -203,3 +204,25 @@ def test_a_trained_run_resumes_without_its_source_and_keeps_what_was_frozen(sour
     assert f"note: {folder}, which {workdir} was initialized from, is missing: " in capsys.readouterr().err
     assert_same_params(alone.params["vision"], jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params["vision"]))
     assert alone.cfg == trained.cfg == parse(workdir)[0].model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trained_adapters_are_exported_beside_their_base(dtype, source, run, tmp_path):
+    """The workdir holds trained parts alone: the export's base is the source to the bit, with the new projector."""
+    folder, params = source(dtype)
+    work = tmp_path / "run"
+    run(work, init_from=folder, optimizer__frozen="('^vision/', '^decoder/')", lora__rank=2, lora__targets="q,down")
+    model = read_workdir(work)
+    assert set(model.adapters) == {f"decoder/layers/{name}/lora_{x}" for name in ("q", "down") for x in "ab"}
+    assert any(np.abs(leaf).max() > 0 for path, leaf in model.adapters.items() if path.endswith("_b"))
+    assert not np.array_equal(model.params["projector"]["up"]["kernel"], params["projector"]["up"]["kernel"])
+    for part in ("vision", "decoder"):
+        assert_same_params(model.params[part], params[part])
+    convert(work, tmp_path / "peft", "--to", "peft")
+    again = open_model(tmp_path / "peft")
+    for part in ("vision", "projector"):
+        assert_same_params(again.params[part], model.params[part])
+    assert_same_params(again.params["decoder"]["layers"], params["decoder"]["layers"])
+    assert_same_params(again.adapters, model.adapters)
+    convert(work, tmp_path / "merged", "--merge")
+    assert_same_params(read_workdir(tmp_path / "merged").params, Workdir(work).params())
