@@ -132,7 +132,7 @@ def one(cfg: Config, target: Target, text: int = 0) -> dict:
     with compiler_output() as output:
         began = time.monotonic()
         lowered = traced.lower()
-        program, used = compile_or_size(lowered, compiler_options(mesh))
+        program, used = compile_or_size(lowered, compiler_options(mesh), device_bytes(step.shapes))
         seconds = time.monotonic() - began
     found, step_seconds = [], None
     if program is not None:
@@ -176,15 +176,19 @@ def first_batch(cfg: Config, text: int) -> tuple[int, int, int, int]:
     return budget, first.text, first.images, sum(map(len, first.rows))
 
 
-def compile_or_size(lowered: jax.stages.Lowered, options: dict[str, str]) -> tuple[jax.stages.Compiled | None, int]:
-    """(program, 0), or (None, bytes that it would need) where the TPU compiler refuses a program for its size."""
+def compile_or_size(
+    lowered: jax.stages.Lowered, options: dict[str, str], arguments: int
+) -> tuple[jax.stages.Compiled | None, int]:
+    """(program, 0), or (None, bytes that it would need) where the TPU compiler refuses a program for its size, of which
+    it names all or the temporaries. arguments: bytes of the program's arguments."""
     try:
         return lowered.compile(options), 0
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+        used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not used:
             raise
-        return None, int(float(used.group(1)) * 2 ** (10 * (1 + "KMGT".index(used.group(2)))))
+        size = int(float(used.group(1)) * 2 ** (10 * (1 + "KMGT".index(used.group(2)))))
+        return None, size + (arguments if "temporaries" in used.group() else 0)
 
 
 def memory(step: TrainStep, program: jax.stages.Compiled | None, used: int, target: Target) -> dict[str, int]:

@@ -100,19 +100,24 @@ def test_a_model_with_parts_missing_is_refused():
 
 def test_the_size_of_a_program_that_the_tpu_compiler_refuses_is_parsed_from_its_message():
     class Refused:
-        def compile(self, options):
-            raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
-                "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
-            )
+        def __init__(self, message):
+            self.message = message
 
-    class Broken:
         def compile(self, options):
-            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+            raise jax.errors.JaxRuntimeError(self.message)
 
-    assert plan.compile_or_size(Refused(), {}) == (None, int(20.5 * 2**30))
+    whole = Refused(
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+        "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+    )
+    assert plan.compile_or_size(whole, {}, 100) == (None, int(20.5 * 2**30))
+    temporaries = Refused(
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (17.90G) exceeds "
+        "available HBM (15.75G)."
+    )
+    assert plan.compile_or_size(temporaries, {}, 100) == (None, int(17.9 * 2**30) + 100)
     with pytest.raises(jax.errors.JaxRuntimeError):
-        plan.compile_or_size(Broken(), {})
+        plan.compile_or_size(Refused("INTERNAL: something else"), {}, 100)
 
 
 # ------------------------------------------------------------------ the command
