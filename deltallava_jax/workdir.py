@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from deltallava_jax import cli
-from deltallava_jax.config import Config, ModelConfig, read_json, to_dict, workdir_config
+from deltallava_jax.config import Config, ModelConfig, differences, read_json, to_dict, workdir_config
 from deltallava_jax.data import tokens
 from deltallava_jax.data.tokens import Tokenizer
 from deltallava_jax.errors import CheckpointError, ConfigError
@@ -374,16 +374,6 @@ class Workdir:
         text = json.dumps(report, indent=2)
         for name in (report["task"], f"{report['task']}_{report['budget']}"):
             (self.results / f"{'_'.join((name, *marks))}.json").write_text(text)
-
-
-def differences(now: dict, before: dict, where: str = "") -> Iterator[tuple[str, object, object]]:
-    """(dotted key, value now, value before) of each setting that differs between two configurations; names first."""
-    for key in sorted({**now, **before}, key=lambda key: (key != "name", key)):
-        one, other = now.get(key), before.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            yield from differences(one, other, f"{where}{key}.")
-        elif one != other:
-            yield f"{where}{key}", one, other
 
 
 def _validate_init_from(cfg: Config) -> None:

@@ -30,6 +30,7 @@ from deltallava_jax.config.run import (
 from deltallava_jax.config.systems import SYSTEMS, ProjectorConfig, register, settings_of, system, system_config
 from deltallava_jax.config.tables import STAGES, entry, system_and_stage
 from deltallava_jax.config.values import (
+    differences,
     drop_foreign,
     from_dict,
     load_config,
@@ -65,6 +66,7 @@ __all__ = [
     "TrainingConfig",
     "VisionConfig",
     "compose",
+    "differences",
     "dtype_name",
     "drop_foreign",
     "entry",

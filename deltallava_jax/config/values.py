@@ -15,6 +15,7 @@ import traceback
 import types
 import typing
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from deltallava_jax.config.checks import nearest, require
@@ -131,6 +132,16 @@ def _is_default(key: str, value, systems: list[str]) -> bool:
     """Whether the value is None, or one of the systems' defaults."""
     plain = tuple(value) if isinstance(value, list) else value
     return value is None or any(plain == system(name).Config.__dataclass_fields__[key].default for name in systems)
+
+
+def differences(now: dict, before: dict, where: str = "") -> Iterator[tuple[str, object, object]]:
+    """(dotted key, value now, value before) of each setting that differs between two configurations; names first."""
+    for key in sorted({**now, **before}, key=lambda key: (key != "name", key)):
+        one, other = now.get(key), before.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from differences(one, other, f"{where}{key}.")
+        elif one != other:
+            yield f"{where}{key}", one, other
 
 
 def workdir_config(workdir: Path) -> Config:

@@ -7,7 +7,7 @@ import pytest
 
 import train as training
 from deltallava_jax import __main__ as commands
-from deltallava_jax.config import SYSTEMS, Config, ConfigError, RopeScaling, load_config, override, system
+from deltallava_jax.config import SYSTEMS, Config, ConfigError, LoraConfig, RopeScaling, load_config, override, system
 from deltallava_jax.config.show import comments, settings, show
 from deltallava_jax.config.values import dataclass_in
 
@@ -75,6 +75,7 @@ def test_every_setting_is_printed_with_its_value(name):
         end = f" = {value!r}" if value == default else f" = {value!r} (default {default!r})"
         assert lines[key].endswith(end) and lines[key].startswith("  " if value == default else "* ")
     off = {f"model.fastv.{key}" for key in ("layer", "keep")}
+    off |= {f"lora.{field.name}" for field in dataclasses.fields(LoraConfig)}
     off |= {f"model.decoder.rope_scaling.{field.name}" for field in dataclasses.fields(RopeScaling)}
     assert set(lines) == set(values(cfg)) | off
     assert "model.fastv = None: " in "\n".join(settings(cfg, 1000))

@@ -13,7 +13,7 @@ from configs import easy_vqa
 from deltallava_jax.config import MeshConfig, OptimizerConfig, from_dict, override, to_dict
 from deltallava_jax.config.run import Config
 from deltallava_jax.data.pipeline import elements
-from deltallava_jax.errors import CheckpointError
+from deltallava_jax.errors import CheckpointError, ConfigError
 from deltallava_jax.models import vlm
 from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.parallel.mesh import make_mesh, put_rows
@@ -152,3 +152,36 @@ def test_every_system_trains_with_muon(system):
     assert jax.tree.map(lambda x: x.shape, updates) == jax.tree.map(lambda x: x.shape, params)
     taken = {path: leaf.shape for path, leaf in flatten(params).items() if flatten(kinds(params))[path] == "muon"}
     assert any(path.startswith("projector/") for path in taken), system
+
+
+def test_rates_of_parts_are_those_of_groups_of_their_own():
+    """Each parameter moves as under AdamW at its own rate, weight decay included; the first pattern decides."""
+    cfg = OptimizerConfig(lr=1e-3, weight_decay=0.1, clip_norm=0.0, rates={"^a/": 5e-4, "kernel$": "3x"})
+    params = unflatten({path: jnp.ones((3, 3)) for path in ("a/kernel", "b/kernel", "b/bias")})
+    grads = unflatten({path: 0.1 * (1 + jnp.arange(9.0).reshape(3, 3)) for path in flatten(params)})
+
+    def after(cfg):
+        optimizer = make_optimizer(cfg, 10)
+        state, moved = optimizer.init(params), params
+        for _ in range(2):
+            updates, state = optimizer.update(grads, state, moved)
+            moved = optax.apply_updates(moved, updates)
+        return flatten(moved)
+
+    mixed = after(cfg)
+    for path, rate in {"a/kernel": 5e-4, "b/kernel": 3e-3, "b/bias": 1e-3}.items():
+        alone = after(dataclasses.replace(cfg, rates=(), lr=rate))
+        np.testing.assert_allclose(mixed[path], alone[path], rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", ["fast", "0.1", 0, -1e-3, "0x", "1..2x", float("nan")])
+def test_a_rate_that_is_none_is_refused(value):
+    with pytest.raises(ConfigError, match="optimizer.rates has"):
+        OptimizerConfig(rates={"^projector/": value})
+
+
+def test_a_rate_for_what_does_not_train_is_refused_and_rates_come_from_the_command_line():
+    cfg = override(tiny.get_config(), {"optimizer.rates": "{'^vision/': 2e-6}", "optimizer.frozen": "^vision/"})
+    assert cfg.optimizer.rates == (("^vision/", 2e-6),) and from_dict(Config, to_dict(cfg)) == cfg
+    with pytest.raises(ConfigError, match="pattern '.vision/' matches no trained parameter"):
+        state_shapes(cfg, make_mesh(cfg, jax.devices()[:1]), 8)

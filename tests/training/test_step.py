@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from deltallava_jax.config import MeshConfig, override
+from deltallava_jax.config import MeshConfig, OptimizerConfig, override
 from deltallava_jax.data.pipeline import elements
 from deltallava_jax.errors import ConfigError
 from deltallava_jax.models import llavolta, vlm
@@ -87,7 +87,7 @@ def test_gradients_are_in_the_dtype_of_the_setting():
 
     def wide_products(dtype):
         cfg = config(**{"model.dtype": "bfloat16", "optimizer.gradient_dtype": dtype})
-        params, frozen = jax.eval_shape(lambda: split(vlm.init_params(cfg.model, jax.random.key(1)), ()))
+        params, frozen = jax.eval_shape(lambda: split(vlm.init_params(cfg.model, jax.random.key(1)), OptimizerConfig()))
         batch = batch_shapes(cfg, make_mesh(cfg, jax.devices()[:1]), 32, 1)
         run = lambda p, b: gradients(cfg, p, frozen, b, jax.random.key(0), 4)
         text = str(jax.make_jaxpr(run)(params, batch))
@@ -101,7 +101,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch():
     rows, plan, _ = run_of(cfg)
     batch = next(elements(rows, plan, 0, 1, workers=0)).batch
     batch = dataclasses.replace(batch, loss_mask=batch.loss_mask & (np.arange(8)[:, None] > 1))  # uneven parts
-    params, frozen = split(vlm.init_params(cfg.model, jax.random.key(1)), ())
+    params, frozen = split(vlm.init_params(cfg.model, jax.random.key(1)), OptimizerConfig())
 
     def of(parts, batch=batch, run=jax.jit):
         split_up = override(cfg, {"optimizer.accumulation": str(parts)})
@@ -175,9 +175,9 @@ def test_frozen_parameters_stay_and_have_no_optimizer_state():
 def test_a_frozen_pattern_that_matches_nothing_is_refused():
     params = vlm.init_params(config().model, jax.random.key(0))
     with pytest.raises(ConfigError, match="'visoin/' matches no parameter"):
-        split(params, ("visoin/",))
+        split(params, OptimizerConfig(frozen=("visoin/",)))
     with pytest.raises(ConfigError, match="leaves no parameter to train"):
-        split(params, (".",))
+        split(params, OptimizerConfig(frozen=(".",)))
 
 
 def test_a_loss_that_is_not_finite_leaves_the_parameters():
@@ -205,7 +205,7 @@ def test_every_budget_is_the_mean_over_the_budgets():
     cfg = config(**{"model.projector.scale_factor": "(4,8)", "model.projector.drop_path": "0.0"})
     rows, _, _ = run_of(cfg)
     batch = next(elements(rows, rows.plan((4,), 0), 0, 1, workers=0)).batch
-    params, _ = split(vlm.init_params(cfg.model, jax.random.key(1)), ())
+    params, _ = split(vlm.init_params(cfg.model, jax.random.key(1)), OptimizerConfig())
     both = override(cfg, {"training.every_budget": "True"})
 
     def loss(cfg, budget):
