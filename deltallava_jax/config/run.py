@@ -88,7 +88,7 @@ class OptimizerConfig:
     gradient_dtype: str = "float32"  # in which devices add up matrices' gradients if model.dtype is bfloat16
     accumulation: int = 1  # microbatches of a batch, whose gradients are accumulated
     frozen: tuple[str, ...] = ()  # regular expressions of parameter paths that are not trained, and kept in bfloat16
-    # (regular expression of parameter paths, a peak learning rate, or "0.1x" for that many times lr), or a dict of them;
+    # Pairs, or a dict: (regular expression of parameter paths, a peak learning rate, or "0.1x" for 0.1 times lr);
     # the first that matches decides.
     rates: tuple[tuple[float | str, ...], ...] = ()  # learning rates of parts, in place of lr
 
