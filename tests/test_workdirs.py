@@ -53,7 +53,7 @@ def trained_from(source: str | Path, folder: Path, params: dict, *, begins: bool
     else:
         folder.mkdir(parents=True)
         Workdir(folder).write(cfg, TOKENIZER)
-    trained, frozen = split(params, FROZEN)
+    trained, frozen = split(params, OptimizerConfig(frozen=FROZEN))
     save(folder, jax.tree.map(lambda leaf: leaf + 0.125, trained), frozen)
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
 

@@ -91,7 +91,7 @@ def state_bytes(cfg) -> int:
     from deltallava_jax.training.optimizer import split
 
     sizes_of = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    shapes = jax.eval_shape(lambda: split(vlm.init_params(cfg.model, jax.random.key(0)), cfg.optimizer.frozen))
+    shapes = jax.eval_shape(lambda: split(vlm.init_params(cfg.model, jax.random.key(0)), cfg.optimizer))
     gradients = 4 if cfg.optimizer.accumulation == 1 else 8
     return (12 + gradients) * sizes_of(shapes[0]) + 2 * sizes_of(shapes[1])
 
