@@ -33,6 +33,11 @@ RECIPES = (  # (configuration, target)
     ("pretrain_7b", "h100:8"),
     ("finetune_qwen2_7b", "h100:8"),
 )
+ADAPTERS = (  # (configuration, target, settings): LoRA and QLoRA on one GPU, and on GPUs of 24 GB
+    ("finetune_lora_7b", "h100:1", ("--config.optimizer.accumulation=8",)),
+    ("finetune_lora_7b", "rtx4090:8", ()),
+    ("finetune_qlora_7b", "rtx4090:1", ()),
+)
 ROWS_A_CHIP = 1  # as finetune_7b has them on 16 chips
 SCALING = (("v5e:4x4", 16), ("v5e:8x8", 64), ("v5e:16x16", 256))
 # The recipes' settings before attention and recomputation were chosen by the machine, with gradients as they were then.
@@ -45,6 +50,7 @@ SETTINGS_BEFORE = (
 )
 RUNS = (  # (configuration, target, settings, the end of the file's name)
     *((config, target, (), "") for config, target in RECIPES),
+    *((config, target, settings, "") for config, target, settings in ADAPTERS),
     *((config, target, SETTINGS_BEFORE, BEFORE) for config, target in RECIPES),
     *(("finetune_7b", target, (f"--config.data.rows={ROWS_A_CHIP * chips}",), "") for target, chips in SCALING[1:]),
 )
@@ -94,6 +100,7 @@ def page() -> str:
         "Steps' times are estimates from peaks, not measurements.",
         "## Memory\n\n" + memory(found),
         "## Operations and time\n\n" + timed if (timed := operations(found)) else "",
+        adapters(found),
         before_and_now(found),
         ladders(found),
         "## Collectives\n\n" + moved(found),
@@ -159,6 +166,32 @@ def operations(found: dict) -> str:
         "nothing hides. Assumed:"
     )
     return "\n".join([table(head, rows), "", note, "", *(f"- {kind}: {text}" for kind, text in assumptions.items())])
+
+
+def adapters(found: dict) -> str:
+    rows = []
+    for config, target, settings in (("finetune_7b", "h100:8", ()), *ADAPTERS):
+        if (plan := found.get((config, target))) is None or not plan["step_seconds"]:
+            continue
+        size, batch = plan["per_device"], plan["batch"]
+        state = plan.get("checkpoint_bytes")
+        rows.append([
+            f"`{config}`", target, f"{batch['rows']} in {batch['accumulation']}", plan["remat"],
+            *(gib(size[f"{key}_bytes"]) for key in ("parameters", "optimizer", "gradient", "activation", "total")),
+            f"{gib(size['capacity_bytes'])}, {'yes' if plan['fits'] else '**no**'}", gib(state) if state else "",
+            f"{plan['flops_per_step'] / 1e15:.2f}", f"{plan['flops_per_step'] / plan['model_flops_per_step']:.2f}",
+            f"{plan['step_seconds']['estimate'] * plan['devices']:.1f}",
+        ])  # fmt: skip
+    if len(rows) < 2:
+        return ""
+    head = ["Recipe", "Target", "Rows in parts", "Recomputed", "Parameters", "Optimizer", "Gradients", "Activations",
+            "All", "Of, fits", "Checkpoint", "PFLOP", "over needed", "Device-seconds"]  # fmt: skip
+    note = (
+        "Memory in GiB a device; a checkpoint uncompressed. The first row is full tuning, for comparison. Needed are\n"
+        "products with the frozen matrices forward and for the gradients of their inputs, not of the matrices.\n"
+        "Device-seconds: a step's estimated time times the devices."
+    )
+    return "## Adapters\n\n" + table(head, rows) + "\n\n" + note
 
 
 def before_and_now(found: dict) -> str:
