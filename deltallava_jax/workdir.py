@@ -209,13 +209,12 @@ class Workdir:
         return read_json(self.path / "base.json")["checksums"] if (self.path / "base.json").is_file() else None
 
     def keep_base(self, checksums: dict[str, str]) -> None:
-        """Writes base.json, or compares with it. Every process calls it, one writes. Raises CheckpointError where the
-        base has changed."""
-        known, init = self.base, self.config.init_from
-        if known is not None:
-            require_the_same(known, checksums, f"{self}: its adapters belong to {init}")
+        """Writes base.json, or, if the run resumes, compares with it. Every process calls it, one writes. Raises
+        CheckpointError where the base has changed."""
+        if has_finished(self.path) and (known := self.base) is not None:
+            require_the_same(known, checksums, f"{self}: its adapters belong to {self.config.init_from}")
         elif hosts.leads():
-            kept = dict(init_from=init, checksums=checksums)
+            kept = dict(init_from=self.config.init_from, checksums=checksums)
             (self.path / "base.json").write_text(json.dumps(kept, indent=2))
 
     # ------------------------------------------------------------------ the base of frozen parameters

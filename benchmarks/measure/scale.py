@@ -170,7 +170,7 @@ def operations(found: dict) -> str:
 
 def adapters(found: dict) -> str:
     rows = []
-    for config, target, settings in (("finetune_7b", "h100:8", ()), *ADAPTERS):
+    for config, target in (("finetune_7b", "h100:8"), *(run[:2] for run in ADAPTERS)):
         if (plan := found.get((config, target))) is None or not plan["step_seconds"]:
             continue
         size, batch = plan["per_device"], plan["batch"]

@@ -20,6 +20,7 @@ from deltallava_jax.errors import CheckpointError, SaveFailed
 from deltallava_jax.models import lora, vlm
 from deltallava_jax.models.layers import Params
 from deltallava_jax.models.names import flatten, unflatten
+from deltallava_jax.parallel import hosts
 from deltallava_jax.training.optimizer import join
 from deltallava_jax.training.step import TrainState
 
@@ -250,7 +251,7 @@ def fingerprint(params: dict[str, jax.Array]) -> dict[str, str]:
     def sums(leaves):
         return jnp.stack([_checksum(leaf) for leaf in leaves])
 
-    found = np.asarray(sums(list(params.values()))) if params else []
+    found = np.asarray(hosts.whole(sums(list(params.values())))) if params else []
     return {path: f"{value:08x}" for path, value in zip(params, found, strict=True)}
 
 
