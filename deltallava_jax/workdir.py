@@ -36,6 +36,7 @@ from deltallava_jax.training.checkpoints import (
     as_saved,
     fingerprint,
     has_finished,
+    only,
     require_the_same,
 )
 
@@ -126,23 +127,24 @@ class Workdir:
             visited.add(home.path.resolve())
             home = home.init_workdir
 
-    def newest(self, model: ModelConfig, place: Place = as_saved) -> Params:
-        """The newest parameters as the checkpoint holds them, of ``model``; adapters merged into their base."""
+    def newest(self, model: ModelConfig, place: Place = as_saved, step: int | None = None) -> Params:
+        """The parameters of a step, by default the newest, as the checkpoint holds them, of ``model``; adapters merged
+        into their base."""
+        step = self.latest if step is None else step
         if self.config.lora:
-            return self.params(place, model)
-        checkpoints = self.checkpoints
-        return checkpoints.restore_params(checkpoints.latest(), model, place)
+            return self._merged(step, model, place)
+        return self.checkpoints.restore_params(step, model, place)
 
-    def params(self, place: Place = as_saved, model: ModelConfig | None = None) -> Params:
+    def params(self, place: Place = as_saved) -> Params:
         """The newest parameters. Frozen parameters come from the workdir in init_from, so that they keep the original
         precision; if it is missing or has changed, that is logged, and they come from this workdir's checkpoint, in
-        bfloat16. Adapters are merged into their base. place: as in ``Checkpoints.restore_params``. model: by default
-        that of config.json. Raises CheckpointError where the base of adapters is missing or has changed."""
+        bfloat16. Adapters are merged into their base. place: as in ``Checkpoints.restore_params``. Raises
+        CheckpointError where the base of adapters is missing or has changed."""
         cfg = self.config
-        if cfg.lora:
-            return self._merged(model or cfg.model, place)
         checkpoints = self.checkpoints
         step = checkpoints.latest()
+        if cfg.lora:
+            return self._merged(step, cfg.model, place)
         frozen = {}
         if cfg.init_from and cfg.optimizer.frozen and (kept := checkpoints.frozen(step)):
             init = self.init_workdir
@@ -157,62 +159,69 @@ class Workdir:
                     f"({parts}) are taken from the checkpoint of {self}, in bfloat16"
                 )
             else:
-                frozen = flatten(init.params(lambda path, saved: place(path, saved) if path in kept else None))
+                frozen = flatten(init.params(only(kept, place)))
         trained = checkpoints.restore_params(
-            step, model or cfg.model, lambda path, saved: None if path in frozen else place(path, saved)
+            step, cfg.model, lambda path, saved: None if path in frozen else place(path, saved)
         )
         return unflatten(flatten(trained) | frozen)
 
     # ------------------------------------------------------------------ adapters
 
-    def parts(self, place: Place = as_saved, model: ModelConfig | None = None) -> tuple[Params, dict[str, jax.Array]]:
-        """(the parameters without adapters, in their original precision, {path: array} of the adapters), float32.
+    def parts(self) -> tuple[Params, dict[str, jax.Array]]:
+        """(the newest parameters without adapters, in their original precision, {path: float32 array} of the adapters).
+        Raises CheckpointError as ``params`` does."""
+        return self._parts(self.latest, self.config.model, as_saved)
 
-        place: the shardings, and None for what is left out. Raises CheckpointError as ``params`` does."""
-        cfg = self.config
-        model = model or cfg.model
-
+    def _parts(self, step: int, model: ModelConfig, place: Place) -> tuple[Params, dict[str, jax.Array]]:
+        # place: the shardings, and None for what is left out, of adapters too
         def precise(path: str, saved: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
             wanted = place(path, saved)
             return wanted and jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=wanted.sharding)
 
-        checkpoints = self.checkpoints
-        own = flatten(checkpoints.restore_params(checkpoints.latest(), model, precise, cfg.lora))
+        cfg = self.config
+        known = self.base
+        own = flatten(self.checkpoints.restore_params(step, model, precise, cfg.lora, known))
         adapters = {path: own.pop(path) for path in list(own) if lora.is_adapter(path)}
-        if (known := self.base) is not None:
+        if cfg.init_from:
             init = self.init_workdir
             if init is None:
                 raise CheckpointError(
                     f"{self} holds adapters of the model in {cfg.init_from}, which is missing; put it back there, or "
                     f"beside {self}"
                 )
-            base = flatten(init.params(lambda path, saved: precise(path, saved) if path in known else None))
+            base = flatten(init.params(only(known, precise)))
             require_the_same(known, fingerprint(base), f"{self}: its adapters belong to {init}")
             own |= base
         return unflatten(own), adapters
 
-    def _merged(self, model: ModelConfig, place: Place) -> Params:
+    def _merged(self, step: int, model: ModelConfig, place: Place) -> Params:
         adapters = self.config.lora
         wanted: dict[str, jax.ShapeDtypeStruct | None] = {}
 
         def noted(path: str, saved: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
             return wanted.setdefault(path, place(path, saved))
 
-        params, own = self.parts(noted, model)
-        if adapters.base != "bfloat16":  # what the adapters were trained with
-            params = lora.quantize(params, adapters.base)
-        return lora.merged(unflatten(flatten(params) | own), adapters, lambda path: wanted[path].dtype)
+        params, own = self._parts(step, model, noted)
+        # In the saved precision first, so that a matrix is the same whichever precision is wanted of it.
+        dtypes = {path: leaf.dtype for path, leaf in flatten(params).items()}
+        params = lora.quantize(params, adapters.base)  # what the adapters were trained with
+        whole = flatten(lora.merged(unflatten(flatten(params) | own), adapters, dtypes.__getitem__))
+        return unflatten({path: leaf.astype(wanted[path].dtype) for path, leaf in whole.items()})
 
     @property
-    def base(self) -> dict[str, str] | None:
-        """{path: checksum} of the frozen parameters that are in init_from; None where this workdir holds its own."""
-        return read_json(self.path / "base.json")["checksums"] if (self.path / "base.json").is_file() else None
+    def base(self) -> dict[str, str]:
+        """{path: checksum} of the frozen parameters that are in init_from. Raises CheckpointError without base.json."""
+        if not self.config.init_from:  # a converted workdir holds all of them
+            return {}
+        if not (self.path / "base.json").is_file():
+            raise CheckpointError(f"{self}/base.json is missing, which says what the adapters belong to")
+        return read_json(self.path / "base.json")["checksums"]
 
     def keep_base(self, checksums: dict[str, str]) -> None:
         """Writes base.json, or, if the run resumes, compares with it. Every process calls it, one writes. Raises
         CheckpointError where the base has changed."""
-        if has_finished(self.path) and (known := self.base) is not None:
-            require_the_same(known, checksums, f"{self}: its adapters belong to {self.config.init_from}")
+        if has_finished(self.path):
+            require_the_same(self.base, checksums, f"{self}: its adapters belong to {self.config.init_from}")
         elif hosts.leads():
             kept = dict(init_from=self.config.init_from, checksums=checksums)
             (self.path / "base.json").write_text(json.dumps(kept, indent=2))
@@ -229,14 +238,7 @@ class Workdir:
                 break
             few.append(path)
 
-        def read(home: Workdir) -> Params:
-            return flatten(
-                home.checkpoints.restore_params(
-                    home.latest, home.config.model, lambda path, saved: as_saved(path, saved) if path in few else None
-                )
-            )
-
-        ours, theirs = read(self), read(init)
+        ours, theirs = (flatten(home.newest(home.config.model, only(few, as_saved))) for home in (self, init))
         return ours.keys() == theirs.keys() and all(
             np.array_equal(np.asarray(theirs[path]).astype(ours[path].dtype), np.asarray(ours[path])) for path in few
         )

@@ -87,7 +87,7 @@ def main(options: argparse.Namespace) -> None:
 
     tokenizer = workdir.tokenizer
     step = workdir.latest
-    params = workdir.newest(cfg.model)
+    params = workdir.newest(cfg.model, step=step)
     params["decoder"] = decoder.unstacked(params["decoder"], cfg.model.decoder, cfg.model.dtype, donate=True)
 
     if own := [task for task in tasks if task in TASKS]:

@@ -71,7 +71,8 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     from deltallava_jax.data.pipeline import Rows
     from deltallava_jax.data.sources import training_source
     from deltallava_jax.evaluation.validation import validation
-    from deltallava_jax.models import systems
+    from deltallava_jax.models import lora, systems
+    from deltallava_jax.models.names import flatten
     from deltallava_jax.parallel.mesh import make_mesh
     from deltallava_jax.training import faults, remat
     from deltallava_jax.training.loop import train
@@ -112,6 +113,8 @@ def main(cfg: Config, options: argparse.Namespace) -> None:
     if hosts.leads():
         workdir.parameters.write_text(format_parameters(step.shapes, cfg.optimizer) + "\n")
     log(format_parameter_counts(step.shapes))
+    if cfg.lora and (whole := lora.trained_whole(flatten(step.shapes.trained))):
+        log(f"note: {len(whole)} parameters beside adapters and projector train whole, e.g. {whole[0]}: see frozen")
     log(
         f"{len(plan.records):,} conversations, {len(plan.records) / plan.steps_for(1):.1f} a step, {steps:,} steps, "
         f"budgets {budgets}, mesh {dict(mesh.shape)}"

@@ -132,8 +132,10 @@ class OptimizerConfig:
         """NaN for a text that is no multiple."""
         if not isinstance(value, str):
             return value
-        found = re.fullmatch(r"([\d.]+(?:e-?\d+)?)x", value.strip())
-        return self.lr * float(found[1]) if found and found[1].count(".") <= 1 else math.nan
+        try:
+            return self.lr * float(value.strip().removesuffix("x")) if value.strip().endswith("x") else math.nan
+        except ValueError:
+            return math.nan
 
 
 @dataclass(frozen=True)

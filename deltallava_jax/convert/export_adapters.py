@@ -56,6 +56,7 @@ def write_llava_adapter(model: Pretrained, folder: Path, target: Path) -> None:
         import torch
     except ImportError as error:
         raise ConversionError(f"--to llava writes an adapter's {NON_LORA} with torch: pip install torch") from error
+    model.require_base("a LLaVA adapter's folder")
     write_llava(model.base, folder, shard_bytes=None)
     heads = {"decoder": r"model\.layers.*", "vision": r".*vision_tower.*layers.*"}
     names = module_names(model.cfg, LLAVA.decoder, LLAVA.vision)

@@ -66,7 +66,8 @@ class Pretrained:
     layout, hf (config.json), origin and origin_aspect (config.json in our terms): as the checkpoint was written. kept:
     the files beside the weights. extra: tensors that the model does not use, such as SigLIP's pooling head, kept for
     exports in the same layout. template, aspect: of the training data, as in DataConfig. lora, adapters: float32
-    adapters beside ``params``, {path: array}; base_name: what ``params`` were called where they were trained."""
+    adapters beside ``params``, {path: array}; base_name: what ``params`` were called where they were trained;
+    trained_whole: parameters that were trained beside adapters and projector, and so are not the base's."""
 
     cfg: ModelConfig
     params: Params
@@ -81,6 +82,7 @@ class Pretrained:
     lora: LoraConfig | None = None
     adapters: dict[str, Array] = field(default_factory=dict)
     base_name: str = ""
+    trained_whole: list[str] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -90,7 +92,15 @@ class Pretrained:
     @property
     def base(self) -> Pretrained:
         """The model without its adapters."""
-        return dataclasses.replace(self, lora=None, adapters={})
+        return dataclasses.replace(self, lora=None, adapters={}, trained_whole=[])
+
+    def require_base(self, what: str) -> None:
+        """Raises ConversionError where adapters belong to another model than their base with another projector."""
+        if self.trained_whole:
+            raise ConversionError(
+                f"{what} holds adapters and projector alone, but {len(self.trained_whole)} other parameters were "
+                f"trained, e.g. {self.trained_whole[0]}; --to peft writes them into its base, --merge a whole model"
+            )
 
     def merged(self) -> Pretrained:
         """The model with its adapters, if it has any, in its matrices: added in float32, in the matrices' dtypes."""

@@ -21,7 +21,7 @@ from deltallava_jax.convert.shards import write_extra
 from deltallava_jax.convert.tensors import find, is_adapter
 from deltallava_jax.data import tokens
 from deltallava_jax.errors import ConversionError
-from deltallava_jax.models import systems
+from deltallava_jax.models import lora, systems
 from deltallava_jax.models.names import flatten, unflatten
 from deltallava_jax.training.checkpoints import Checkpoints
 from deltallava_jax.workdir import Workdir
@@ -73,6 +73,7 @@ def read_workdir(path: Path) -> Pretrained:
     extra = {}
     origin_aspect = "square"
     base_name = cfg.init_from
+    trained = lora.trained_whole(flatten(params).keys() - home.base.keys()) if cfg.lora and cfg.init_from else []
     kept = [path / name for name in ("tokenizer.json", "tokenizer_config.json") if (path / name).is_file()]
     if source is None and home.missing_init:
         cli.log(
@@ -89,12 +90,13 @@ def read_workdir(path: Path) -> Pretrained:
         extra = find(source / "extra.safetensors") if (source / "extra.safetensors").is_file() else {}
     return Pretrained(
         cfg.model, params, layout, origin, hf, kept, extra, cfg.data.template, cfg.data.aspect, origin_aspect,
-        cfg.lora, adapters, base_name if cfg.lora else "",
+        cfg.lora, adapters, base_name if cfg.lora else "", sorted(trained),
     )  # fmt: skip
 
 
 def write_workdir(model: Pretrained, folder: Path, name: str) -> None:
     """A workdir with the model, and its adapters, as step 0, to evaluate, export or train (--config.init_from)."""
+    model.require_base("a converted workdir")
     data = DataConfig(template=model.template, aspect=model.aspect)
     config = Config(name=name, model=model.cfg, data=data, lora=model.lora)
     tokenizer = next((file for file in model.kept if file.name in tokens.FILES), None) if model.cfg.decoder else None

@@ -28,6 +28,7 @@ from deltallava_jax.products import matmul
 
 A, B = "lora_a", "lora_b"
 MATRICES = r"^(vision|decoder)/layers/(\w+)/kernel$"  # that can have adapters
+QUANTISED = r"^decoder/layers/\w+/kernel$"  # where the base is
 
 
 @jax.tree_util.register_dataclass
@@ -64,14 +65,24 @@ def is_adapter(path: str) -> bool:
     return path.endswith((f"/{A}", f"/{B}"))
 
 
+def adapted(path: str) -> str:
+    """The path of the matrix that an adapter belongs to; any other path as it is."""
+    return f"{path.rpartition('/')[0]}/kernel" if is_adapter(path) else path
+
+
+def trained_whole(paths: Iterable[str]) -> list[str]:
+    """Of the parameters that train, those that are neither adapters nor the projector."""
+    return [path for path in paths if not is_adapter(path) and not path.startswith("projector/")]
+
+
 def targets(cfg: LoraConfig, paths: Iterable[str]) -> list[str]:
     """The modules that get an adapter, as "decoder/layers/q".
 
     Names ("q,v"; "q_proj,v_proj" too) and regular expressions that do not name the tower ("vision") mean the decoder
     alone, as in LLaVA. Raises ConfigError for targets that match nothing, or anything but a layer's matrix."""
     modules = [path.removesuffix("/kernel") for path in paths if re.search(MATRICES, path)]
-    names = re.fullmatch(r"\w+(\s*,\s*\w+)*", cfg.targets)
-    wanted = [name.strip().removesuffix("_proj") for name in cfg.targets.split(",")] if names else []
+    names = re.fullmatch(r"\w+(\s*,\s*\w+)*\s*,?\s*", cfg.targets)
+    wanted = [name.strip().removesuffix("_proj") for name in cfg.targets.split(",") if name.strip()] if names else []
     unknown = [name for name in wanted if not any(module.endswith(f"/{name}") for module in modules)]
     if unknown:
         known = sorted({module.rsplit("/", 1)[1] for module in modules if module.startswith("decoder/")})
@@ -85,7 +96,8 @@ def targets(cfg: LoraConfig, paths: Iterable[str]) -> list[str]:
         if (tower or module.startswith("decoder/")) and any(re.search(pattern, form) for form in forms(module))
     ]
     if not found:
-        near = difflib.get_close_matches(cfg.targets, modules, n=1, cutoff=0.0)
+        adaptable = [module for module in modules if tower or module.startswith("decoder/")]
+        near = difflib.get_close_matches(cfg.targets, adaptable or modules, n=1, cutoff=0.0)
         raise ConfigError(f"lora.targets={cfg.targets!r} matches no matrix of a layer, e.g. {near[0]!r}")
     return found
 
@@ -118,8 +130,9 @@ def quantize(frozen: Params, kind: str) -> Params:
         return frozen
     flat = flatten(frozen)
     for path in list(flat):
-        if re.search(r"^decoder/layers/\w+/kernel$", path):
-            flat |= {f"{path}/{name}": part for name, part in quantized.quantize(flat.pop(path), kind).items()}
+        if re.search(QUANTISED, path):
+            kernel = flat.pop(path).astype(jnp.bfloat16)  # as frozen parameters are kept; of any other the codes differ
+            flat |= {f"{path}/{name}": part for name, part in quantized.quantize(kernel, kind).items()}
     return unflatten(flat)
 
 

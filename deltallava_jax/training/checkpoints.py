@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import jax
@@ -124,18 +124,22 @@ class Checkpoints:
             )
 
     def restore_params(
-        self, step: int, cfg: ModelConfig, place: Place | None = None, adapters: LoraConfig | None = None
+        self,
+        step: int,
+        cfg: ModelConfig,
+        place: Place | None = None,
+        adapters: LoraConfig | None = None,
+        elsewhere: Collection[str] = (),
     ) -> Params:
         """The parameters of a step alone; by default in the saved dtypes, whole on this process's first device.
 
         place(path, saved): the shape, dtype and sharding to restore one in, None to leave it out. adapters: those of
-        the checkpoint, which may then lack the frozen parameters. Raises CheckpointError as ``restore`` does."""
+        the checkpoint. elsewhere: the parameters that it lacks. Raises CheckpointError as ``restore`` does."""
         saved = self._saved_params(step)
         expected = flatten(jax.eval_shape(lambda: vlm.init_params(cfg, jax.random.key(0))))
         if adapters:
-            held = flatten(join(saved["trained"], saved["frozen"]))
             shapes = lora.shapes(adapters, {path: leaf.shape for path, leaf in expected.items()})
-            expected = {path: leaf for path, leaf in expected.items() if path in held}
+            expected = {path: leaf for path, leaf in expected.items() if path not in elsewhere}
             expected |= {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()}
         self._compare(step, join(saved["trained"], saved["frozen"]), expected)
         wanted = {}
@@ -241,6 +245,11 @@ def _array_shapes(tree) -> list[tuple[int, ...]]:
 def as_saved(path: str, saved: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """A parameter as it was saved, whole on this process's first device."""
     return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0]))
+
+
+def only(paths: Collection[str], place: Place) -> Place:
+    """``place`` for these parameters and their adapters, None for the rest."""
+    return lambda path, saved: place(path, saved) if lora.adapted(path) in paths else None
 
 
 def fingerprint(params: dict[str, jax.Array]) -> dict[str, str]:

@@ -45,12 +45,17 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
     if cfg.name == "muon":
         muon = _muon(cfg, lambda step: cfg.muon_rate * rate(step))
         update = optax.partition({"muon": muon, "adamw": adamw}, kinds)
-    own = [optax.stateless(lambda updates, _: _scaled(updates, cfg))] if cfg.rates else []
-    return optax.chain(clip, update, *own)
+    return optax.chain(clip, _with_rates(update, cfg) if cfg.rates else update)
 
 
-def _scaled(updates: Params, cfg: OptimizerConfig) -> Params:
-    return unflatten({path: cfg.rate_of(path) / cfg.lr * leaf for path, leaf in flatten(updates).items()})
+def _with_rates(inner: optax.GradientTransformation, cfg: OptimizerConfig) -> optax.GradientTransformation:
+    """Scales the updates of ``inner``, whose state stays as it is: rates may change when a run resumes."""
+
+    def update(updates, state, params=None):
+        updates, state = inner.update(updates, state, params)
+        return unflatten({path: cfg.rate_of(path) / cfg.lr * leaf for path, leaf in flatten(updates).items()}), state
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def _muon(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from deltallava_jax.config import Config
+from deltallava_jax.errors import ConfigError
 from deltallava_jax.kernels import registry
 from deltallava_jax.models import llavolta, lora, systems, vlm
 from deltallava_jax.models.layers import Params
@@ -108,7 +109,15 @@ def _parts(cfg: Config, params: Params) -> tuple[Params, Params]:
     """(trained, frozen) of a model's parameters, adapters included."""
     if cfg.lora:
         params = lora.added(params, cfg.lora, jax.random.key(cfg.seed))
-    return split(params, cfg.optimizer)
+    trained, frozen = split(params, cfg.optimizer)
+    if cfg.lora and cfg.lora.base != "bfloat16":
+        whole = next((path for path in flatten(trained) if re.search(lora.QUANTISED, path)), None)
+        if whole:
+            raise ConfigError(
+                f"lora.base={cfg.lora.base} is for matrices that do not train, but {whole} does; name it in "
+                "optimizer.frozen or in lora.targets"
+            )
+    return trained, frozen
 
 
 def gradients(

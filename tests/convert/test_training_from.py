@@ -15,7 +15,7 @@ from deltallava_jax.analysis import plan as analysis
 from deltallava_jax.convert.read import Pretrained
 from deltallava_jax.convert.workdir import compose, open_model, read_workdir, write_workdir
 from deltallava_jax.data import sources, tokens
-from deltallava_jax.errors import CheckpointError, ConfigError
+from deltallava_jax.errors import CheckpointError, ConfigError, ConversionError
 from deltallava_jax.models import vlm
 from deltallava_jax.models.names import flatten
 from deltallava_jax.parallel import mesh
@@ -226,3 +226,13 @@ def test_trained_adapters_are_exported_beside_their_base(dtype, source, run, tmp
     assert_same_params(again.adapters, model.adapters)
     convert(work, tmp_path / "merged", "--merge")
     assert_same_params(read_workdir(tmp_path / "merged").params, Workdir(work).params())
+
+
+def test_an_adapters_folder_of_llava_has_no_place_for_other_trained_parts(source, run, tmp_path, capsys):
+    folder, _ = source("float32")
+    run(tmp_path / "run", init_from=folder, optimizer__frozen="('^vision/',)", lora__rank=2, lora__targets="q,down")
+    assert "parameters beside adapters and projector train whole, e.g. decoder/" in capsys.readouterr().err
+    for layout, name in (("llava", "llava-lora"), ("orbax", "other")):
+        with pytest.raises(ConversionError, match="other parameters were trained, e.g. decoder/embed/embedding"):
+            convert(tmp_path / "run", tmp_path / name, "--to", layout)
+    convert(tmp_path / "run", tmp_path / "peft", "--to", "peft")

@@ -20,7 +20,7 @@ from deltallava_jax.parallel.mesh import make_mesh, put_rows
 from deltallava_jax.products import matmul
 from deltallava_jax.training.checkpoints import Checkpoints, fingerprint
 from deltallava_jax.training.loop import train
-from deltallava_jax.training.step import TrainStep, init_state, whole_params
+from deltallava_jax.training.step import TrainStep, init_frozen, init_state, whole_params
 from deltallava_jax.workdir import Workdir
 from tests import tiny
 
@@ -202,6 +202,43 @@ def test_another_run_can_begin_with_the_merged_model(undisturbed, base, tmp_path
     assert np.isfinite(values).all() and values[0] != undisturbed[1][0]
 
 
+def test_what_begins_with_a_run_of_adapters_has_them_in_its_matrices(tmp_path):
+    """Adapters on adapters, and a run whose decoder is frozen; with a base in float16, as many are published."""
+    base = tmp_path / "base"
+    Workdir(base).path.mkdir()
+    Workdir(base).write(tiny.get_config(), run()[2])
+    made = Checkpoints(base, create=True)
+    made.save_params(jax.tree.map(lambda leaf: leaf.astype("float16"), tiny.random_params(config().model)))
+    made.close()
+    trained(tmp_path / "one", base, steps=4)
+    trained(tmp_path / "two", tmp_path / "one", steps=2)
+    trained(tmp_path / "frozen", tmp_path / "one", steps=2, lora=None)
+    start, one, two, frozen = (flatten(Workdir(tmp_path / name).params()) for name in ("base", "one", "two", "frozen"))
+    adapters = Workdir(tmp_path / "two").parts()[1]
+    for path in (path for path in start if path.startswith("decoder/")):
+        np.testing.assert_array_equal(frozen[path], one[path])
+        module = path.removesuffix("/kernel")
+        if f"{module}/{lora.A}" in adapters:
+            assert not np.array_equal(one[path], start[path])
+            a, b = (np.float32(adapters[f"{module}/{leaf}"]) for leaf in (lora.A, lora.B))
+            np.testing.assert_allclose(np.float32(two[path]), np.float32(one[path]) + 2 * a @ b, rtol=1e-3, atol=1e-6)
+
+
+def test_a_quantised_base_is_the_same_in_training_and_when_loaded(base, tmp_path):
+    cfg = config(lora=dataclasses.replace(SETTINGS, base="nf4", targets="q,v"), init_from=str(base))
+    trained(tmp_path, base, steps=2, lora=cfg.lora)
+    step = TrainStep(cfg, make_mesh(cfg, jax.devices()[:1]), 8)
+    saved, _ = Checkpoints(tmp_path).restore(2, dataclasses.replace(step.shapes, frozen={}))
+    frozen = init_frozen(cfg, step.mesh, Workdir(base).newest(cfg.model))
+    in_training = flatten(whole_params(cfg, dataclasses.replace(saved, frozen=frozen)))
+    loaded = flatten(Workdir(tmp_path).params())
+    for path in (path for path in loaded if path.startswith("decoder/layers/") and path.endswith("/kernel")):
+        np.testing.assert_array_equal(in_training[path], loaded[path])
+    with pytest.raises(ConfigError, match="lora.base=nf4 is for matrices that do not train, but decoder/layers/"):
+        whole = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, frozen=("^vision/",)))
+        TrainStep(whole, step.mesh, 8)
+
+
 def test_a_changed_or_missing_base_is_one_line(undisturbed, base, tmp_path):
     moved, changed = tmp_path / "run", tmp_path / "base"
     shutil.copytree(undisturbed[0], moved)
@@ -219,6 +256,11 @@ def test_a_changed_or_missing_base_is_one_line(undisturbed, base, tmp_path):
         Workdir(moved).params()
     with pytest.raises(CheckpointError, match="decoder/layers/q/kernel has changed"):
         trained(moved, changed)
+    (moved / "base.json").rename(tmp_path / "elsewhere.json")
+    for use in (lambda: load(moved), lambda: trained(moved, changed)):
+        with pytest.raises(CheckpointError, match="base.json is missing"):
+            use()
+    (tmp_path / "elsewhere.json").rename(moved / "base.json")
     shutil.rmtree(changed)
     with pytest.raises(CheckpointError, match="which is missing; put it back there"):
         load(moved)
